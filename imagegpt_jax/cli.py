@@ -1,0 +1,82 @@
+"""What every binary does around its `main`: parse flags, run, and end with one sentence when something is wrong."""
+
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from absl import app, flags
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right: its message is one sentence that says how."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the known word nearest to `word`, else the list of what is known."""
+    names = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" Known: {', '.join(names)}." if names else ""
+
+
+def quiet_logs() -> None:
+    """Keeps the start-up chatter of TensorFlow, oneDNN and XLA off the terminal; a value the user has set is kept."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # Without torch or tensorflow, `transformers` prints advice that has nothing to do with its tokenizers.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def fail(message: object, code: int = EXIT_FAILURE) -> None:
+    """Prints the last words of a binary to stderr and exits."""
+    text = " ".join(str(message).split())
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses absl flags; every way this can go wrong becomes one sentence."""
+    try:
+        return flags.FLAGS(list(argv))
+    except UserError as e:
+        fail(e, EXIT_USAGE)
+    except flags.UnrecognizedFlagError as e:
+        known = {n for n in flags.FLAGS if not n.startswith(("test_", "only_check", "pdb", "profile", "run_with"))}
+        fail(f"unknown flag --{e.flagname}.{suggest(e.flagname, known)} See --help.", EXIT_USAGE)
+    except flags.Error as e:
+        fail(f"{e}. See --help.", EXIT_USAGE)
+    except (AttributeError, KeyError) as e:  # an override of a key the config does not have
+        words = " ".join(str(e.args[0] if e.args else e).split())
+        fail(f"the config has no such key: {words}", EXIT_USAGE)
+    except (FileNotFoundError, ValueError, TypeError) as e:
+        fail(e, EXIT_USAGE)
+    raise AssertionError("unreachable")
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a binary: parses flags, calls `main`, exits 0, or non-zero with one sentence as the last words."""
+    quiet_logs()
+    signal.signal(signal.SIGTERM, _terminate)
+
+    def checked(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            fail(f"unexpected argument {argv[1]!r}: flags are written --name=value. See --help.", EXIT_USAGE)
+        try:
+            main()
+        except UserError as e:
+            fail(e)
+        except KeyboardInterrupt:
+            fail("stopped by a signal before the end.", 130)
+
+    app.run(checked, flags_parser=_parse)

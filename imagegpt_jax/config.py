@@ -1,0 +1,151 @@
+"""Configs: `file.py:k=v,k=v` arguments, strict keys, frozen dataclasses, and the copy kept in a workdir.
+
+A config file has `get_config(arg) -> ConfigDict`; every key that the program reads is visible in it. The part of a config
+that describes a module becomes a frozen dataclass by `to_dataclass`, which rejects what it does not know.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from imagegpt_jax.cli import UserError, suggest
+
+T = TypeVar("T")
+
+# Keys that change what is shown or kept, never what is computed: they may differ when a run is continued.
+HARMLESS = ("log_every", "eval_every", "sample_every", "eval_batches", "sampling", "checkpoint", "steps")
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Parses the `k=v,k=v` part of `--config=file.py:k=v,k=v`; types follow the defaults.
+
+    Raises:
+      UserError: for an unknown key, or a value that is not of its default's type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, text = item.partition("=")
+        if key not in defaults:
+            raise UserError(f"unknown config argument {key!r}.{suggest(key, defaults)}")
+        if not equals:
+            raise UserError(f"config argument {key!r} needs a value: write {key}={defaults[key]!r}.")
+        values[key] = _as_type(key, text, type(defaults[key]))
+    return ConfigDict(values)
+
+
+def _as_type(key: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() in ("true", "false", "1", "0"):
+            return text.lower() in ("true", "1")
+    else:
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise UserError(f"config argument {key}={text!r} is not a {kind.__name__}.")
+
+
+def choose(what: str, name: str, table: Mapping[str, T]) -> T:
+    """Returns `table[name]`; an unknown name is a UserError with a suggestion."""
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}.{suggest(name, table)} All: {', '.join(table)}.")
+    return table[name]
+
+
+def to_dataclass(cls: type[T], mapping: Mapping[str, Any]) -> T:
+    """Builds the (nested) frozen dataclass `cls` from a mapping.
+
+    Raises:
+      UserError: for a key that `cls` does not have, or a required key that is missing.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in mapping.items():
+        if key not in fields:
+            raise UserError(f"{cls.__name__} has no key {key!r}.{suggest(key, fields)}")
+        values[key] = _convert(hints[key], value)
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{cls.__name__} needs the keys {', '.join(missing)}.")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return to_dataclass(typing.cast(type, hint), value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    return value
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain dicts and lists, equal to itself after a round trip through JSON."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ in meaning, one "key: old -> new" each, without the harmless ones."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{key}: {a.get(key, '(absent)')!r} -> {b.get(key, '(absent)')!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, ...) != b.get(key, ...) and key.split(".")[0] not in HARMLESS
+    ]
+
+
+def save(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Writes `config.json` into the workdir, or checks the one that is there.
+
+    Raises:
+      UserError: if the workdir holds a run of another config.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if path.exists():
+        changes = diff(json.loads(path.read_text()), to_dict(config))
+        if changes:
+            raise UserError(
+                f"{path.parent} holds a run of another config ({'; '.join(changes[:6])}"
+                f"{'; ...' if len(changes) > 6 else ''}): choose another --workdir, or give the same config to continue."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / "config.json.tmp"
+    temporary.write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n")
+    temporary.rename(path)
+
+
+def load(workdir: epath.PathLike) -> ConfigDict:
+    """Reads the config of a workdir.
+
+    Raises:
+      UserError: if the folder is not a workdir of ours.
+    """
+    folder = epath.Path(workdir)
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}: give the --workdir of a training run.")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no config.json: give the --workdir of a training run.")
+    return ConfigDict(json.loads((folder / "config.json").read_text()))

@@ -4,9 +4,11 @@ import difflib
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from absl import app, flags
+from ml_collections import ConfigDict, config_flags
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -41,21 +43,53 @@ def fail(message: object, code: int = EXIT_FAILURE) -> None:
     raise SystemExit(code)
 
 
+def print_help() -> None:
+    """Prints what the binary does (its module docstring) and its own flags, one paragraph each."""
+    main_module = sys.modules["__main__"]
+    print((main_module.__doc__ or "").strip() + "\n\nflags:")
+    own = flags.FLAGS.get_key_flags_for_module(main_module)
+    shared = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    for flag in sorted({*own, *shared}, key=lambda f: f.name):
+        default = "" if flag.default in (None, "", []) else f" (default: {flag.default_as_str})"
+        text = textwrap.fill(f"{flag.help}{default}", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        print(f"  --{flag.name}\n{text}")
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines `--config`, a file with `get_config`, whose keys `--config.a.b=value` overrides."""
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file and its arguments, such as configs/tokenizer.py:size=emoji; any key of it is set by"
+        " --config.key=value.",
+    )
+    flags.mark_flag_as_required("config")
+    return holder
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses absl flags; every way this can go wrong becomes one sentence."""
+    if {"--help", "-h", "-help"} & set(argv[1:]):
+        print_help()
+        raise SystemExit(0)
     try:
-        return flags.FLAGS(list(argv))
+        rest = flags.FLAGS(list(argv))
+        if "config" in flags.FLAGS and not isinstance(flags.FLAGS.config, ConfigDict):
+            flags.FLAGS.config.to_dict()  # a config that could not be made stands for its error until it is used
+        return rest
     except UserError as e:
         fail(e, EXIT_USAGE)
     except flags.UnrecognizedFlagError as e:
         known = {n for n in flags.FLAGS if not n.startswith(("test_", "only_check", "pdb", "profile", "run_with"))}
         fail(f"unknown flag --{e.flagname}.{suggest(e.flagname, known)} See --help.", EXIT_USAGE)
     except flags.Error as e:
-        fail(f"{e}. See --help.", EXIT_USAGE)
+        fail(f"{str(e).rstrip('.')}. See --help.", EXIT_USAGE)
     except (AttributeError, KeyError) as e:  # an override of a key the config does not have
         words = " ".join(str(e.args[0] if e.args else e).split())
         fail(f"the config has no such key: {words}", EXIT_USAGE)
-    except (FileNotFoundError, ValueError, TypeError) as e:
+    except OSError as e:
+        fail(f"the config could not be read: {str(e.__cause__ or e).replace('Failed loading config file', '')}", EXIT_USAGE)
+    except (ValueError, TypeError) as e:
         fail(e, EXIT_USAGE)
     raise AssertionError("unreachable")
 

@@ -1,0 +1,117 @@
+"""Optimizers: schedules, weight-decay masks, global-norm clipping, and an EMA of parameters.
+
+`make(config, axes)` reads a config with these keys (all of them visible in the config file):
+
+    name            "adamw" | "adam" | "muon" | "adafactor" | "lion" | "sgd"
+    lr              peak learning rate
+    schedule        "constant" | "cosine" | "linear" (both decay to lr * final_lr_ratio at the last step)
+    warmup_steps    linear warm-up from 0
+    final_lr_ratio  see schedule
+    b1, b2, eps     moments (Muon: of the Adam that trains vectors, embeddings and the output head)
+    weight_decay    decoupled, on parameters of two and more dimensions (stacked layers not counted)
+    clip_norm       clip the gradient to this global L2 norm; 0 = off
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+from optax import contrib
+
+from imagegpt_jax import config as config_lib
+from imagegpt_jax.cli import UserError
+
+Schedule = Callable[[jax.Array], jax.Array]
+Axes = tuple[str | None, ...]
+
+# Muon orthogonalises hidden matrices; a parameter with one of these axes is trained by Adam instead (Jordan et al. 2024).
+NOT_MUON = frozenset({"vocab", "codebook", "code_dim"})
+
+
+def schedule(config: ConfigDict, steps: int) -> Schedule:
+    """The learning rate as a function of the step.
+
+    Raises:
+      UserError: for an unknown schedule, or a warm-up that is not shorter than the run.
+    """
+    if config.warmup_steps and config.warmup_steps >= steps:
+        raise UserError(f"optim.warmup_steps={config.warmup_steps} must be less than steps={steps}.")
+    decay_steps = max(1, steps - config.warmup_steps)
+    after = config_lib.choose(
+        "schedule",
+        config.schedule,
+        {
+            "constant": lambda: optax.constant_schedule(config.lr),
+            "cosine": lambda: optax.cosine_decay_schedule(config.lr, decay_steps, config.final_lr_ratio),
+            "linear": lambda: optax.linear_schedule(config.lr, config.lr * config.final_lr_ratio, decay_steps),
+        },
+    )()
+    warmup = optax.linear_schedule(config.lr / max(1, config.warmup_steps), config.lr, max(1, config.warmup_steps))
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+def make(config: ConfigDict, steps: int, axes: Any) -> optax.GradientTransformation:
+    """Builds the optimizer of one network.
+
+    Args:
+      config: keys as above.
+      steps: length of the run, for the schedule.
+      axes: tree like the parameters, with each parameter's logical axes without the stacked `layers` axis (a tuple of
+        names; its length is the parameter's number of dimensions within a layer).
+
+    Raises:
+      UserError: for an unknown optimizer or schedule.
+    """
+    lr = schedule(config, steps)
+    decay_mask = jax.tree.map(lambda a: len(a) >= 2, axes, is_leaf=_is_axes)
+    moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+
+    def muon() -> optax.GradientTransformation:
+        return contrib.muon(
+            lr,
+            beta=0.95,
+            weight_decay=config.weight_decay,
+            adam_weight_decay=config.weight_decay,
+            weight_decay_mask=decay_mask,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            consistent_rms=0.2,  # update RMS like Adam's, so that one learning rate serves both (Liu et al. 2025, eq. 4)
+            muon_weight_dimension_numbers=jax.tree.map(
+                lambda a: None if len(a) < 2 or NOT_MUON & set(a) else _muon_dims(len(a)), axes, is_leaf=_is_axes
+            ),
+        )
+
+    optimizer = config_lib.choose(
+        "optimizer",
+        config.name,
+        {
+            "adam": lambda: optax.adam(lr, **moments),
+            "adamw": lambda: optax.adamw(lr, **moments, weight_decay=config.weight_decay, mask=decay_mask),
+            "muon": muon,
+            "lion": lambda: optax.lion(lr, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay_mask),
+            "adafactor": lambda: optax.adafactor(
+                lr, momentum=config.b1 or None, weight_decay_rate=config.weight_decay or None, weight_decay_mask=decay_mask
+            ),
+            "sgd": lambda: optax.sgd(lr, config.b1),
+        },
+    )()
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, optimizer)
+
+
+def _muon_dims(ndim: int) -> contrib.MuonDimensionNumbers:
+    """The last dimension is the output; those before it within the layer are reduced over; `layers` is batched."""
+    return contrib.MuonDimensionNumbers(reduction_axis=tuple(range(-ndim, -1)), output_axis=-1)
+
+
+def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
+    """Exponential moving average of parameters, with the decay warmed up as min(decay, (1 + step) / (10 + step))."""
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1 - d) * (p.astype(e.dtype) - e), ema, params)

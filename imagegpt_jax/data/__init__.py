@@ -1,0 +1,1 @@
+"""Sources of records, preprocessing, batches, text and sequence packing."""

@@ -1,0 +1,118 @@
+"""Losses as pure functions. Everything is computed in float32 and averaged over the batch unless said otherwise.
+
+Shapes: B batch, L length, V vocabulary, H W pixels, C channels.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def l1(x: Float[Array, "..."], target: Float[Array, "..."]) -> Float[Array, ""]:
+    """Mean absolute error."""
+    return jnp.mean(jnp.abs(x.astype(jnp.float32) - target.astype(jnp.float32)))
+
+
+def l2(x: Float[Array, "..."], target: Float[Array, "..."]) -> Float[Array, ""]:
+    """Mean squared error."""
+    return jnp.mean(jnp.square(x.astype(jnp.float32) - target.astype(jnp.float32)))
+
+
+def hinge_discriminator(real: Float[Array, "..."], fake: Float[Array, "..."]) -> Float[Array, ""]:
+    """(E[max(0, 1 - D(real))] + E[max(0, 1 + D(fake))]) / 2 (arXiv:1705.02894; the half is VQGAN's)."""
+    return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake)))
+
+
+def hinge_generator(fake: Float[Array, "..."]) -> Float[Array, ""]:
+    """-E[D(fake)], the generator's side of the hinge loss."""
+    return -jnp.mean(fake)
+
+
+def nonsaturating_discriminator(real: Float[Array, "..."], fake: Float[Array, "..."]) -> Float[Array, ""]:
+    """(E[softplus(-D(real))] + E[softplus(D(fake))]) / 2 (Goodfellow 2014, arXiv:1406.2661, with logits)."""
+    return 0.5 * (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake)))
+
+
+def nonsaturating_generator(fake: Float[Array, "..."]) -> Float[Array, ""]:
+    """E[softplus(-D(fake))]: minus log of the probability of being taken for real."""
+    return jnp.mean(jax.nn.softplus(-fake))
+
+
+def lecam(
+    real: Float[Array, "..."],
+    fake: Float[Array, "..."],
+    average_real: Float[Array, ""],
+    average_fake: Float[Array, ""],
+) -> Float[Array, ""]:
+    """E[max(0, D(real) - a_F)^2] + E[max(0, a_R - D(fake))^2], a regulariser of discriminators (arXiv:2104.03310).
+
+    Args:
+      real: logits of real images.
+      fake: logits of generated images.
+      average_real: moving average a_R of the mean of `real`.
+      average_fake: moving average a_F of the mean of `fake`.
+    """
+    return jnp.mean(jnp.square(jax.nn.relu(real - average_fake))) + jnp.mean(
+        jnp.square(jax.nn.relu(average_real - fake))
+    )
+
+
+def r1(gradients_BHWC: Float[Array, "B H W C"]) -> Float[Array, ""]:
+    """E[|dD/dimage|^2] / 2 over real images (Mescheder 2018, arXiv:1801.04406; gamma is the caller's weight).
+
+    Args:
+      gradients_BHWC: gradient of the sum of the logits with respect to the real images.
+    """
+    return 0.5 * jnp.mean(jnp.sum(jnp.square(gradients_BHWC.astype(jnp.float32)), axis=(1, 2, 3)))
+
+
+def adaptive_weight(rec_grad: Any, gan_grad: Any) -> Float[Array, ""]:
+    """|rec_grad| / (|gan_grad| + 1e-4), at most 1e4, without gradient (VQGAN, arXiv:2012.09841, equation 7, as coded).
+
+    Args:
+      rec_grad: gradient of the reconstruction (and perceptual) loss with respect to the decoder's last layer's kernel;
+        an array or a tree of arrays.
+      gan_grad: the same of the generator's adversarial loss.
+    """
+    weight = _norm(rec_grad) / (_norm(gan_grad) + 1e-4)
+    return jax.lax.stop_gradient(jnp.clip(weight, 0.0, 1e4))
+
+
+def _norm(tree: Any) -> Float[Array, ""]:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def token_nll(
+    logits_BLV: Float[Array, "B L V"], targets_BL: Int[Array, "B L"]
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """Negative log likelihood of each target, in nats, and the log normaliser (logsumexp of the logits)."""
+    logits_BLV = logits_BLV.astype(jnp.float32)
+    normaliser_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    return normaliser_BL - target_BL, normaliser_BL
+
+
+def cross_entropy(
+    logits_BLV: Float[Array, "B L V"],
+    targets_BL: Int[Array, "B L"],
+    weights_BL: Float[Array, "B L"],
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
+    """Weighted mean of the tokens' negative log likelihoods.
+
+    Args:
+      logits_BLV: any float type; computed in float32.
+      targets_BL: class indices.
+      weights_BL: weight of each token in the mean; 0 for padding. All zero gives a loss of zero.
+      z_loss: weight of the mean of log(normaliser)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311).
+
+    Returns:
+      The loss and the unweighted negative log likelihood of each token, in nats.
+    """
+    nll_BL, normaliser_BL = token_nll(logits_BLV, targets_BL)
+    per_token_BL = nll_BL + z_loss * jnp.square(normaliser_BL)
+    weights_BL = weights_BL.astype(jnp.float32)
+    total = jnp.sum(weights_BL)
+    return jnp.sum(per_token_BL * weights_BL) / jnp.where(total > 0, total, 1.0), nll_BL

@@ -1,0 +1,1 @@
+"""Networks: the image tokenizer and its discriminator, the decoder, and frozen networks under `pretrained`."""

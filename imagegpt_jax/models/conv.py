@@ -1,0 +1,244 @@
+"""Convolution, group normalisation and the blocks that the image tokenizer is made of.
+
+Shapes: B batch, H height, W width, C channels in, O channels out, G groups, N = H * W.
+Kernels are stored [height, width, in, out].
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from imagegpt_jax.cli import UserError, suggest
+
+CONV_IMPLS = ("auto", "xla", "winograd")
+
+# Winograd F(2x2, 3x3): output = A^T [(G w G^T) * (B^T d B)] A on 4x4 input tiles that overlap by two
+# (Lavin and Gray 2016, arXiv:1509.09308). Only the kernel's transform G is needed as a matrix.
+_WINOGRAD_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+
+
+def check_conv_impl(impl: str) -> None:
+    """Raises UserError unless `impl` is one of CONV_IMPLS."""
+    if impl not in CONV_IMPLS:
+        raise UserError(f"unknown conv_impl {impl!r}.{suggest(impl, CONV_IMPLS)} All: {', '.join(CONV_IMPLS)}.")
+
+
+def conv3x3_winograd(x_BHWC: Float[Array, "B H W C"], w_33CO: Float[Array, "3 3 C O"]) -> Float[Array, "B H W O"]:
+    """3x3 convolution, stride 1, padding 1, as sixteen matrix products over 2x2 output tiles.
+
+    It does 16/36 of the multiplications of the direct form, and its gradients are matrix products too. H and W must
+    be even. Lavin and Gray 2016 (arXiv:1509.09308), F(2x2, 3x3).
+    """
+    B, H, W, C = x_BHWC.shape
+    out_channels = w_33CO.shape[-1]
+    x_BHWC = jnp.pad(x_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows = _winograd_input([x_BHWC[:, i : i + H - 1 : 2] for i in range(4)])
+    tiles = [_winograd_input([row[:, :, j : j + W - 1 : 2] for j in range(4)]) for row in rows]
+    v_TNC = jnp.stack([tile for row in tiles for tile in row]).reshape(16, -1, C)
+    g = _WINOGRAD_G.astype(w_33CO.dtype)
+    u_TCO = jnp.einsum("ai,bj,ijco->abco", g, g, w_33CO, precision="highest").reshape(16, C, out_channels)
+    m = lax.batch_matmul(v_TNC, u_TCO).reshape(4, 4, B, H // 2, W // 2, out_channels)
+    out = [jnp.stack(_winograd_output(list(row)), axis=3) for row in _winograd_output(list(m))]
+    return jnp.stack(out, axis=2).reshape(B, H, W, out_channels)
+
+
+def _winograd_input(d: list[Array]) -> list[Array]:
+    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
+
+
+def _winograd_output(m: list[Array]) -> list[Array]:
+    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
+
+
+class Conv(nnx.Module):
+    """2-D convolution over [B, H, W, C] with explicit padding; 1x1 convolutions are matrix products.
+
+    The kernel starts uniform in +-1/sqrt(fan in), as the published tokenizers (PyTorch's default) do; the bias at zero.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        use_bias: bool = True,
+        impl: str = "auto",
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        key: jax.Array,
+    ):
+        """Makes the layer.
+
+        Args:
+          in_channels: C.
+          out_channels: O.
+          kernel_size: height and width of the kernel.
+          stride: of both dimensions.
+          padding: zeros before and after each of H and W; `kernel_size // 2` on both sides if None.
+          use_bias: whether to add a bias.
+          impl: "xla", "winograd" (where it applies: 3x3, stride 1, padding 1, even sizes), or "auto", the faster one
+            for the backend.
+          dtype: of the computation.
+          param_dtype: of the parameters.
+          key: for the kernel's initial values.
+        """
+        check_conv_impl(impl)
+        init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        self.kernel = nnx.Param(init(key, shape, param_dtype), axes=(None, None, "conv_in", "conv_out"))
+        self.bias = nnx.Param(jnp.zeros(out_channels, param_dtype), axes=("conv_out",)) if use_bias else None
+        self.kernel_size, self.stride, self.impl, self.dtype = kernel_size, stride, impl, dtype
+        self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
+
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 O"]:
+        """Convolves."""
+        x_BHWC, w_kkCO = x_BHWC.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if self.kernel_size == 1 and self.stride == 1:
+            y_BHWO = x_BHWC @ w_kkCO[0, 0]
+        elif self._use_winograd(x_BHWC):
+            y_BHWO = conv3x3_winograd(x_BHWC, w_kkCO)
+        else:
+            y_BHWO = lax.conv_general_dilated(
+                x_BHWC,
+                w_kkCO,
+                (self.stride, self.stride),
+                (self.padding, self.padding),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return y_BHWO if self.bias is None else y_BHWO + self.bias[...].astype(self.dtype)
+
+    def _use_winograd(self, x_BHWC: Array) -> bool:
+        _, H, W, _ = x_BHWC.shape
+        applies = self.kernel_size == 3 and self.stride == 1 and self.padding == (1, 1) and H % 2 == 0 and W % 2 == 0
+        if not applies or self.impl == "xla":
+            return False
+        return self.impl == "winograd" or jax.default_backend() == "cpu"
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (Wu and He 2018, arXiv:1803.08494) over [B, H, W, C] with a scale and bias per channel.
+
+    Mean and mean of squares are taken in float32 in one pass over the input, per channel first and then per group, so
+    that the image is never reshaped and the result is one fused multiply-add.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int = 32,
+        *,
+        eps: float = 1e-6,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+    ):
+        if channels % groups:
+            raise UserError(
+                f"norm_groups={groups} does not divide {channels} channels: choose a divisor of every width."
+            )
+        self.scale = nnx.Param(jnp.ones(channels, param_dtype), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype), axes=(None,))
+        self.groups, self.eps, self.dtype = groups, eps, dtype
+
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Normalises each group of channels of each image."""
+        B, _, _, C = x_BHWC.shape
+        x_BHWC = x_BHWC.astype(jnp.float32)
+        mean_BC, square_BC = jnp.mean(x_BHWC, axis=(1, 2)), jnp.mean(jnp.square(x_BHWC), axis=(1, 2))
+        mean_BG1 = jnp.mean(mean_BC.reshape(B, self.groups, -1), axis=-1, keepdims=True)
+        square_BG1 = jnp.mean(square_BC.reshape(B, self.groups, -1), axis=-1, keepdims=True)
+        variance_BG1 = jnp.maximum(square_BG1 - jnp.square(mean_BG1), 0.0)
+        rate_BG1 = lax.rsqrt(variance_BG1 + self.eps)
+        per_channel = (B, self.groups, C // self.groups)
+        scale_BC = jnp.broadcast_to(rate_BG1, per_channel).reshape(B, C) * self.scale[...].astype(jnp.float32)
+        shift_BC = self.bias[...] - jnp.broadcast_to(mean_BG1, per_channel).reshape(B, C) * scale_BC
+        return (x_BHWC * scale_BC[:, None, None] + shift_BC[:, None, None]).astype(self.dtype)
+
+
+class ResBlock(nnx.Module):
+    """norm, swish, conv, norm, swish, conv, plus the input (through a 1x1 convolution where the width changes)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, impl: str, dtype: str, param_dtype: str, key
+    ):
+        keys = jax.random.split(key, 3)
+        conv = functools.partial(Conv, impl=impl, dtype=dtype, param_dtype=param_dtype)
+        norm = functools.partial(GroupNorm, groups=groups, dtype=dtype, param_dtype=param_dtype)
+        self.norm1 = norm(in_channels)
+        self.conv1 = conv(in_channels, out_channels, key=keys[0])
+        self.norm2 = norm(out_channels)
+        self.conv2 = conv(out_channels, out_channels, key=keys[1])
+        self.nin_shortcut = conv(in_channels, out_channels, 1, key=keys[2]) if in_channels != out_channels else None
+
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W O"]:
+        """Applies the block."""
+        h = self.conv1(nnx.swish(self.norm1(x_BHWC)))
+        h = self.conv2(nnx.swish(self.norm2(h)))
+        return (x_BHWC if self.nin_shortcut is None else self.nin_shortcut(x_BHWC)) + h
+
+
+class AttnBlock(nnx.Module):
+    """Single-head self-attention over all positions of the image, with 1x1 convolutions, plus the input."""
+
+    def __init__(self, channels: int, *, groups: int, dtype: str, param_dtype: str, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        conv = functools.partial(Conv, channels, channels, 1, dtype=dtype, param_dtype=param_dtype)
+        self.norm = GroupNorm(channels, groups, dtype=dtype, param_dtype=param_dtype)
+        self.q, self.k, self.v, self.proj_out = (conv(key=k) for k in keys)
+
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Applies the block."""
+        B, H, W, C = x_BHWC.shape
+        h = self.norm(x_BHWC)
+        q_BN1C, k_BN1C, v_BN1C = (layer(h).reshape(B, H * W, 1, C) for layer in (self.q, self.k, self.v))
+        h = jax.nn.dot_product_attention(q_BN1C, k_BN1C, v_BN1C, scale=C**-0.5)
+        return x_BHWC + self.proj_out(h.reshape(B, H, W, C))
+
+
+class Downsample(nnx.Module):
+    """Halves height and width by a strided 3x3 convolution, padded at the right and the bottom only."""
+
+    def __init__(self, channels: int, *, impl: str, dtype: str, param_dtype: str, key: jax.Array):
+        self.conv = Conv(
+            channels, channels, stride=2, padding=(0, 1), impl=impl, dtype=dtype, param_dtype=param_dtype, key=key
+        )
+
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+        """Halves the resolution."""
+        return self.conv(x_BHWC)
+
+
+class Upsample(nnx.Module):
+    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, *, impl: str, dtype: str, param_dtype: str, key: jax.Array):
+        self.conv = Conv(channels, channels, impl=impl, dtype=dtype, param_dtype=param_dtype, key=key)
+
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+        """Doubles the resolution."""
+        B, H, W, C = x_BHWC.shape
+        x = jnp.broadcast_to(x_BHWC[:, :, None, :, None], (B, H, 2, W, 2, C))
+        return self.conv(x.reshape(B, 2 * H, 2 * W, C))
+
+
+def space_to_depth(x_BHWC: Float[Array, "B H W C"], patch: int) -> Float[Array, "B H2 W2 C2"]:
+    """Moves each patch x patch square of pixels into the channels, ordered (row, column, channel)."""
+    B, H, W, C = x_BHWC.shape
+    if H % patch or W % patch:
+        raise UserError(f"images of {H} x {W} pixels do not divide into patches of {patch}: resize to a multiple.")
+    x = x_BHWC.reshape(B, H // patch, patch, W // patch, patch, C).swapaxes(2, 3)
+    return x.reshape(B, H // patch, W // patch, patch * patch * C)
+
+
+def depth_to_space(x_BHWC: Float[Array, "B H W C"], patch: int) -> Float[Array, "B H2 W2 C2"]:
+    """The inverse of `space_to_depth`."""
+    B, H, W, C = x_BHWC.shape
+    x = x_BHWC.reshape(B, H, W, patch, patch, C // patch**2).swapaxes(2, 3)
+    return x.reshape(B, H * patch, W * patch, C // patch**2)

@@ -1,0 +1,1 @@
+"""Frozen networks whose weights come from elsewhere, one file each."""

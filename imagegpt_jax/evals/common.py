@@ -1,0 +1,100 @@
+"""What every evaluation shares: running a predict function over padded batches with exact counts.
+
+The last batch of a split is padded to the size of the others and carries `mask`, so that one compiled program scores
+the whole split and no example is dropped or counted twice. Statistics are summed on the host in float64.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from imagegpt_jax import sharding
+from imagegpt_jax.cli import UserError
+
+
+class Mean:
+    """Weighted streaming mean in float64, one per name."""
+
+    def __init__(self) -> None:
+        self._total: dict[str, float] = {}
+        self._weight: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, np.ndarray], weights: np.ndarray) -> None:
+        """Adds arrays of values, each weighted elementwise; values of weight 0 may be anything, NaN included."""
+        keep = np.asarray(weights) > 0
+        for name, value in values.items():
+            kept = np.asarray(weights, np.float64)[keep]
+            self._total[name] = self._total.get(name, 0.0) + float(np.sum(np.asarray(value, np.float64)[keep] * kept))
+            self._weight[name] = self._weight.get(name, 0.0) + float(np.sum(kept))
+
+    def result(self) -> dict[str, float]:
+        """The means.
+
+        Raises:
+          UserError: if nothing was added.
+        """
+        if not self._weight or min(self._weight.values()) == 0:
+            raise UserError("there is nothing to evaluate: the evaluation data set is empty.")
+        return {name: total / self._weight[name] for name, total in self._total.items()}
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """Entropy in bits of the empirical distribution with these counts (0 for no counts)."""
+    counts = np.asarray(counts, np.float64)
+    p = counts[counts > 0] / max(counts.sum(), 1.0)
+    return float(-np.sum(p * np.log2(p))) if p.size else 0.0
+
+
+def to_host(tree: Any) -> Any:
+    """Global arrays -> NumPy arrays, whole on every process."""
+
+    def fetch(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(fetch, tree)
+
+
+def outputs(
+    fn: Callable[[Any, dict[str, jax.Array]], Any],
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    columns: Sequence[str],
+    mesh: Mesh,
+) -> Iterator[Any]:
+    """Runs `fn(params, batch)` over batches and yields its outputs on the host, one batch behind the device.
+
+    Args:
+      fn: a compiled function of (params, {column: global array}).
+      params: its first argument.
+      batches: batches of this process's rows, such as `pipeline.Batches` yields.
+      columns: the columns that `fn` needs; "mask" is made (all True) where the batches have none.
+      mesh: devices to run on.
+
+    Raises:
+      UserError: if the data lacks a column.
+    """
+    pending = None
+    for batch in batches:
+        if pending is not None:
+            yield to_host(pending)
+        pending = fn(params, sharding.put_batch(_select(batch, columns), mesh))
+    if pending is not None:
+        yield to_host(pending)
+
+
+def _select(batch: Mapping[str, np.ndarray], columns: Sequence[str]) -> dict[str, np.ndarray]:
+    selected = {}
+    for name in columns:
+        if name in batch:
+            selected[name] = batch[name]
+        elif name == "mask":
+            selected[name] = np.ones(len(next(iter(batch.values()))), bool)
+        else:
+            raise UserError(f"the evaluation data has no {name!r}: it holds {', '.join(sorted(batch))}.")
+    return selected

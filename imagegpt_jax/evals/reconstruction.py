@@ -1,0 +1,98 @@
+"""How well a tokenizer reproduces images, and how much of its codebook it uses.
+
+Shapes: B batch, H W C image, h w code grid, K codes.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from imagegpt_jax.evals import common
+
+# PSNR of two equal images is infinite; it is counted as this, so that a mean over images exists.
+MAX_PSNR = 100.0
+
+
+def psnr_B(real_BHWC: jax.Array, fake_BHWC: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio of each image in dB, for values in [0, 255]; at most `MAX_PSNR`."""
+    mse_B = jnp.mean(jnp.square(real_BHWC - fake_BHWC), axis=(1, 2, 3))
+    peak = 255.0**2
+    return 10 * jnp.log10(peak / jnp.maximum(mse_B, peak * 10 ** (-MAX_PSNR / 10)))
+
+
+def _levels(images_BHWC: jax.Array) -> jax.Array:
+    """[-1, 1] -> the 256 levels that a PNG would hold, as float32."""
+    return jnp.round((jnp.clip(images_BHWC.astype(jnp.float32), -1, 1) + 1) * 127.5)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _measure(
+    reconstruct: Callable[..., Any], num_codes: int, num_shown: int, params: Any, batch: Any
+) -> dict[str, Any]:
+    real_BHWC, mask_B = batch["image"], batch["mask"]
+    fake_BHWC, codes_Bhw = reconstruct(params, real_BHWC)
+    difference = fake_BHWC.astype(jnp.float32) - real_BHWC
+    real_levels, fake_levels = _levels(real_BHWC), _levels(fake_BHWC)
+    flat_levels = jnp.broadcast_to(jnp.round(jnp.mean(real_levels, axis=(1, 2), keepdims=True)), real_levels.shape)
+    used = jnp.broadcast_to(mask_B[:, None], (mask_B.shape[0], codes_Bhw[0].size)).astype(jnp.int32)
+    return {
+        "per_image": {
+            "psnr": psnr_B(real_levels, fake_levels),
+            "psnr_mean_color": psnr_B(real_levels, flat_levels),
+            "l1": jnp.mean(jnp.abs(difference), axis=(1, 2, 3)),
+            "mse": jnp.mean(jnp.square(difference), axis=(1, 2, 3)),
+        },
+        "mask": mask_B,
+        "counts_K": jnp.zeros(num_codes, jnp.int32).at[codes_Bhw.reshape(-1)].add(used.reshape(-1)),
+        "shown": jnp.stack([real_levels, fake_levels])[:, :num_shown].astype(jnp.uint8),
+    }
+
+
+def evaluate(
+    reconstruct: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    num_codes: int,
+    mesh: Mesh,
+    num_shown: int = 16,
+) -> tuple[dict[str, float], np.ndarray]:
+    """Scores reconstructions of a whole split.
+
+    Args:
+      reconstruct: pure function (params, images_BHWC in [-1, 1]) -> (images_BHWC, codes_Bhw). Give the same function
+        object every time: the compiled program is kept with it.
+      params: its first argument.
+      batches: {"image": [B, H, W, C] in [-1, 1], "mask": [B]} batches of this process's rows, every example once.
+      num_codes: size of the codebook.
+      mesh: devices to run on.
+      num_shown: at most so many images of the first batch go into the grid.
+
+    Returns:
+      (scores, grid). Scores: `psnr`, the mean over images of each image's PSNR in dB, rounded to 256 levels; its
+      control `psnr_mean_color`, the same with every image replaced by its own mean colour; `l1` and `mse` of unrounded
+      values in [-1, 1]; `codebook_usage`, the share of codes used over the whole split; `codebook_perplexity`, 2 to the
+      entropy of code use; `images`, how many were scored. Grid: uint8 [2 H, n W, C], inputs over reconstructions.
+
+    Raises:
+      UserError: if there is no image.
+    """
+    means, images, counts_K, shown = common.Mean(), 0, np.zeros(num_codes, np.int64), None
+    measure = functools.partial(_measure, reconstruct, num_codes, num_shown)
+    for out in common.outputs(measure, params, batches, ("image", "mask"), mesh):
+        means.add(out["per_image"], out["mask"])
+        images += int(out["mask"].sum())
+        counts_K += out["counts_K"]
+        if shown is None:
+            shown = out["shown"][:, out["mask"][: out["shown"].shape[1]]]
+    scores = means.result() | {
+        "codebook_usage": float(np.mean(counts_K > 0)),
+        "codebook_perplexity": 2.0 ** common.entropy_bits(counts_K),
+        "images": float(images),
+    }
+    assert shown is not None  # `result` has raised if there was no batch
+    return scores, np.concatenate([np.concatenate(list(row), axis=1) for row in shown], axis=0)

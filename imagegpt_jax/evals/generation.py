@@ -58,8 +58,8 @@ def choose_distinct(keys: Sequence[Hashable], count: int, seed: int) -> np.ndarr
 def retrieval(samples_PSHWC: np.ndarray, references_PHWC: np.ndarray, seed: int) -> dict[str, float]:
     """Top-1 retrieval: how often the reference nearest to a sample is that of its own prompt.
 
-    Images are averaged down to 16 x 16 and compared by mean squared error. The control asks the same of samples credited
-    to another prompt each (a derangement of the prompts): a model that ignores its prompt scores the same on both.
+    Images are averaged down to 16 x 16 and compared by mean squared error. The control credits each
+    sample to another prompt (a derangement of the prompts): a model that ignores its prompt scores the same on both.
 
     Args:
       samples_PSHWC: S samples for each prompt, any value range.

@@ -1,0 +1,193 @@
+"""Layers that several networks share: linear maps, embeddings, norms, dropout and rotary positions.
+
+Parameters are kept in `param_dtype` and cast to the compute `dtype` where they are used; the statistics of norms are
+fp32. Every parameter names its logical axes (`axes=`), which only `sharding.py` maps to a mesh.
+
+Shapes: B batch, L length, D input width, F output width, N heads, H head dim, V vocabulary; `_` any leading dimensions.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from imagegpt_jax.cli import UserError, suggest
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+NORMS = ("rms", "layer")
+
+
+def as_dtype(name: str) -> jnp.dtype:
+    """Returns the dtype that a config names.
+
+    Raises:
+      UserError: if the name is none of "float32", "bfloat16", "float16".
+    """
+    if name not in DTYPES:
+        raise UserError(f"unknown dtype {name!r}.{suggest(name, DTYPES)}")
+    return jnp.dtype(DTYPES[name])
+
+
+def fan_in_std(d_in: int) -> float:
+    """Standard deviation 1/sqrt(fan-in), which keeps the variance of activations."""
+    return 1.0 / math.sqrt(d_in)
+
+
+class Linear(nnx.Module):
+    """`y = x W (+ b)` over the last axis, with W stored as [in, out]."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        key: jax.Array,
+        axes: tuple[str | None, str | None],
+        bias: bool = False,
+        std: float | None = None,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+    ):
+        """Draws W from N(0, std^2) (`None`: 1/sqrt(d_in)); the bias starts at zero."""
+        kind = as_dtype(param_dtype)
+        std = fan_in_std(d_in) if std is None else std
+        self.dtype = as_dtype(dtype)
+        self.weight = nnx.Param(std * jax.random.normal(key, (d_in, d_out), kind), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((d_out,), kind), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "*_ D"]) -> Float[Array, "*_ F"]:
+        """Applies the map in the compute dtype."""
+        y = x.astype(self.dtype) @ self.weight[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table [V, D], read by row; also an output head, as the product with its rows."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        *,
+        key: jax.Array,
+        axes: tuple[str | None, str | None] = ("vocab", "embed"),
+        std: float = 0.02,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+    ):
+        """Draws the table from N(0, std^2)."""
+        self.dtype = as_dtype(dtype)
+        table_VD = std * jax.random.normal(key, (vocab_size, width), as_dtype(param_dtype))
+        self.weight = nnx.Param(table_VD, axes=axes)
+
+    def __call__(self, ids: Int[Array, "*_"]) -> Float[Array, "*_ D"]:
+        """Looks ids up; an id outside the table is clamped to it."""
+        return self.weight[...].at[ids].get(mode="clip").astype(self.dtype)
+
+    def attend(self, x: Float[Array, "*_ D"], start: int = 0, size: int | None = None) -> Float[Array, "*_ V"]:
+        """fp32 scores of `x` against rows `start : start + size` of the table (`None`: to the end)."""
+        table_VD = self.weight[...]
+        if start or size is not None:
+            stop = table_VD.shape[0] if size is None else start + size
+            table_VD = jax.lax.slice_in_dim(table_VD, start, stop)
+        return jnp.einsum(
+            "...d,vd->...v", x.astype(self.dtype), table_VD.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a learned scale (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, *, eps: float, axes: tuple[str | None] = ("embed",), param_dtype: str = "float32"):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), as_dtype(param_dtype)), axes=axes)
+
+    def __call__(self, x: Float[Array, "*_ D"]) -> Float[Array, "*_ D"]:
+        """Normalises the last axis with fp32 statistics; the result has x's dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with a learned scale and, with `bias`, a learned shift (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(
+        self, width: int, *, eps: float, bias: bool, axes: tuple[str | None] = ("embed",), param_dtype: str = "float32"
+    ):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), as_dtype(param_dtype)), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((width,), as_dtype(param_dtype)), axes=axes) if bias else None
+
+    def __call__(self, x: Float[Array, "*_ D"]) -> Float[Array, "*_ D"]:
+        """Normalises the last axis with fp32 statistics; the result has x's dtype."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(jnp.float32)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def make_norm(kind: str, width: int, *, eps: float, bias: bool, param_dtype: str) -> RMSNorm | LayerNorm:
+    """The norm that a config names: "rms" or "layer"; `bias` is for layer norm only.
+
+    Raises:
+      UserError: for any other name.
+    """
+    if kind == "rms":
+        return RMSNorm(width, eps=eps, param_dtype=param_dtype)
+    if kind == "layer":
+        return LayerNorm(width, eps=eps, bias=bias, param_dtype=param_dtype)
+    raise UserError(f"unknown norm {kind!r}.{suggest(kind, NORMS)}")
+
+
+def dropout(x: Float[Array, "*_"], rate: float, key: jax.Array | None) -> Float[Array, "*_"]:
+    """Zeroes a fraction `rate` of x and scales up the rest; without a key, or at rate 0, x is returned as it is.
+
+    Sixteen random bits decide each element, which halves the cost of drawing them and keeps the rate to 1e-5.
+    """
+    if key is None or rate == 0.0:
+        return x
+    threshold = round(rate * 65536)
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= jnp.uint16(threshold)
+    return jnp.where(keep, x / (1.0 - threshold / 65536), jnp.zeros_like(x))
+
+
+# ---------------------------------------------------------------------------------------------- rotary positions
+
+
+def rotary_table(
+    positions_BL3: Int[Array, "B L 3"], dims: Sequence[int], head_dim: int, theta: float
+) -> tuple[Float[Array, "B L H/2"], Float[Array, "B L H/2"]]:
+    """fp32 (cos, sin) of the angles of rotary positions with several axes.
+
+    Axis a of a position turns `dims[a] / 2` pairs of dimensions, pair j by `position * theta^(-2 j / dims[a])`
+    (Su et al. 2021, arXiv:2104.09864; divided among axes as in Qwen2-VL, arXiv:2409.12191). Pairs that no axis takes
+    are not turned. Computed once per batch and shared by all layers.
+
+    Args:
+      positions_BL3: (t, row, column) of each token.
+      dims: even number of head dimensions for each of the three axes; their sum is at most head_dim.
+      head_dim: H.
+      theta: base of the geometric series of wavelengths.
+    """
+    angles = []
+    for axis, size in enumerate(dims):
+        wave_P = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / max(size, 1))
+        angles.append(positions_BL3[..., axis, None].astype(jnp.float32) * wave_P)
+    rest = (head_dim - sum(dims)) // 2
+    angles.append(jnp.zeros((*positions_BL3.shape[:-1], rest), jnp.float32))
+    angles_BLP = jnp.concatenate(angles, axis=-1)
+    return jnp.cos(angles_BLP), jnp.sin(angles_BLP)
+
+
+def rotate(
+    x_BLNH: Float[Array, "B L N H"], table: tuple[Float[Array, "B L H/2"], Float[Array, "B L H/2"]]
+) -> Float[Array, "B L N H"]:
+    """Turns pair (i, i + H/2) of each head by its angle: "rotate half"; interleaved weights need a permutation."""
+    cos_BL1P, sin_BL1P = (t[:, :, None, :] for t in table)
+    a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos_BL1P - b * sin_BL1P, b * cos_BL1P + a * sin_BL1P], axis=-1).astype(x_BLNH.dtype)

@@ -1,0 +1,349 @@
+"""Batches of NumPy arrays from a source: the position in the run goes in, a batch comes out, nothing is remembered.
+
+Shape suffixes: B rows of the batch on this host, H height, W width, L codes of one image.
+
+Global position p decides everything about an example: which record (`order.Order`), which of its captions, and every
+random number of its augmentation. A batch is `batch_size` consecutive positions, of which a host loads its `rows`. So
+the only state is how many examples have been drawn, resuming is exact, and the number of hosts changes nothing.
+
+Images take this way: `Dataset.range` over batches -> one call that fetches all records of a batch -> image by image,
+in parallel: decode and ops -> batch. What is not an image goes around TensorFlow, and a source without images never
+loads it. A thread of ours runs ahead of the consumer and calls `host_fn`.
+"""
+
+import os
+import queue
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.data import ops as ops_lib
+from imagegpt_jax.data.images import decode_image, sniff
+from imagegpt_jax.data.mixture import Mixture
+from imagegpt_jax.data.order import Order, hash_positions
+from imagegpt_jax.data.sources import Source
+
+Batch = dict[str, np.ndarray]
+
+# Batch key -> key of the record it is made from.
+COLUMNS = {"image": "image", "caption": "captions", "label": "label", "codes": "codes"}
+# What keeps the random numbers of different uses apart (order.py uses (seed, source, epoch)).
+_CAPTION, _AUGMENT = 1 << 40, 1 << 41
+_AHEAD = 2
+
+
+class Batches:
+    """An iterator of batches; `position` is its only state.
+
+    A batch is a dict, with the keys the source has records for:
+
+        "image"     what the ops make, float32 [B, H, W, 3] after value_range, else uint8
+        "caption"   object [B] of str: one caption of the record, chosen by position; "" if it has none
+        "label"     int32 [B]; -1 if the record has none
+        "codes"     int32 [B, L]
+        "id"        object [B] of str
+        "position"  int64 [B], global
+        "mask"      bool [B], False for the rows that fill up the last batch
+
+    Arrays may be read-only. Rows that fill up the last batch repeat the last example.
+
+    Attributes:
+      position: global examples drawn so far, by all hosts together; what a checkpoint keeps.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        ops: str = "decode|value_range(-1,1)",
+        batch_size: int,
+        seed: int = 0,
+        position: int = 0,
+        rows: slice | Sequence[int] | None = None,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        host_fn: Callable[[Batch], Any] | None = None,
+        columns: Sequence[str] | None = None,
+    ):
+        """Prepares to iterate; reading begins with the first `next`.
+
+        Args:
+          source: see `sources.open_source`.
+          ops: op string for the images; not looked at if there are none.
+          batch_size: global rows of a batch.
+          seed: of order, captions and augmentation.
+          position: where to begin: 0, or what `position` was.
+          rows: the rows of the global batch that this host loads; all by default.
+          shuffle: a new order every epoch, with mixture weights; else the order of the source, one part after another.
+          epochs: how often to go through len(source) examples; forever by default.
+          host_fn: called with every batch ahead of time, in a thread; what it returns is what the iterator gives.
+          columns: which of "image", "caption", "label", "codes" to make; by default all that the source has.
+
+        Raises:
+          UserError: for a wrong op string, batch size or column.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} should be 1 or more.")
+        row_B = (
+            np.arange(batch_size)[rows if isinstance(rows, slice) else np.asarray(rows)] if rows is not None else None
+        )
+        has = _columns(source)
+        wanted = tuple(columns) if columns is not None else has
+        for name in wanted:
+            if name not in COLUMNS:
+                raise ValueError(f"columns has {name!r}, known are {', '.join(COLUMNS)}")
+            if name not in has:
+                raise UserError(f"{source.name} has no {name}, only {', '.join(has)}: choose another data set.")
+        parts, weights = (source.sources, source.weights) if isinstance(source, Mixture) else ([source], None)
+        order = Order([len(s) for s in parts], weights, seed=seed, shuffle=shuffle)
+        self.position = position
+        self._end = None if epochs is None else epochs * len(source)
+        self._batch_size = batch_size
+        self._reader = _Reader(
+            source=source,
+            order=order,
+            ops=ops_lib.parse(ops) if "image" in wanted else [],
+            row_B=np.arange(batch_size) if row_B is None else row_B,
+            batch_size=batch_size,
+            seed=seed,
+            start=position,
+            end=self._end,
+            columns=wanted,
+            host_fn=host_fn,
+        )
+        self._ahead: _Ahead | None = None
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch.
+
+        Raises:
+          UserError: for an image that cannot be read, naming it.
+        """
+        if self._ahead is None:
+            self._ahead = _Ahead(self._reader.batches)
+            weakref.finalize(self, self._ahead.stop)
+        batch = self._ahead.get()
+        self.position += self._batch_size
+        if self._end is not None:
+            self.position = min(self.position, self._end)
+        return batch
+
+    def close(self) -> None:
+        """Stops reading ahead; done as well when the iterator is no longer referenced."""
+        if self._ahead is not None:
+            self._ahead.stop()
+
+
+def _columns(source: Source) -> tuple[str, ...]:
+    """What the source can fill, judged by the first record of each part: images and codes if all have them."""
+    parts = source.sources if isinstance(source, Mixture) else [source]
+    keys = [set(part.__getitems__([0])[0]) for part in parts]
+    some, every = set.union(*keys), set.intersection(*keys)
+    return tuple(n for n, key in COLUMNS.items() if key in (every if n in ("image", "codes") else some))
+
+
+class _Reader:
+    """Makes the batches. Apart from `Batches`, so that the thread that reads ahead does not keep that one alive."""
+
+    def __init__(self, **settings: Any):
+        self.source: Source = settings["source"]
+        self.order: Order = settings["order"]
+        self.ops: list[ops_lib.Op] = settings["ops"]
+        self.row_B: np.ndarray = settings["row_B"]
+        self.batch_size: int = settings["batch_size"]
+        self.seed: int = settings["seed"]
+        self.start: int = settings["start"]
+        self.end: int | None = settings["end"]
+        self.columns: tuple[str, ...] = settings["columns"]
+        self.host_fn: Callable[[Batch], Any] | None = settings["host_fn"]
+        self.failed: dict[int, Exception] = {}
+        self.fetched: dict[int, Batch] = {}  # what goes around TensorFlow, by number of the batch
+
+    def batches(self) -> Iterator[Any]:
+        host_fn = self.host_fn or (lambda batch: batch)
+        if "image" not in self.columns:
+            for number in self._numbers():
+                yield host_fn(self._batch(number, self._records(number)))
+            return
+        for number, images_BHWC in enumerate(self._images()):
+            yield host_fn({"image": images_BHWC, **self.fetched.pop(number)})
+
+    def _numbers(self) -> range:
+        """Numbers of the batches, counted from the start of this iterator."""
+        left = 2**62 if self.end is None else max(0, self.end - self.start)
+        return range(-(-left // self.batch_size))
+
+    def _positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Global positions of the rows of a batch, and which of them count."""
+        position_B = self.start + number * self.batch_size + self.row_B
+        return position_B, np.ones(position_B.shape, bool) if self.end is None else position_B < self.end
+
+    def _records(self, number: int) -> list[dict[str, Any]]:
+        position_B, mask_B = self._positions(number)
+        if self.end is not None:
+            position_B = np.where(mask_B, position_B, self.end - 1)
+        return self.source.__getitems__(self.order(position_B).tolist())
+
+    def _batch(self, number: int, records: list[dict[str, Any]]) -> Batch:
+        """All of a batch but the images."""
+        position_B, mask_B = self._positions(number)
+        batch: Batch = {"id": _objects([r["id"] for r in records]), "position": position_B, "mask": mask_B}
+        if "caption" in self.columns:
+            choice_B = hash_positions(position_B, self.seed, _CAPTION)
+            texts = (r.get("captions") or [""] for r in records)
+            batch["caption"] = _objects([c[int(choice) % len(c)] for c, choice in zip(texts, choice_B, strict=True)])
+        if "label" in self.columns:
+            batch["label"] = np.array([r.get("label", -1) for r in records], np.int32)
+        if "codes" in self.columns:
+            codes = [np.asarray(r["codes"], np.int32) for r in records]
+            if len({len(c) for c in codes}) > 1:
+                raise UserError(f"{self.source.name} has code grids of several sizes: mix only sets of one tokenizer.")
+            batch["codes"] = np.stack(codes)
+        return batch
+
+    # ------------------------------------------------------------------ images, by tf.data
+
+    def _images(self) -> Iterator[np.ndarray]:
+        tf = ops_lib.import_tf()
+        threads = os.cpu_count() or 1
+        rows = len(self.row_B)
+        # A change of range is the same for every pixel: for a whole batch at once it costs least.
+        *per_image, last = self.ops
+        ranged = last.name == "value_range"
+        process = ops_lib.build(per_image if ranged else self.ops)
+
+        def fetch(number: Any) -> tuple[Any, Any, Any]:
+            data, image_format, seed = tf.numpy_function(
+                self._fetch, [number], [tf.string, tf.int32, tf.int64], stateful=True
+            )
+            data.set_shape([rows])
+            image_format.set_shape([rows])
+            seed.set_shape([rows, 2])
+            return data, image_format, seed
+
+        numbers = self._numbers()
+        dataset = tf.data.Dataset.range(numbers.start, numbers.stop)
+        dataset = dataset.map(fetch, num_parallel_calls=_AHEAD).prefetch(_AHEAD).unbatch()
+        dataset = dataset.map(process, num_parallel_calls=threads, deterministic=True)
+        dataset = dataset.batch(rows, drop_remainder=True)
+        if ranged:
+            dataset = dataset.map(lambda images: ops_lib.OPS["value_range"](**last.arguments)(images, None))
+        options = tf.data.Options()
+        options.deterministic = True
+        options.autotune.enabled = False
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+        dataset = dataset.prefetch(_AHEAD).with_options(options)
+        number = 0
+        iterator = dataset.as_numpy_iterator()
+        while True:
+            try:
+                images = next(iterator)
+            except StopIteration:
+                return
+            except tf.errors.OpError as e:
+                raise self._explain(number, process, e) from e
+            yield images
+            number += 1
+
+    def _fetch(self, number: np.int64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Encoded images, formats and int64 [B, 2] seeds of a batch; the rest of it is kept for `batches`."""
+        try:
+            records = self._records(int(number))
+            batch = self._batch(int(number), records)
+            data = [r["image"] for r in records]
+        except Exception as e:
+            self.failed[int(number)] = e  # TensorFlow would pass on no more than its text
+            raise
+        self.fetched[int(number)] = batch
+        hash_B = hash_positions(batch["position"], self.seed, _AUGMENT)
+        seeds_B2 = np.stack([hash_B.view(np.int64), np.zeros_like(batch["position"])], axis=1)
+        return _objects(data), np.array([sniff(d) for d in data], np.int32), seeds_B2
+
+    def _explain(self, number: int, process: Callable[..., Any], error: Exception) -> Exception:
+        """Finds which record of a batch that failed is to blame: by doing them again, one by one."""
+        if number in self.failed:
+            return self.failed[number]
+        tf = ops_lib.import_tf()
+        shapes = {}
+        for record in self._records(number):
+            name = f"image {record['id']!r} of {self.source.name}"
+            try:
+                decode_image(record["image"])
+                image = process(record["image"], tf.constant(sniff(record["image"])), tf.zeros(2, tf.int64))
+                shapes.setdefault(tuple(image.shape), name)
+            except ValueError as e:
+                return UserError(f"{name} is {e}: replace or remove it.")
+            except tf.errors.OpError as e:
+                return UserError(f"{name} cannot be processed ({_reason(e)}): replace it, or change the ops.")
+        if len(shapes) > 1:
+            (a, first), (b, second), *_ = shapes.items()
+            return UserError(
+                f"the ops {'|'.join(op.name for op in self.ops)!r} leave images of different sizes ({first}: {a[0]} x"
+                f" {a[1]}, {second}: {b[0]} x {b[1]}): add resize or a crop."
+            )
+        return error
+
+
+def _reason(error: Exception) -> str:
+    text = str(getattr(error, "message", error)).strip()
+    text = re.sub(r".*Summarized data:|\{\{.*?\}\}|\[Op:\w+\].*|\bb'|'$", " ", text.replace("\n", " ").strip())
+    return " ".join(text.split())[:300]
+
+
+def _objects(items: Sequence[Any]) -> np.ndarray:
+    out = np.empty(len(items), object)
+    out[:] = items
+    return out
+
+
+class _Ahead:
+    """Runs an iterator in a thread, up to `_AHEAD` items ahead; its exceptions come out of `get`."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]):
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(_AHEAD)
+        self._stopped = threading.Event()
+        self._last: tuple[str, Any] | None = None
+        self._thread = threading.Thread(target=self._run, args=(make,), daemon=True, name="batches")
+        self._thread.start()
+
+    def _run(self, make: Callable[[], Iterator[Any]]) -> None:
+        try:
+            for item in make():
+                if not self._put(("item", item)):
+                    return
+            self._put(("end", None))
+        except BaseException as e:  # shown where the batch is asked for
+            self._put(("error", e))
+
+    def _put(self, entry: tuple[str, Any]) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def get(self) -> Any:
+        if self._stopped.is_set():
+            raise StopIteration
+        kind, value = self._last or self._queue.get()
+        if kind == "item":
+            return value
+        self._last = (kind, value)
+        if kind == "error":
+            raise value
+        raise StopIteration
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=10)  # a thread inside TensorFlow while Python exits would crash it

@@ -1,0 +1,169 @@
+"""`open_source("kind:argument,option=value")`: every data set by one line of text, and what a source is.
+
+    emoji:train                            the built-in set: train, validation, heldout_style or all; res=32,
+                                           styles=noto+twemoji, captions=name or keywords
+    folder:/path                           images with captions or classes (see folder.py)
+    array_record:/path                     a folder made by tools/pack_dataset.py, or a pattern of its files
+    tokens:/path                           token shards made by imagegpt_jax.encode
+    tfds:coco_captions,split=train         a TFDS set prepared as array_record; data_dir=/path
+    0.7*emoji:train + 0.3*folder:/path     a mixture; without weights, in proportion to size
+
+A record is a dict: "id" (str), and as the set has them "image" (encoded bytes), "captions" (list of str), "label"
+(int), "codes" (int32 [length]) with "grid" (rows, columns).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.data.mixture import Mixture
+
+
+class Source(Protocol):
+    """Random access to records. Implementations are safe to call from several threads."""
+
+    @property
+    def name(self) -> str:
+        """The spec that opens it, or nearly so."""
+        ...
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels; may be empty."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the content does."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of records."""
+        ...
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Records by their numbers, in the order asked for."""
+        ...
+
+
+def _emoji(split: str, res: int = 32, styles: str = "", captions: str = "name") -> Source:
+    from imagegpt_jax.data import emoji
+
+    return emoji.EmojiSource(split, res=res, styles=styles.split("+") if styles else emoji.STYLES, captions=captions)
+
+
+def _folder(path: str) -> Source:
+    from imagegpt_jax.data.folder import FolderSource
+
+    return FolderSource(path)
+
+
+def _array_record(path: str) -> Source:
+    from imagegpt_jax.data.shards import ShardSource
+
+    return ShardSource(path)
+
+
+def _tokens(path: str) -> Source:
+    from imagegpt_jax.data.shards import ShardSource
+
+    return ShardSource(path, kind="tokens")
+
+
+def _tfds(name: str, split: str = "", data_dir: str = "") -> Source:
+    if not split:
+        raise UserError(f"tfds:{name} needs a split: write tfds:{name},split=train.")
+    from imagegpt_jax.data.tfds_source import TfdsSource
+
+    return TfdsSource(name, split=split, data_dir=data_dir or None)
+
+
+# Kind -> (how it is opened, its options and their types, an example).
+KINDS: dict[str, tuple[Callable[..., Source], dict[str, type], str]] = {
+    "emoji": (_emoji, {"res": int, "styles": str, "captions": str}, "emoji:train"),
+    "folder": (_folder, {}, "folder:/path/to/images"),
+    "array_record": (_array_record, {}, "array_record:/path/to/packed"),
+    "tokens": (_tokens, {}, "tokens:/path/to/token/shards"),
+    "tfds": (_tfds, {"split": str, "data_dir": str}, "tfds:coco_captions,split=train"),
+}
+
+
+def open_source(spec: str, *, require: str | None = None) -> Source:
+    """Opens a data set, or a mixture of several.
+
+    Args:
+      spec: see the top of this file.
+      require: "captions", "label", "image" or "codes" if the caller cannot do without.
+
+    Raises:
+      UserError: for a misspelt kind, option or split, a data set that is missing, empty or unfinished, or one without
+        what is required.
+    """
+    parts = [p.strip() for p in re.split(r"\s\+\s", spec)]
+    weights: list[float | None] = []
+    texts: list[str] = []
+    for part in parts:
+        weight, star, rest = part.partition("*")
+        if star and ":" not in weight:
+            try:
+                weights.append(float(weight))
+            except ValueError:
+                raise UserError(
+                    f"{weight.strip()!r} in data {spec!r} is not a number: write 0.7*{rest.strip()}."
+                ) from None
+            texts.append(rest.strip())
+        else:
+            weights.append(None)
+            texts.append(part)
+    if len({w is None for w in weights}) > 1:
+        raise UserError(f"data {spec!r} gives weights to some of its parts only: give one to each, or to none.")
+    sources = [_open_one(text) for text in texts]
+    given = [w for w in weights if w is not None]
+    source = sources[0] if len(sources) == 1 else Mixture(sources, given or None)
+    if require:
+        for part in sources:
+            _check(part, require)
+    return source
+
+
+def _open_one(spec: str) -> Source:
+    kind, colon, rest = spec.partition(":")
+    examples = ", ".join(example for _, _, example in KINDS.values())
+    if kind not in KINDS:
+        if not colon or "/" in kind:
+            near = suggest(kind, KINDS)
+            hint = near if near.startswith(" Did") else f" For a folder of images write folder:{spec}."
+            raise UserError(f"data {spec!r} does not say what kind it is.{hint} Examples: {examples}.")
+        raise UserError(f"unknown kind of data {kind!r} in {spec!r}.{suggest(kind, KINDS)} Examples: {examples}.")
+    opener, types, example = KINDS[kind]
+    argument, *options = re.split(r",(?=\w+=)", rest)  # a path may hold commas
+    if not argument:
+        raise UserError(f"data {spec!r} lacks what comes after {kind}: write for example {example}.")
+    values: dict[str, Any] = {}
+    for option in options:
+        key, _, text = option.partition("=")
+        if key not in types:
+            known = suggest(key, types) if types else f" {kind} takes none."
+            raise UserError(f"data {spec!r} has an unknown option {key!r}.{known}")
+        try:
+            values[key] = types[key](text)
+        except ValueError:
+            raise UserError(f"data {spec!r}: {key}={text!r} is not a whole number.") from None
+    return opener(argument, **values)
+
+
+def _check(source: Source, what: str) -> None:
+    """Raises UserError if records lack `what`; a source that knows better than its first record says so itself."""
+    if hasattr(source, "require"):
+        source.require(what)  # type: ignore[attr-defined]
+    record = source.__getitems__([0])[0]
+    if what not in record:
+        have = ", ".join(k for k in record if k not in ("id", "grid")) or "nothing else"
+        advice = {
+            "captions": "captions are needed here: use a data set with captions",
+            "label": "class labels are needed here: use a data set with classes",
+            "image": "images are needed here: use a data set of images",
+            "codes": "token shards are needed here: make them with python -m imagegpt_jax.encode",
+        }[what]
+        raise UserError(f"{source.name} has no {what} (its records hold {have}); {advice}.")

@@ -147,8 +147,17 @@ class GPT(nnx.Module):
             length=jnp.zeros((batch,) if per_row else (), jnp.int32),
         )
 
+    def unstack(self) -> "GPT":
+        """The same decoder with its blocks in a list: made once before a decoding loop, it keeps the loop from cutting
+        every layer's parameters out of the stacked ones at each step. It has no use for `scan`."""
+        gpt = jax.tree.map(lambda x: x, self)
+        gpt.blocks = nnx.List(self.unstacked_blocks())
+        return gpt
+
     def unstacked_blocks(self) -> list[Block]:
         """The blocks one by one. The gradient of the split is one concatenation, not a sum of padded slices."""
+        if isinstance(self.blocks, nnx.List):
+            return list(self.blocks)
         parts = jax.tree.map(lambda x: jax.lax.split(x, (1,) * self.config.depth), self.blocks)
         leaves, treedef = jax.tree.flatten(self.blocks)
         columns = zip(*treedef.flatten_up_to(parts), strict=True) if leaves else ()
@@ -244,11 +253,12 @@ class GPT(nnx.Module):
         segments_BS = write(cache.segments_BS[..., None], segments_BL[..., None], length)[..., 0]
         cache = dataclasses.replace(cache, segments_BS=segments_BS)
         mask_BLS = cache_mask(cache, segments_BL)
-        layer_caches = []
+        pairs = []
         for block, keys, values in zip(self.unstacked_blocks(), cache.keys, cache.values, strict=True):
-            x_BLD, layer_cache = block(x_BLD, rotary, mask_BLS, condition_BD, (keys, values), length)
-            layer_caches.append(layer_cache)
-        return x_BLD, Cache(*zip(*layer_caches, strict=True), segments_BS, length + x_BLD.shape[1])
+            x_BLD, pair = block(x_BLD, rotary, mask_BLS, condition_BD, (keys, values), length)
+            pairs.append(pair)
+        keys, values = zip(*pairs, strict=True)
+        return x_BLD, Cache(keys, values, segments_BS, length + x_BLD.shape[1])
 
 
 def plain_sequence(ids_BL: Int[Array, "B L"]) -> Sequence:

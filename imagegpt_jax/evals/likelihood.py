@@ -5,7 +5,7 @@ Shapes: B batch, L length, V vocabulary.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,14 @@ from imagegpt_jax.evals import common
 
 # Values of the `kind` column of a packed batch (see `data/packing.py`).
 KINDS = {"text": 1, "image": 2}
-# What `nll` may read of a packed batch.
-COLUMNS = ("tokens", "positions", "segments", "targets", "weights", "kind", "mask")
+# The columns of a packed batch.
+COLUMNS = ("tokens", "positions", "segments", "targets", "weights", "kind", "condition", "mask")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _measure(nll: Callable[..., Any], vocab_size: int, params: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
-    nll_BL = nll(params, {name: batch[name] for name in batch if name != "mask"}).astype(jnp.float32)
+def _measure(score: Callable[..., Any], vocab_size: int, params: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
+    nll_BL, targets_BL = score(params, {name: batch[name] for name in batch if name != "mask"})
+    nll_BL = nll_BL.astype(jnp.float32)
     weights_BL = jnp.where(batch["mask"][:, None], batch["weights"], 0.0)
     out: dict[str, Any] = {"loss": (jnp.sum(nll_BL * weights_BL, axis=1), jnp.sum(weights_BL, axis=1))}
     for name, kind in KINDS.items():
@@ -39,21 +40,23 @@ def _measure(nll: Callable[..., Any], vocab_size: int, params: Any, batch: dict[
 
 
 def evaluate(
-    nll: Callable[[Any, dict[str, jax.Array]], jax.Array],
+    score: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]],
     params: Any,
     batches: Iterable[Mapping[str, np.ndarray]],
     vocab_size: int,
     mesh: Mesh,
+    columns: Sequence[str] = COLUMNS,
 ) -> dict[str, float]:
     """Scores the predictions of a whole split.
 
     Args:
-      nll: pure function (params, packed batch) -> negative log-likelihood [B, L] in nats. Give the same function object
-        every time: the compiled program is kept with it.
+      score: pure function (params, packed batch) -> (negative log-likelihood in nats, the targets it is of), both
+        [B, L]. Give the same function object every time: the compiled program is kept with it.
       params: its first argument.
       batches: packed batches (`data/packing.py`) of this process's rows, every example once, with `mask`.
       vocab_size: number of token ids.
       mesh: devices to run on.
+      columns: the columns of a batch that go to the device, if `score` reads others than a packed batch has.
 
     Returns:
       `loss`, the weighted mean in nats that training minimises; for text and image targets that count in the loss,
@@ -66,7 +69,7 @@ def evaluate(
     """
     means = {name: common.Mean() for name in ("loss", *KINDS)}
     counts = {name: np.zeros(vocab_size, np.int64) for name in KINDS}
-    for out in common.outputs(functools.partial(_measure, nll, vocab_size), params, batches, COLUMNS, mesh):
+    for out in common.outputs(functools.partial(_measure, score, vocab_size), params, batches, columns, mesh):
         for name, mean in means.items():
             total_B, weight_B = out[name]
             mean.add({name: total_B / np.maximum(weight_B, 1e-30)}, weight_B)

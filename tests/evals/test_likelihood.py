@@ -18,7 +18,7 @@ def mesh():
 
 
 def _unigram(logits_V, batch):
-    return -jnp.take(jax.nn.log_softmax(logits_V), batch["targets"])
+    return -jnp.take(jax.nn.log_softmax(logits_V), batch["targets"]), batch["targets"]
 
 
 def _batch(targets, kind, weights, mask=None):
@@ -31,6 +31,7 @@ def _batch(targets, kind, weights, mask=None):
         "targets": targets,
         "weights": np.asarray(weights, np.float32),
         "kind": np.asarray(kind, np.int8),
+        "condition": np.zeros(len(targets), np.int32),
         "mask": rows,
     }
 
@@ -56,7 +57,9 @@ def test_the_best_unigram_model_scores_exactly_the_control(mesh):
 
 
 def test_weights_zero_and_masked_rows_do_not_count(mesh):
-    nll = lambda params, batch: batch["targets"].astype(jnp.float32)  # noqa: E731
+    def nll(params, batch):
+        return batch["targets"].astype(jnp.float32), batch["targets"]
+
     batches = [
         _batch([[1, 2, 9], [3, 4, 9]], [[1, 2, 2], [1, 2, 0]], [[0.5, 2, 0], [0.5, 2, 0]]),
         _batch([[5, 6, 9], [8, 8, 8]], [[1, 2, 2], [1, 2, 2]], [[0.5, 2, 0], [1, 1, 1]], mask=[True, False]),
@@ -72,3 +75,15 @@ def test_weights_zero_and_masked_rows_do_not_count(mesh):
 def test_nothing_to_score_is_an_error(mesh):
     with pytest.raises(UserError, match="empty"):
         likelihood.evaluate(_unigram, jnp.zeros(VOCAB), [], VOCAB, mesh)
+
+
+def test_targets_may_be_made_on_the_device(mesh):
+    """As where images are encoded within the program: then the batch's own targets are placeholders."""
+
+    def score(params, batch):
+        targets_BL = batch["positions"][..., 0]
+        return jnp.ones(targets_BL.shape), targets_BL
+
+    batch = _batch([[0, 0, 0, 0]], [[2, 2, 2, 2]], [[1, 1, 1, 1]])
+    batch["positions"][..., 0] = [1, 2, 3, 4]
+    assert likelihood.evaluate(score, 0.0, [batch], VOCAB, mesh)["unigram_image_bits_per_token"] == pytest.approx(2.0)

@@ -30,12 +30,7 @@ def _measure(score: Callable[..., Any], vocab_size: int, params: Any, batch: dic
     for name, kind in KINDS.items():
         scored_BL = (batch["kind"] == kind) & (weights_BL > 0)
         out[name] = (jnp.sum(jnp.where(scored_BL, nll_BL, 0.0), axis=1), jnp.sum(scored_BL, axis=1))
-        counts_V = (
-            jnp.zeros(vocab_size, jnp.int32)
-            .at[batch["targets"].reshape(-1)]
-            .add(scored_BL.reshape(-1).astype(jnp.int32))
-        )
-        out[f"{name}_counts_V"] = counts_V
+        out[f"{name}_counts_V"] = jnp.zeros(vocab_size, jnp.int32).at[targets_BL].add(scored_BL.astype(jnp.int32))
     return out
 
 

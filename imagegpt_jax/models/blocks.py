@@ -22,15 +22,14 @@ class MLP(nnx.Module):
     def __init__(self, config: GPTConfig, *, key: jax.Array):
         up_key, gate_key, down_key = jax.random.split(key, 3)
         shared: dict[str, Any] = {"bias": config.bias, "dtype": config.dtype, "param_dtype": config.param_dtype}
-        wide = dict(axes=("embed", "mlp"), **shared)
-        std = layers.fan_in_std(config.mlp_width) * config.residual_scale
-        self.up = layers.Linear(config.width, config.mlp_width, key=up_key, **wide)
+        width, mlp_width = config.width, config.mlp_width
+        std = layers.fan_in_std(mlp_width) * config.residual_scale
+        self.up = layers.Linear(width, mlp_width, key=up_key, axes=("embed", "mlp"), **shared)
         if config.mlp == "swiglu":
-            self.gate = layers.Linear(config.width, config.mlp_width, key=gate_key, **wide)
+            self.gate = layers.Linear(width, mlp_width, key=gate_key, axes=("embed", "mlp"), **shared)
         else:
             self.gate = nnx.data(None)
-        narrow: dict[str, Any] = {"axes": ("mlp", "embed"), "std": std, **shared}
-        self.down = layers.Linear(config.mlp_width, config.width, key=down_key, **narrow)
+        self.down = layers.Linear(mlp_width, width, key=down_key, axes=("mlp", "embed"), std=std, **shared)
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the mlp, before the residual."""

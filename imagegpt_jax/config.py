@@ -5,7 +5,9 @@ that describes a module becomes a frozen dataclass by `to_dataclass`, which reje
 """
 
 import dataclasses
+import importlib.util
 import json
+import pathlib
 import types
 import typing
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from imagegpt_jax.cli import UserError, suggest
 T = TypeVar("T")
 
 # Keys that change what is shown or kept, never what is computed: they may differ when a run is continued.
-HARMLESS = ("log_every", "eval_every", "sample_every", "eval_batches", "sampling", "checkpoint", "steps")
+HARMLESS = ("log_every", "eval_every", "sample_every", "eval_batches", "sampling", "checkpoint")
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -56,6 +58,16 @@ def choose(what: str, name: str, table: Mapping[str, T]) -> T:
     if name not in table:
         raise UserError(f"unknown {what} {name!r}.{suggest(name, table)} All: {', '.join(table)}.")
     return table[name]
+
+
+def sibling(config_file: str, name: str) -> types.ModuleType:
+    """Imports the config file `name` that lies beside `config_file`, wherever the program is run from."""
+    path = pathlib.Path(config_file).with_name(name)
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def to_dataclass(cls: type[T], mapping: Mapping[str, Any]) -> T:
@@ -117,24 +129,32 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def save(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes `config.json` into the workdir, or checks the one that is there.
+def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Checks that a workdir is new, or holds a run of this config.
 
     Raises:
-      UserError: if the workdir holds a run of another config.
+      UserError: if it holds a run of another config, or something that is not a run.
     """
-    path = epath.Path(workdir) / "config.json"
+    folder = epath.Path(workdir)
+    path = folder / "config.json"
     if path.exists():
         changes = diff(json.loads(path.read_text()), to_dict(config))
         if changes:
             raise UserError(
-                f"{path.parent} holds a run of another config ({'; '.join(changes[:6])}"
-                f"{'; ...' if len(changes) > 6 else ''}): choose another --workdir, or give the same config to continue."
+                f"{folder} holds a run of another config ({'; '.join(changes[:6])}{'; ...' if len(changes) > 6 else ''}):"
+                " choose another --workdir, or give the same config to continue."
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / "config.json.tmp"
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no workdir of a run: choose another --workdir, or an empty folder.")
+
+
+def save(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Writes `config.json` into the workdir, whole or not at all."""
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n")
-    temporary.rename(path)
+    temporary.replace(folder / "config.json")
 
 
 def load(workdir: epath.PathLike) -> ConfigDict:

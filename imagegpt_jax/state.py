@@ -80,7 +80,7 @@ def merge(graphdef: Any, params: Params) -> Any:
 
 def network(construct: Constructor) -> Network:
     """Describes a network without allocating anything: `construct(key)` is only traced."""
-    abstract = jax.eval_shape(construct, jax.random.key(0))
+    abstract = jax.eval_shape(construct, jax.eval_shape(jax.random.key, 0))
     graphdef, variables = nnx.split(abstract)
     axes = jax.tree.map(
         lambda v: tuple(getattr(v, "axes", None) or (None,) * len(v.shape)),
@@ -136,14 +136,25 @@ def init(
     key: jax.Array,
     *,
     frozen: Sequence[str] = (),
+    frozen_networks: Sequence[str] = (),
     ema: Sequence[str] = (),
 ) -> TrainState:
-    """Builds the first TrainState; a pure function, to be run under `init_sharded` or `jax.eval_shape`."""
+    """Builds the first TrainState; a pure function, to be run under `init_sharded` or `jax.eval_shape`.
+
+    Args:
+      networks: name -> network.
+      optimizers: name -> optimizer, for the networks that are trained.
+      stats: see `TrainState.stats`.
+      key: PRNG key.
+      frozen: patterns of parameter paths that are not trained.
+      frozen_networks: networks of which nothing is trained.
+      ema: networks that keep a moving average.
+    """
     trainable: dict[str, Params] = {}
     held: dict[str, Params] = {}
     for i, (name, net) in enumerate(sorted(networks.items())):
         _, params = split(net.construct(jax.random.fold_in(key, i)))
-        trainable[name], held[name] = partition(params, frozen)
+        trainable[name], held[name] = partition(params, [".*"] if name in frozen_networks else frozen)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,

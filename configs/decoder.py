@@ -1,0 +1,124 @@
+"""Stage 2, the decoder over text and image tokens: `--config=configs/decoder.py:size=emoji[,res=32]`.
+
+Sizes:
+  test             seconds on a laptop: for tests; encodes images with an untrained tokenizer
+  emoji            the demo: captions to 32 px emoji on two CPU cores
+  B L XL XXL 3B    LlamaGen's class-conditional shapes (arXiv:2406.06525): ImageNet at 256 px, 256 codes of 16384
+"""
+
+from ml_collections import ConfigDict
+
+from imagegpt_jax.config import choose, parse_arg, sibling
+
+# Of models.gpt_config.GPTConfig.
+MODELS = {
+    "test": {"depth": 2, "heads": 2, "width": 32, "mlp_width": 64},
+    "emoji": {"depth": 5, "heads": 4, "width": 256, "mlp_width": 704},
+    "B": {"depth": 12, "heads": 12, "width": 768, "mlp_width": 2048},
+    "L": {"depth": 24, "heads": 16, "width": 1024, "mlp_width": 2816},
+    "XL": {"depth": 36, "heads": 20, "width": 1280, "mlp_width": 3584},
+    "XXL": {"depth": 48, "heads": 24, "width": 1536, "mlp_width": 4096},
+    "3B": {"depth": 24, "heads": 32, "width": 3200, "mlp_width": 8704},
+}
+# Tokenizer size, resolution, run length and cadence of the small sizes.
+RUNS = {
+    "test": {"tokenizer": "test", "res": 16, "steps": 8, "batch_size": 8, "log": 2, "evaluate": 4, "save": 2},
+    "emoji": {"tokenizer": "emoji", "res": 32, "steps": 1000, "batch_size": 64, "log": 20, "evaluate": 500, "save": 500},
+}
+# 300 epochs of ImageNet at batch 256.
+LLAMAGEN = {"tokenizer": "vq16", "res": 256, "steps": 1_500_000, "batch_size": 256, "log": 100, "evaluate": 10_000,
+            "save": 5_000}  # fmt: skip
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config of a size; `res` = 0 takes the size's own resolution."""
+    args = parse_arg(arg, size="emoji", res=0)
+    model = choose("size", args.size, MODELS)
+    run = RUNS.get(args.size, LLAMAGEN)
+    small = args.size in RUNS
+    res = args.res or run["res"]
+    config = ConfigDict()
+    config.task = "decoder"
+    config.seed = 0
+    config.steps = run["steps"]
+    config.batch_size = run["batch_size"]
+    config.eval_batch_size = run["batch_size"]
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+
+    # --- Image tokenizer: workdir of stage 1; "" is an untrained one, drawn with `seed`, of the shape below.
+    config.tokenizer = ""
+    config.untrained_tokenizer = sibling(__file__, "tokenizer.py").get_config(f"size={run['tokenizer']},res={res}")
+    downsample = {"test": 4, "emoji": 4, "vq16": 16}[run["tokenizer"]]
+
+    # --- Data: images that are encoded within the step, or `tokens:DIR` made by `imagegpt_jax.encode`.
+    config.data = {
+        "train": f"emoji:train,res={res}" if small else "tfds:imagenet2012,split=train",
+        "validation": f"emoji:validation,res={res}" if small else "tfds:imagenet2012,split=validation",
+        "train_ops": config.untrained_tokenizer.data.eval_ops,
+        "eval_ops": config.untrained_tokenizer.data.eval_ops,
+        "grid": (res // downsample, res // downsample),  # rows and columns of codes
+        "use_labels": not small,  # whether the class is a token before the text
+        "text_tokenizer": "",  # folder of a tokenizer; "" trains one on the captions of `train`
+        "text_vocab_size": 1024,
+        "text_tokenizer_examples": 100_000,  # captions it is trained on
+        "text_length": 16 if small else 1,  # length of the text region; longer captions are cut
+        "text_weight": 0.1 if small else 0.0,  # loss weights of text and image targets
+        "image_weight": 1.0,
+        "guidance_dropout": 0.1,  # share of sequences without their text, for classifier-free guidance
+        "image_to_text": 0.0,  # share of sequences turned around: captioning
+    }
+
+    # --- Network.
+    config.model = {
+        **model,
+        "kv_heads": 0,
+        "head_dim": 0,
+        "norm": "rms",
+        "norm_eps": 1e-5,
+        "mlp": "swiglu",
+        "bias": False,
+        "position": "rope",
+        "rope_theta": 10000.0,
+        "rotary_dims": (),
+        "max_length": 0,
+        "qk_norm": small,
+        "tie_embeddings": False,
+        "token_dropout": 0.0 if small else 0.1,
+        "residual_dropout": 0.0 if small else 0.1,
+        "mlp_dropout": 0.0 if small else 0.1,
+        "attention_dropout": 0.0,
+        "target_positions": False,
+        "feature_width": 0,
+        "feature_length": 0,
+        "conditioning": "prefix",
+        "remat": "none" if small else "full",
+        "scan": not small,
+        "dtype": "float32" if small else "bfloat16",
+        "param_dtype": "float32",
+    }
+    config.frozen = ()  # patterns of parameter paths that are not trained
+
+    # --- Optimizer.
+    config.optim = {
+        "name": "muon" if args.size == "emoji" else "adamw",
+        "lr": 4e-3 if args.size == "emoji" else 1e-4,
+        "schedule": "cosine" if small else "constant",
+        "warmup_steps": 20 if args.size == "emoji" else 0,
+        "final_lr_ratio": 0.05,
+        "b1": 0.9,
+        "b2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.05,
+        "clip_norm": 1.0,
+    }
+    config.ema_decay = 0.99 if small else 0.0  # 0 = off
+
+    # --- Sampling: defaults of the sampling binary and of evaluations.
+    config.sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 3.0 if small else 2.0}
+    config.sample_prompts = ("noto emoji of red heart", "twemoji emoji of dog face", "fluent emoji of pizza") if small else ()
+
+    # --- Cadence, in steps.
+    config.log_every = run["log"]
+    config.eval_every = run["evaluate"]
+    config.checkpoint = {"every": run["save"], "keep": 0 if small else 3}
+    return config

@@ -1,0 +1,127 @@
+"""Stage 1, the image tokenizer: `--config=configs/tokenizer.py:size=emoji[,res=32]`.
+
+Sizes:
+  test    seconds on a laptop: for tests
+  emoji   the demo: 32 px emoji on two CPU cores, 64 codes an image
+  vq16    LlamaGen VQ-16 (arXiv:2406.06525): 256 px, 16 pixels per code, 71.9 M parameters
+  vq8     LlamaGen VQ-8: 256 px, 8 pixels per code
+"""
+
+from ml_collections import ConfigDict
+
+from imagegpt_jax.config import choose, parse_arg
+
+# Of models.vq.VQConfig; `quantizer` of models.quantizers.QuantizerConfig.
+MODELS = {
+    "test": {"stem_patch": 4, "base_width": 16, "width_mults": (1,), "encoder_blocks": 1, "decoder_blocks": 1,
+             "attention_levels": (), "mid_attention": False, "z_channels": 16, "norm_groups": 4},
+    "emoji": {"stem_patch": 4, "base_width": 128, "width_mults": (1,), "encoder_blocks": 2, "decoder_blocks": 3,
+              "attention_levels": (), "mid_attention": False, "z_channels": 128, "norm_groups": 8},
+    "vq16": {"stem_patch": 1, "base_width": 128, "width_mults": (1, 1, 2, 2, 4), "encoder_blocks": 2,
+             "decoder_blocks": 3, "attention_levels": (4,), "mid_attention": True, "z_channels": 256, "norm_groups": 32},
+    "vq8": {"stem_patch": 1, "base_width": 128, "width_mults": (1, 2, 2, 4), "encoder_blocks": 2,
+            "decoder_blocks": 3, "attention_levels": (3,), "mid_attention": True, "z_channels": 256, "norm_groups": 32},
+}  # fmt: skip
+QUANTIZERS = {
+    "test": {"num_codes": 64, "code_dim": 8, "revival_steps": 8},
+    "emoji": {"num_codes": 512, "code_dim": 8, "revival_steps": 64},
+    "vq16": {"num_codes": 16384, "code_dim": 8, "revival_steps": 0},
+    "vq8": {"num_codes": 16384, "code_dim": 8, "revival_steps": 0},
+}
+# Run length and cadence: steps, batch, and how often to log, evaluate and save.
+RUNS = {
+    "test": {"res": 16, "steps": 8, "batch_size": 8, "log": 2, "evaluate": 4, "save": 2},
+    "emoji": {"res": 32, "steps": 1000, "batch_size": 32, "log": 20, "evaluate": 500, "save": 500},
+    # 40 epochs of ImageNet at batch 128.
+    "vq16": {"res": 256, "steps": 400_000, "batch_size": 128, "log": 100, "evaluate": 5_000, "save": 2_500},
+    "vq8": {"res": 256, "steps": 400_000, "batch_size": 128, "log": 100, "evaluate": 5_000, "save": 2_500},
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config of a size; `res` = 0 takes the size's own resolution."""
+    args = parse_arg(arg, size="emoji", res=0)
+    run = choose("size", args.size, RUNS)
+    small = args.size in ("test", "emoji")
+    res = args.res or run["res"]
+    config = ConfigDict()
+    config.task = "tokenizer"
+    config.seed = 0
+    config.steps = run["steps"]
+    config.batch_size = run["batch_size"]
+    config.eval_batch_size = 64 if small else run["batch_size"]
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+
+    # --- Data: where from, and what is done to a picture, in order.
+    train, evaluation = f"decode|random_resized_crop({res})|flip_lr", f"decode|resize_small({res})|central_crop({res})"
+    config.data = {
+        "train": f"emoji:train,res={res}" if small else "tfds:imagenet2012,split=train",
+        "validation": f"emoji:validation,res={res}" if small else "tfds:imagenet2012,split=validation",
+        "train_ops": ("decode|flip_lr" if small else train) + "|value_range(-1,1)",
+        "eval_ops": ("decode" if small else evaluation) + "|value_range(-1,1)",
+    }
+
+    # --- Networks.
+    config.model = {
+        "in_channels": 3,
+        **MODELS[args.size],
+        "conv_impl": "auto",
+        "remat": False,
+        "dtype": "float32" if small else "bfloat16",
+        "param_dtype": "float32",
+        "quantizer": {
+            "kind": "vq",
+            **QUANTIZERS[args.size],
+            "l2_normalize": True,
+            "commitment_weight": 0.25,
+            "codebook_weight": 1.0,
+            "entropy_weight": 0.0,
+            "entropy_temperature": 0.01,
+            "chunk_codes": 16384,
+        },
+    }
+    config.discriminator = {
+        "in_channels": 3,
+        "base_width": 16 if small else 64,
+        "num_layers": 2 if small else 3,
+        "norm": "batch",
+        "norm_groups": 8,
+        "dtype": "float32" if small else "bfloat16",
+        "param_dtype": "float32",
+    }
+    config.frozen = ()  # patterns of parameter paths that are not trained
+
+    # --- Losses. The demo is scored by PSNR, so it leaves the discriminator out: gan_start = -1 is "never".
+    config.loss = {
+        "l1": 0.0,
+        "l2": 1.0,
+        "lpips": 0.0 if small else 1.0,
+        "lpips_weights": "",
+        "gan": 0.5,
+        "gan_kind": "hinge",
+        "gan_start": {"test": 4, "emoji": -1}.get(args.size, 20_000),
+        "adaptive": args.size == "test",
+    }
+
+    # --- Optimizers.
+    config.optim = {
+        "name": "muon" if args.size == "emoji" else "adam",
+        "lr": 4e-3 if args.size == "emoji" else 1e-4,
+        "schedule": "cosine" if small else "constant",
+        "warmup_steps": 20 if args.size == "emoji" else 0,
+        "final_lr_ratio": 0.01,
+        "b1": 0.9,
+        "b2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+    }
+    config.discriminator_optim = config.optim.copy_and_resolve_references()
+    config.discriminator_optim.name = "adam"
+    config.ema_decay = 0.99 if small else 0.999  # 0 = off
+
+    # --- Cadence, in steps.
+    config.log_every = run["log"]
+    config.eval_every = run["evaluate"]
+    config.checkpoint = {"every": run["save"], "keep": 0 if small else 3}
+    return config

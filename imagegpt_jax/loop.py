@@ -1,0 +1,176 @@
+"""The only training loop, shared by all stages.
+
+It knows a stage by the names its task module has: `setup`, `phase`, `init_state`, `train_step`, `batches`, `evaluate`,
+`save_assets`, `SHOWN`; where a batch must be made on the device first, `prepare_batch`; and where frozen networks come
+from another run, `load_frozen`. One compiled step per phase; metrics stay on the
+device and those of an interval are fetched after the next step has been dispatched.
+"""
+
+import functools
+import time
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from imagegpt_jax import checkpoint, metrics, sharding
+from imagegpt_jax import config as config_lib
+from imagegpt_jax import state as state_lib
+
+
+def run(task: ModuleType, config: ConfigDict, workdir: epath.PathLike) -> state_lib.TrainState:
+    """Trains a stage to `config.steps`, from the newest checkpoint of the workdir if there is one.
+
+    Args:
+      task: module of the stage, such as `imagegpt_jax.tasks.tokenizer`.
+      config: its config.
+      workdir: folder for checkpoints, logs and pictures.
+
+    Returns:
+      The last TrainState.
+
+    Raises:
+      UserError: for a config, data set or workdir that cannot work; before any step, leaving nothing behind.
+    """
+    # --- Everything a person can get wrong, before devices and files.
+    config_lib.check_workdir(config, workdir)
+    setup = task.setup(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.batch_size, mesh)
+
+    with jax.set_mesh(mesh):
+        # --- State: born sharded, or restored onto the same shardings.
+        make = functools.partial(task.init_state, setup)
+        state, layout = state_lib.init_sharded(make, setup.networks, mesh, config.seed)
+        config_lib.save(config, workdir)
+        task.save_assets(setup, workdir)
+        checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
+        position = 0
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            state, position = restored
+        elif hasattr(task, "load_frozen"):
+            state = task.load_frozen(setup, state, layout)
+        first = int(state.step)
+        writer = metrics.Writer(workdir, first)
+        try:
+            state = _train(task, setup, mesh, state, layout, first, position, checkpoints, writer)
+        finally:
+            checkpoints.close()
+            writer.close()
+    return state
+
+
+def _train(
+    task: ModuleType,
+    setup: Any,
+    mesh: jax.sharding.Mesh,
+    state: state_lib.TrainState,
+    layout: state_lib.TrainState,
+    first: int,
+    position: int,
+    checkpoints: checkpoint.Checkpoints,
+    writer: metrics.Writer,
+) -> state_lib.TrainState:
+    config = setup.config
+    last = config.steps
+    rows = sharding.host_rows(mesh, config.batch_size)
+    batches = task.batches(setup, "train", batch_size=config.batch_size, position=position, rows=rows)
+    stream = iter(batches)
+    steps = Steps(task, setup, mesh, layout)
+    clock = metrics.Throughput()
+    totals: metrics.Totals | None = None
+    pending: tuple[int, metrics.Totals] | None = None
+    chatty = jax.process_index() == 0
+    bar = tqdm(total=last, initial=first, desc=config.task, unit="step", disable=not chatty, mininterval=1.0)
+
+    def write(step: int, finished: metrics.Totals) -> None:
+        values = {f"train/{k}": v for k, v in metrics.fetch(finished).items()}
+        writer.scalars(step, values)
+        writer.scalars(step, clock.read(), file="timing")
+        bar.set_postfix({k: f"{values[f'train/{k}']:.4g}" for k in task.SHOWN if f"train/{k}" in values}, refresh=False)
+
+    for step in range(first + 1, last + 1):
+        # --- Dispatch one step.
+        started = time.perf_counter()
+        batch = sharding.put_batch(next(stream), mesh)
+        clock.add("data_wait", time.perf_counter() - started)
+        phase = task.phase(setup, step - 1)
+        if totals is None:
+            totals = steps.zeros(phase, state, batch)
+        state, totals = steps(phase, state, totals, batch)
+        clock.count(config.batch_size)
+        bar.update()
+
+        # --- Metrics of the interval before, while this step runs.
+        if pending is not None:
+            write(*pending)
+            pending = None
+        if step % config.log_every == 0 or step == last or task.phase(setup, step) != phase:
+            pending, totals = (step, totals), None
+
+        # --- Evaluations and checkpoints.
+        started = time.perf_counter()
+        if step == last or (config.eval_every and step % config.eval_every == 0):
+            scalars, images = task.evaluate(setup, state, mesh)
+            writer.scalars(step, scalars)
+            writer.images(step, images)
+            clock.add("evaluation", time.perf_counter() - started)
+        started = time.perf_counter()
+        if checkpoints.due(step, last):
+            checkpoints.save(step, state, batches.position)
+            clock.add("checkpoint", time.perf_counter() - started)
+    if pending is not None:
+        write(*pending)
+    bar.close()
+    batches.close()
+    return state
+
+
+class Steps:
+    """The compiled steps of a task, one per phase.
+
+    Args:
+      task: module of the stage.
+      setup: its static part.
+      mesh: the devices.
+      layout: shardings of the state.
+    """
+
+    def __init__(self, task: ModuleType, setup: Any, mesh: jax.sharding.Mesh, layout: state_lib.TrainState):
+        self._task, self._setup = task, setup
+        self._layout, self._whole = layout, sharding.replicated(mesh)
+        self._shapes: dict[str, Any] = {}
+        self.compiled: dict[str, Any] = {}
+
+    def _values(self, phase: str, state: state_lib.TrainState, batch: Any) -> Any:
+        prepare = getattr(self._task, "prepare_batch", None)
+        if prepare is not None:
+            batch = prepare(self._setup, state, batch)
+        return self._task.train_step(self._setup, phase, state, batch)
+
+    def _step(self, phase: str, state: state_lib.TrainState, totals: metrics.Totals, batch: Any) -> Any:
+        state, values = self._values(phase, state, batch)
+        return state, metrics.merge(totals, values)
+
+    def zeros(self, phase: str, state: state_lib.TrainState, batch: Any) -> metrics.Totals:
+        """Empty totals of a phase, laid out as the step returns them (so that the step compiles once)."""
+        if phase not in self._shapes:
+            _, self._shapes[phase] = jax.eval_shape(functools.partial(self._values, phase), state, batch)
+        return jax.tree.map(lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), self._whole), self._shapes[phase])
+
+    def __call__(
+        self, phase: str, state: state_lib.TrainState, totals: metrics.Totals, batch: Any
+    ) -> tuple[state_lib.TrainState, metrics.Totals]:
+        """Runs one step; the state and the totals given in are donated."""
+        if phase not in self.compiled:
+            self.compiled[phase] = jax.jit(
+                functools.partial(self._step, phase),
+                donate_argnums=(0, 1),
+                out_shardings=(self._layout, self._whole),
+            )
+        return self.compiled[phase](state, totals, batch)

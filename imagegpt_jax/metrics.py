@@ -1,0 +1,158 @@
+"""Metrics: what a step reports, where it is written, and how fast the run goes.
+
+A step returns a dict of clu metrics (mergeable totals that stay on the device); the loop merges them and fetches the
+totals once per logging interval. Values that follow from the config alone go to `metrics.jsonl`, so that two runs of one
+command can be compared byte for byte; clock readings go to `timing.jsonl`. Both go to TensorBoard.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics as clu_metrics
+from etils import epath
+
+Totals = dict[str, clu_metrics.Metric]
+
+
+def mean(values: jax.Array, weights: jax.Array | None = None) -> clu_metrics.Average:
+    """The (weighted) mean of an array, over everything it is merged with."""
+    values = jnp.asarray(values, jnp.float32)
+    if weights is None:
+        return clu_metrics.Average(total=values.sum(), count=jnp.asarray(values.size, jnp.float32))
+    return clu_metrics.Average(total=(values * weights).sum(), count=weights.sum().astype(jnp.float32))
+
+
+@flax.struct.dataclass
+class Entropy(clu_metrics.Metric):
+    """Entropy in bits of the empirical distribution of ids: what the best unigram model of this data would score.
+
+    Attributes:
+      counts_V: occurrences of each id.
+    """
+
+    counts_V: jax.Array
+
+    def merge(self, other: "Entropy") -> "Entropy":
+        """Adds the counts."""
+        return self.replace(counts_V=self.counts_V + other.counts_V)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def compute(self) -> jax.Array:
+        """Entropy in bits."""
+        p = self.counts_V / jnp.maximum(self.counts_V.sum(), 1)
+        return -jnp.sum(jnp.where(p > 0, p * jnp.log2(jnp.where(p > 0, p, 1)), 0))
+
+
+@flax.struct.dataclass
+class UsedShare(clu_metrics.Metric):
+    """Share of the codes that occurred at all.
+
+    Attributes:
+      counts_V: occurrences of each code.
+    """
+
+    counts_V: jax.Array
+
+    def merge(self, other: "UsedShare") -> "UsedShare":
+        """Adds the counts."""
+        return self.replace(counts_V=self.counts_V + other.counts_V)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def compute(self) -> jax.Array:
+        """Between 0 and 1."""
+        return jnp.mean(self.counts_V > 0)
+
+
+def merge(totals: Totals, step: Totals) -> Totals:
+    """Adds one step's metrics to the totals."""
+    return {name: totals[name].merge(step[name]) for name in step}
+
+
+def fetch(totals: Totals) -> dict[str, float]:
+    """Waits for the totals and computes their values: the one host sync of a logging interval."""
+    host = jax.device_get(totals)
+    return {name: float(metric.compute()) for name, metric in host.items()}
+
+
+class Writer:
+    """Writes scalars and pictures of one run; on processes other than the first it does nothing.
+
+    Args:
+      workdir: the run's folder.
+      resume_step: lines of later steps, left by a run that was cut off, are dropped.
+    """
+
+    def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        from clu import metric_writers  # imports TensorFlow
+
+        self._workdir = epath.Path(workdir)
+        self._board = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+        self._files = {}
+        for name in ("metrics", "timing"):
+            path = self._workdir / f"{name}.jsonl"
+            old = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in old if _step_of(line) <= resume_step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+            self._files[name] = path.open("a")
+
+    def scalars(self, step: int, values: Mapping[str, float], file: str = "metrics") -> None:
+        """Writes a line {"step": ..., name: value, ...}; `file` is "metrics" or "timing"."""
+        if self._active:
+            line = {"step": step, **{k: float(v) for k, v in values.items()}}
+            self._files[file].write(json.dumps(line) + "\n")
+            self._files[file].flush()
+            self._board.write_scalars(step, dict(values))
+
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures, uint8 [n, H, W, 3], to TensorBoard."""
+        if self._active and images:
+            self._board.write_images(step, dict(images))
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self._active:
+            self._board.close()
+            for file in self._files.values():
+                file.close()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62  # the torn last line of a run that was killed
+
+
+class Throughput:
+    """Clock of the loop: examples per second since the last reading, and what share of the time went elsewhere."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._examples = 0
+        self._waited = {"data_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Counts time that was not spent in training steps."""
+        self._waited[kind] += seconds
+
+    def count(self, examples: int) -> None:
+        """Counts trained examples."""
+        self._examples += examples
+
+    def read(self) -> dict[str, Any]:
+        """Readings since the last call."""
+        now = time.perf_counter()
+        seconds = max(now - self._last, 1e-9)
+        steps = seconds - self._waited["evaluation"] - self._waited["checkpoint"]
+        out = {"timing/examples_per_second": self._examples / max(steps, 1e-9), "timing/seconds": now - self._start}
+        out |= {f"timing/{kind}_share": spent / seconds for kind, spent in self._waited.items()}
+        self._last, self._examples = now, 0
+        self._waited = dict.fromkeys(self._waited, 0.0)
+        return out

@@ -1,0 +1,402 @@
+"""Stage 2: a GPT over one sequence of text and image tokens.
+
+Trains on token shards made by `imagegpt_jax.encode`, or on images that a frozen tokenizer encodes within the step.
+
+Shapes: B batch, T text region, N image codes, L sequence, D model width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from imagegpt_jax import checkpoint, losses, metrics, optim, sharding
+from imagegpt_jax import config as config_lib
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import to_dataclass
+from imagegpt_jax.data import order, packing, pipeline, sources
+from imagegpt_jax.data import ops as ops_lib
+from imagegpt_jax.data import text as text_lib
+from imagegpt_jax.evals import likelihood
+from imagegpt_jax.models import gpt
+from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.state import Network, TrainState
+from imagegpt_jax.tasks import tokenizer as tokenizer_task
+
+# Shown beside the progress bar.
+SHOWN = ("loss", "image_bits_per_token", "unigram_image_bits_per_token")
+# Keep the draws of guidance dropout and direction apart from each other and from the pipeline's.
+_DROP, _DIRECTION = 1 << 42, 1 << 43
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """The static part of the stage.
+
+    Attributes:
+      config: the run's config.
+      model: shape of the decoder.
+      layout: token space and sequence layout.
+      text: text tokenizer.
+      labels: class names, may be empty.
+      networks: "decoder", and "tokenizer" where images are encoded within the step.
+      optimizers: of "decoder".
+      tokenizer: the image tokenizer's static part.
+      sources: split -> opened source; empty for inference.
+    """
+
+    config: ConfigDict
+    model: GPTConfig
+    layout: packing.Layout
+    text: text_lib.TextTokenizer
+    labels: tuple[str, ...]
+    networks: dict[str, Network]
+    optimizers: dict[str, optax.GradientTransformation]
+    tokenizer: tokenizer_task.Setup
+    sources: dict[str, Any]
+
+    @property
+    def space(self) -> packing.TokenSpace:
+        """The one vocabulary."""
+        return self.layout.space
+
+
+def tokenizer_config(config: ConfigDict) -> ConfigDict:
+    """Config of the image tokenizer that a decoder's config names; "" is an untrained one, seeded by `config.seed`."""
+    if config.tokenizer:
+        found = config_lib.load(config.tokenizer)
+        if found.task != "tokenizer":
+            raise UserError(f"config.tokenizer={config.tokenizer} holds a {found.task}: give a tokenizer's workdir.")
+        return found
+    untrained = ConfigDict(config.untrained_tokenizer.to_dict())
+    untrained.seed = config.seed
+    return untrained
+
+
+def _build(
+    config: ConfigDict, text: text_lib.TextTokenizer, labels: tuple[str, ...], opened: dict[str, Any], encode: bool
+) -> Setup:
+    data = config.data
+    image_tokenizer = tokenizer_task.setup_for_inference(tokenizer_config(config), config.tokenizer)
+    space = packing.TokenSpace(
+        text_vocab=text.vocab_size,
+        num_classes=len(labels) if data.use_labels else 0,
+        num_codes=image_tokenizer.model.quantizer.num_codes,
+    )
+    layout = packing.Layout(
+        space=space,
+        text_length=data.text_length,
+        grid=tuple(data.grid),
+        text_weight=data.text_weight,
+        image_weight=data.image_weight,
+    )
+    model = to_dataclass(GPTConfig, {**config.model.to_dict(), "vocab_size": space.vocab_size})
+    networks = {"decoder": state_lib.network(lambda key: gpt.GPT(model, key=key))}
+    optimizers = {"decoder": optim.make(config.optim, config.steps, networks["decoder"].axes)}
+    if encode:
+        networks["tokenizer"] = image_tokenizer.networks["generator"]
+    return Setup(config, model, layout, text, labels, networks, optimizers, image_tokenizer, opened)
+
+
+def setup(config: ConfigDict) -> Setup:
+    """Reads the config, opens the data, and reads or trains the text tokenizer.
+
+    Raises:
+      UserError: for a value that cannot work, or data that are not there.
+    """
+    data = config.data
+    for name in ("train_ops", "eval_ops"):
+        ops_lib.parse(data[name])
+    tokenizer_config(config)
+    needs = "label" if data.use_labels else "captions" if data.text_length else None
+    opened = {split: sources.open_source(data[split], require=needs) for split in ("train", "validation")}
+    if data.text_tokenizer:
+        text = text_lib.load_tokenizer(data.text_tokenizer)
+    else:
+        text = text_lib.train_tokenizer(_captions(opened["train"], data.text_tokenizer_examples), data.text_vocab_size)
+    encode = "codes" not in opened["train"].__getitems__([0])[0]
+    built = _build(config, text, opened["train"].label_names, opened, encode)
+    for split, source in opened.items():
+        _check_codes(built, split, source)
+    return built
+
+
+def setup_for_inference(config: ConfigDict, workdir: epath.PathLike) -> Setup:
+    """Like `setup` for a finished run: takes text tokenizer and class names from the workdir and opens no data."""
+    folder = epath.Path(workdir)
+    text = text_lib.load_tokenizer(folder / "text_tokenizer")
+    labels = tuple(json.loads((folder / "labels.json").read_text()))
+    return _build(config, text, labels, {}, encode=False)
+
+
+def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
+    """Keeps in the workdir what sampling needs beside config and checkpoints."""
+    folder = epath.Path(workdir)
+    setup.text.save(folder / "text_tokenizer")
+    (folder / "labels.json").write_text(json.dumps(setup.labels))
+
+
+def _captions(source: Any, limit: int) -> list[str]:
+    """All captions of at most `limit` records, evenly spread."""
+    indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source)), dtype=np.int64))
+    return [caption for record in source.__getitems__(indices.tolist()) for caption in record.get("captions", [])]
+
+
+def _check_codes(setup: Setup, split: str, source: Any) -> None:
+    """Raises UserError if token shards were made by a tokenizer of another shape, or images do not fit the grid."""
+    record = source.__getitems__([0])[0]
+    if "codes" not in record:
+        if "tokenizer" not in setup.networks:
+            raise UserError(f"config.data.{split} holds images and config.data.train token shards: encode both, or none.")
+        return
+    if "tokenizer" in setup.networks:
+        raise UserError(f"config.data.{split} holds token shards and config.data.train images: encode both, or none.")
+    grid = tuple(int(x) for x in record["grid"])
+    if grid != tuple(setup.layout.grid):
+        raise UserError(
+            f"the token shards {source.name} have a grid of {grid[0]} x {grid[1]} codes, and config.data.grid is"
+            f" {tuple(setup.layout.grid)}: set --config.data.grid={grid}."
+        )
+    made_with = getattr(source, "info", {}).get("num_codes", setup.space.num_codes)
+    if made_with != setup.space.num_codes:
+        raise UserError(
+            f"the token shards {source.name} hold codes of a codebook of {made_with}, and config.tokenizer ="
+            f" {setup.config.tokenizer!r} has {setup.space.num_codes}: give the tokenizer that made them."
+        )
+
+
+def phase(setup: Setup, step: int) -> str:
+    """There is one compiled step."""
+    del setup, step
+    return "train"
+
+
+def init_state(setup: Setup, key: jax.Array) -> TrainState:
+    """The first TrainState; pure. An untrained tokenizer is drawn here, a trained one is read by `load_frozen`."""
+    return state_lib.init(
+        setup.networks,
+        setup.optimizers,
+        {},
+        key,
+        frozen=setup.config.frozen,
+        frozen_networks=("tokenizer",),
+        ema=("decoder",) if setup.config.ema_decay else (),
+    )
+
+
+def load_frozen(setup: Setup, state: TrainState, layout: TrainState) -> TrainState:
+    """Puts the trained tokenizer's parameters into a new state."""
+    if "tokenizer" not in setup.networks:
+        return state
+    params = tokenizer_params(setup, layout.frozen["tokenizer"])
+    return dataclasses.replace(state, frozen={**state.frozen, "tokenizer": params})
+
+
+def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> state_lib.Params:
+    """Parameters of the image tokenizer: from its workdir, or those of the untrained one."""
+    make = functools.partial(tokenizer_task.init_state, setup.tokenizer)
+    key = jax.random.key(setup.tokenizer.config.seed)
+    if setup.config.tokenizer:
+        return checkpoint.load_params(
+            setup.config.tokenizer, jax.eval_shape(make, key), "generator", sharding=sharding_tree
+        )
+    draw = jax.jit(lambda key: make(key).params("generator"), out_shardings=sharding_tree)
+    return draw(key)
+
+
+def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: slice | None = None) -> Any:
+    """Packed batches of a split: shuffled and endless for "train", once and in order otherwise."""
+    data = setup.config.data
+    train = split == "train"
+    return pipeline.Batches(
+        setup.sources[split],
+        ops=data.train_ops if train else data.eval_ops,
+        batch_size=batch_size,
+        seed=setup.config.seed,
+        position=position,
+        rows=rows,
+        shuffle=train,
+        epochs=None if train else 1,
+        host_fn=functools.partial(pack, setup, train=train),
+    )
+
+
+def pack(setup: Setup, batch: dict[str, np.ndarray], *, train: bool) -> dict[str, np.ndarray]:
+    """Captions, labels and codes -> sequences. Guidance dropout and direction of an example depend on its position.
+
+    Where the batch holds images, the places of their codes are filled in by `prepare_batch`.
+    """
+    data, seed = setup.config.data, setup.config.seed
+    positions_B = batch["position"]
+    texts = setup.text.encode_batch([str(c) for c in batch["caption"]]) if "caption" in batch else None
+    codes_BN = batch.get("codes")
+    if codes_BN is None:
+        codes_BN = np.zeros((len(positions_B), setup.layout.num_codes), np.int32)
+    draws = {
+        name: order.hash_positions(positions_B, seed, use) / 2.0**64
+        for name, use in (("drop", _DROP), ("direction", _DIRECTION))
+    }
+    packed = setup.layout.pack(
+        texts if data.text_length else None,
+        batch["label"] if data.use_labels else None,
+        codes_BN,
+        (draws["direction"] < data.image_to_text) * packing.IMAGE_TO_TEXT if train else None,
+        (draws["drop"] < data.guidance_dropout) if train else None,
+    )
+    keep = {name: batch[name] for name in ("image", "mask", "position") if name in batch}
+    return packed | keep
+
+
+def _starts(layout: packing.Layout, tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where the first image target and the first text target of each sequence are (they differ by direction)."""
+    reverse_B = tokens_BL[:, 0] == layout.space.boi
+    image_B = jnp.where(reverse_B, 0, layout.text_length)
+    text_B = jnp.where(reverse_B, layout.num_codes + 1, 0)
+    return image_B, text_B
+
+
+def prepare_batch(setup: Setup, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Encodes the batch's images with the frozen tokenizer and puts their codes into the sequences."""
+    if "tokenizer" not in setup.networks:
+        return batch
+    return _encode_into(setup, state.frozen["tokenizer"], batch)
+
+
+def _encode_into(setup: Setup, params: state_lib.Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    module: Any = setup.networks["tokenizer"].module(params)
+    codes_Bhw = module.encode_codes(batch["image"])
+    if codes_Bhw.shape[1:] != tuple(setup.layout.grid):
+        raise UserError(
+            f"images of {batch['image'].shape[1]} x {batch['image'].shape[2]} pixels give {codes_Bhw.shape[1:]} codes, and"
+            f" config.data.grid is {tuple(setup.layout.grid)}: change one of them."
+        )
+    ids_BN = codes_Bhw.reshape(codes_Bhw.shape[0], -1) + setup.space.image_start
+    index_BN = _starts(setup.layout, batch["tokens"])[0][:, None] + jnp.arange(ids_BN.shape[1])
+    put = jax.vmap(lambda row, index, ids: row.at[index].set(ids))
+    return {
+        **batch,
+        "targets": put(batch["targets"], index_BN, ids_BN),
+        "tokens": put(batch["tokens"], index_BN + 1, ids_BN),
+    }
+
+
+def token_nll(setup: Setup, module: Any, batch: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+    """Negative log-likelihood in nats of each target [B, L]; 0 where there is none.
+
+    The kind of each target is known from its place, so each is scored among the ids of its own kind: an image code among
+    the codebook, a word among everything else. Only the places of that kind are multiplied with that part of the table.
+    """
+    layout = setup.layout
+    hidden_BLD = module(gpt.Sequence.from_batch(batch), key=key).hidden
+    image_B, text_B = _starts(layout, batch["tokens"])
+    nll_BL = jnp.zeros(batch["tokens"].shape, jnp.float32)
+    parts = [(packing.IMAGE, image_B, layout.num_codes, layout.image_ids)]
+    if layout.text_length:
+        parts.append((packing.TEXT, text_B, layout.text_length + 1, layout.text_ids))
+    for kind, start_B, count, (first_id, num_ids) in parts:
+        index_BM = start_B[:, None] + jnp.arange(count)
+        hidden_BMD = jnp.take_along_axis(hidden_BLD, index_BM[..., None], axis=1)
+        targets_BM = jnp.take_along_axis(batch["targets"], index_BM, axis=1) - first_id
+        scored_BM = jnp.take_along_axis(batch["kind"], index_BM, axis=1) == kind
+        logits_BMV = module.unembed(hidden_BMD, first_id, num_ids)
+        nll_BM, _ = losses.token_nll(logits_BMV, jnp.clip(targets_BM, 0, num_ids - 1))
+        nll_BM = jnp.where(scored_BM, nll_BM, 0.0)
+        nll_BL = jax.vmap(lambda row, index, nll: row.at[index].add(nll))(nll_BL, index_BM, nll_BM)
+    return nll_BL
+
+
+def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Any]:
+    """One optimizer step.
+
+    Args:
+      setup: the stage.
+      phase: "train".
+      state: before the step.
+      batch: packed sequences, see `data/packing.py`.
+
+    Returns:
+      (state after the step, metrics)
+    """
+    del phase
+    config, net, frozen = setup.config, setup.networks["decoder"], state.frozen["decoder"]
+    key = None
+    if any(config.model[f"{name}_dropout"] for name in ("token", "residual", "mlp", "attention")):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def loss_fn(params: state_lib.Params) -> tuple[jax.Array, jax.Array]:
+        nll_BL = token_nll(setup, net.module(state_lib.join(params, frozen)), batch, key)
+        weights_BL = batch["weights"]
+        return (nll_BL * weights_BL).sum() / jnp.maximum(weights_BL.sum(), 1.0), nll_BL
+
+    params = state.trainable["decoder"]
+    (loss, nll_BL), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, opt = setup.optimizers["decoder"].update(grads, state.opt["decoder"], params)
+    params = optax.apply_updates(params, updates)
+
+    values: metrics.Totals = {"loss": metrics.mean(loss), "gradient_norm": metrics.mean(optax.global_norm(grads))}
+    for name, kind in (("image", packing.IMAGE), ("text", packing.TEXT)):
+        scored_BL = (batch["kind"] == kind).astype(jnp.float32)
+        counts_V = jnp.zeros(setup.space.vocab_size).at[batch["targets"]].add(scored_BL)
+        values[f"{name}_bits_per_token"] = metrics.mean(nll_BL / jnp.log(2.0), scored_BL)
+        values[f"unigram_{name}_bits_per_token"] = metrics.Entropy(counts_V)
+    ema = {name: optim.update_ema(old, params, config.ema_decay, state.step) for name, old in state.ema.items()}
+    state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        trainable={**state.trainable, "decoder": params},
+        opt={**state.opt, "decoder": opt},
+        ema=ema,
+    )
+    return state, values
+
+
+def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
+    """Pure functions: "nll" of (parameters of "decoder", packed batch) -> [B, L] in nats."""
+    net = setup.networks["decoder"]
+
+    def nll(params: state_lib.Params, batch: dict[str, jax.Array]) -> jax.Array:
+        return token_nll(setup, net.module(params), batch)
+
+    return {"nll": nll}
+
+
+def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Scores the validation split; also samples a fixed grid of pictures for TensorBoard."""
+    config = setup.config
+    params = {"decoder": state.eval_params("decoder")}
+    columns = likelihood.COLUMNS
+    if "tokenizer" in setup.networks:
+        params["tokenizer"], columns = state.params("tokenizer"), (*columns, "image")
+    rows = sharding.host_rows(mesh, config.eval_batch_size)
+    scores = likelihood.evaluate(
+        _scorer(setup),
+        params,
+        batches(setup, "validation", batch_size=config.eval_batch_size, rows=rows),
+        setup.space.vocab_size,
+        mesh,
+        columns,
+    )
+    return {f"validation/{name}": value for name, value in scores.items()}, {}
+
+
+@functools.cache
+def _scorer(setup: Setup) -> Callable[..., Any]:
+    """The same function object every time, with which an evaluation keeps its compiled program."""
+    nll = predict_fns(setup)["nll"]
+
+    def score(params: dict[str, state_lib.Params], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        if "tokenizer" in setup.networks:
+            batch = _encode_into(setup, params["tokenizer"], batch)
+        return nll(params["decoder"], batch), batch["targets"]
+
+    return score

@@ -93,6 +93,7 @@ class Layout:
       grid: (rows, columns) of codes of a picture.
       text_weight: loss weight of text targets.
       image_weight: loss weight of image targets.
+      target_positions: also tell where the token stands that each token predicts (`GPTConfig.target_positions`).
     """
 
     space: TokenSpace
@@ -100,6 +101,7 @@ class Layout:
     grid: tuple[int, int]
     text_weight: float = 1.0
     image_weight: float = 1.0
+    target_positions: bool = False
 
     def __post_init__(self):
         if self.text_length < 0 or len(self.grid) != 2 or min(self.grid) < 1:
@@ -165,7 +167,8 @@ class Layout:
 
         Returns:
           tokens, targets, segments: int32 [B, L]; positions: int32 [B, L, 3]; weights: float32 [B, L]; kind: int8
-          [B, L], the kind of each *target*; condition: int32 [B], the class token, or padding (for adaptive norms).
+          [B, L], the kind of each *target*; condition: int32 [B], the class token, or padding (for adaptive norms);
+          with `target_positions` also those, int32 [B, L, 3].
 
         Raises:
           UserError: if codes do not fit the grid, or ids the token space.
@@ -211,7 +214,7 @@ class Layout:
                 row["kind"][count + 1 : end] = TEXT
         table = np.array([0.0, self.text_weight, self.image_weight], np.float32)
         out["weights"] = table[out["kind"]]
-        return out
+        return self._with_target_positions(out)
 
     def prompt(
         self,
@@ -234,7 +237,7 @@ class Layout:
             self._put_prefix({k: v[b] for k, v in out.items() if k != "condition"}, prefix)
             if len(prefix) and prefix[0] >= self.space.class_start:
                 out["condition"][b] = prefix[0]
-        return out
+        return self._with_target_positions(out)
 
     def caption_prompt(self, codes_BN: np.ndarray) -> dict[str, np.ndarray]:
         """The left part of `pack` for image -> text, up to <eoi>: tokens, segments [B, N + 2], positions, condition."""
@@ -246,7 +249,7 @@ class Layout:
         out["segments"][:] = SEGMENT
         out["positions"][:, 1:-1] = 1 + self.image_offsets()
         out["positions"][:, -1] = 1 + max(self.grid)
-        return out
+        return self._with_target_positions(out)
 
     # ------------------------------------------------------------------------------------------------------- parts
 
@@ -258,6 +261,16 @@ class Layout:
             "segments": np.full((batch, length), PADDING_SEGMENT, np.int32),
             "condition": np.full((batch,), self.space.pad, np.int32),
         }
+
+    def _with_target_positions(self, out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Adds, if wanted, the position of the next real token of each row; after the last it goes on by one."""
+        if self.target_positions:
+            out["target_positions"] = np.zeros_like(out["positions"])
+            for b, segments in enumerate(out["segments"]):
+                (real,) = np.nonzero(segments)
+                positions = out["positions"][b, real]
+                out["target_positions"][b, real] = np.concatenate([positions[1:], positions[-1:] + 1])
+        return out
 
     def _put_prefix(self, row: dict[str, np.ndarray], prefix: np.ndarray) -> None:
         """Writes class, text and <boi> into one row of text -> image."""

@@ -126,9 +126,13 @@ class GPT(nnx.Module):
             hidden_BLD = adapt(hidden_BLD, *modulate(self.modulation, condition_BD, 2))
         return Output(hidden_BLD, self.unembed(hidden_BLD), cache)
 
+    def output_table(self, start: int = 0, size: int | None = None) -> Float[Array, "V D"]:
+        """Rows of the output head for ids `start : start + size` (`None`: to the end)."""
+        return (self.embed if self.head is None else self.head).rows(start, size)
+
     def unembed(self, hidden: Float[Array, "*_ D"], start: int = 0, size: int | None = None) -> Float[Array, "*_ V"]:
         """fp32 logits of ids `start : start + size` (`None`: to the end) from final states."""
-        logits = (self.embed if self.head is None else self.head).attend(hidden, start, size)
+        logits = layers.score(hidden, self.output_table(start, size))
         return sharding.constrain(logits, ("batch", *("length",) * (logits.ndim - 2), "vocab"))
 
     def logits(self, ids_BL: Int[Array, "B L"], *, key: jax.Array | None = None) -> Float[Array, "B L V"]:

@@ -65,7 +65,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table [V, D], read by row; also an output head, as the product with its rows."""
+    """A table [V, D], read by row; its rows are also what an output head scores against."""
 
     def __init__(
         self,
@@ -87,15 +87,16 @@ class Embedding(nnx.Module):
         """Looks ids up; an id outside the table is clamped to it."""
         return self.weight[...].at[ids].get(mode="clip").astype(self.dtype)
 
-    def attend(self, x: Float[Array, "*_ D"], start: int = 0, size: int | None = None) -> Float[Array, "*_ V"]:
-        """fp32 scores of `x` against rows `start : start + size` of the table (`None`: to the end)."""
+    def rows(self, start: int = 0, size: int | None = None) -> Float[Array, "V D"]:
+        """Rows `start : start + size` of the table (`None`: to the end), in the compute dtype."""
         table_VD = self.weight[...]
-        if start or size is not None:
-            stop = table_VD.shape[0] if size is None else start + size
-            table_VD = jax.lax.slice_in_dim(table_VD, start, stop)
-        return jnp.einsum(
-            "...d,vd->...v", x.astype(self.dtype), table_VD.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        stop = table_VD.shape[0] if size is None else start + size
+        return jax.lax.slice_in_dim(table_VD, start, stop).astype(self.dtype)
+
+
+def score(x: Float[Array, "*_ D"], table_VD: Float[Array, "V D"]) -> Float[Array, "*_ V"]:
+    """fp32 scores of x against each row of a table: an output head."""
+    return jnp.einsum("...d,vd->...v", x.astype(table_VD.dtype), table_VD, preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nnx.Module):

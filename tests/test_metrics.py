@@ -1,0 +1,51 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagegpt_jax import metrics
+
+
+def test_means_merge_by_weight():
+    a = metrics.mean(jnp.asarray([1.0, 2.0]))
+    b = metrics.mean(jnp.asarray([10.0, 99.0]), jnp.asarray([1.0, 0.0]))
+    merged = metrics.merge({"x": a}, {"x": b})
+    np.testing.assert_allclose(metrics.fetch(merged)["x"], 13 / 3, rtol=1e-6)
+
+
+def test_entropy_is_that_of_all_ids_together():
+    a = metrics.Entropy(jnp.asarray([4.0, 0.0, 0.0, 0.0]))
+    b = metrics.Entropy(jnp.asarray([0.0, 4.0, 0.0, 0.0]))
+    assert metrics.fetch({"h": a})["h"] == 0.0
+    np.testing.assert_allclose(metrics.fetch(metrics.merge({"h": a}, {"h": b}))["h"], 1.0, rtol=1e-6)
+
+
+def test_used_share_counts_over_the_interval():
+    a, b = (metrics.UsedShare(jnp.asarray(c)) for c in ([1.0, 0, 0, 0], [0, 3.0, 0, 0]))
+    assert metrics.fetch({"u": a.merge(b)})["u"] == 0.5
+
+
+def test_metrics_stay_on_the_device_until_fetched():
+    with jax.transfer_guard_device_to_host("disallow"):
+        total = metrics.merge({"x": metrics.mean(jnp.ones(3))}, {"x": metrics.mean(jnp.ones(3))})
+    assert metrics.fetch(total) == {"x": 1.0}
+
+
+def test_writer_separates_clock_readings_and_drops_what_is_redone(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    for step in (1, 2, 3):
+        writer.scalars(step, {"train/loss": step / 2})
+        writer.scalars(step, {"timing/seconds": 1.0}, file="timing")
+    writer.images(3, {"grid": np.zeros((1, 4, 4, 3), np.uint8)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 4, "tr')  # torn by a kill
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()[:3]]
+    assert lines[2] == {"step": 3, "train/loss": 1.5}
+    assert "timing" not in (tmp_path / "metrics.jsonl").read_text()
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+    metrics.Writer(tmp_path, resume_step=2).close()
+    steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]

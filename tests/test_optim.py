@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from imagegpt_jax import optim
+from imagegpt_jax.cli import UserError
+
+
+def config(**changes):
+    base = {
+        "name": "adamw", "lr": 0.1, "schedule": "cosine", "warmup_steps": 2, "final_lr_ratio": 0.1, "b1": 0.9,
+        "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0,
+    }  # fmt: skip
+    return ConfigDict({**base, **changes})
+
+
+PARAMS = {"matrix": jnp.ones((3, 4, 5)), "bias": jnp.ones((3, 5)), "table": jnp.ones((6, 4))}
+AXES = {"matrix": ("embed", "mlp"), "bias": ("mlp",), "table": ("vocab", "embed")}  # the first two: 3 stacked layers
+
+
+def test_schedule_warms_up_and_decays():
+    rate = optim.schedule(config(), steps=12)
+    np.testing.assert_allclose([rate(0), rate(1), rate(2)], [0.05, 0.1 - 0.025, 0.1], rtol=0.4)
+    np.testing.assert_allclose(rate(2), 0.1, rtol=1e-6)
+    np.testing.assert_allclose(rate(7), 0.1 * (0.9 * 0.5 + 0.1), rtol=1e-6)
+    np.testing.assert_allclose(rate(12), 0.01, rtol=1e-6)
+    np.testing.assert_allclose(optim.schedule(config(schedule="constant", warmup_steps=0), 12)(0), 0.1)
+
+
+def test_wrong_values_are_named():
+    with pytest.raises(UserError, match="Did you mean 'cosine'"):
+        optim.schedule(config(schedule="cosin"), 12)
+    with pytest.raises(UserError, match="Did you mean 'muon'"):
+        optim.make(config(name="moun"), 12, AXES)
+    with pytest.raises(UserError, match="warmup_steps=12"):
+        optim.schedule(config(warmup_steps=12), 12)
+
+
+def test_only_matrices_decay():
+    tx = optim.make(config(weight_decay=0.5, schedule="constant", warmup_steps=0), 12, AXES)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["matrix"], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(updates["table"], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], 0.0)  # two dimensions, but one of them is the stack of layers
+
+
+def test_muon_orthogonalises_matrices_layer_by_layer():
+    tx = optim.make(config(name="muon", schedule="constant", warmup_steps=0), 12, AXES)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), PARAMS)
+    updates, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    for layer in range(3):
+        values = np.linalg.svd(np.asarray(updates["matrix"][layer]), compute_uv=False)
+        assert values.max() / values.min() < 2  # Newton-Schulz brings singular values near one another
+        raw = np.linalg.svd(np.asarray(grads["matrix"][layer]), compute_uv=False)
+        assert raw.max() / raw.min() > 2
+    # Embeddings are trained by Adam (with Nesterov momentum), whose first update is a multiple of the gradient's sign.
+    size = abs(float(updates["table"][0, 0]))
+    np.testing.assert_allclose(updates["table"], -size * np.sign(grads["table"]), rtol=1e-4)
+    # One update has the size of Adam's: root mean square 0.2 lr.
+    rms = float(jnp.sqrt(jnp.mean(updates["matrix"] ** 2)))
+    assert 0.1 * 0.2 * 0.5 < rms < 0.1 * 0.2 * 1.5
+
+
+def test_clipping_bounds_the_gradient():
+    tx = optim.make(config(name="sgd", b1=0.0, clip_norm=1.0, schedule="constant", warmup_steps=0, lr=1.0), 12, AXES)
+    grads = jax.tree.map(lambda p: 10 * jnp.ones_like(p), PARAMS)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon", "lion", "adafactor", "sgd"])
+def test_every_optimizer_descends(name):
+    tx = optim.make(config(name=name, lr=0.02, schedule="constant", warmup_steps=0), 50, AXES)
+    params, target = PARAMS, jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), PARAMS)
+
+    def loss(p):
+        return sum(jnp.mean((a - b) ** 2) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(target), strict=True))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    before = loss(params)
+    for _ in range(20):
+        params, state = step(params, state)
+    assert loss(params) < before
+
+
+def test_average_warms_up():
+    ema = optim.update_ema({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.99, jnp.asarray(0))
+    np.testing.assert_allclose(ema["w"], 0.9, rtol=1e-6)
+    ema = optim.update_ema({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.5, jnp.asarray(10_000))
+    np.testing.assert_allclose(ema["w"], 0.5, rtol=1e-6)

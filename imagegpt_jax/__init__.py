@@ -1,0 +1,32 @@
+"""Train image tokenizers and GPT-style decoders over text and image tokens in JAX, from a laptop CPU to TPU pods.
+
+    import imagegpt_jax as ig
+    tok = ig.load_tokenizer("runs/tokenizer")       # the --workdir of a training run
+    codes_BL = tok.encode(images_BHWC)              # uint8, or float in [-1, 1]
+    gpt = ig.load_decoder("runs/decoder")
+    images_BHWC = ig.generate(gpt, tok, ["a red bicycle"], seed=0, num_images=4)
+
+The names are imported when they are first used: importing the package starts nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imagegpt_jax.api import Decoder, Tokenizer, generate, load_decoder, load_tokenizer
+
+__all__ = ["Decoder", "Tokenizer", "generate", "load_decoder", "load_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names on first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    api = importlib.import_module("imagegpt_jax.api")
+    globals().update({public: getattr(api, public) for public in __all__})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__})

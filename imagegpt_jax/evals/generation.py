@@ -3,13 +3,15 @@
 Shapes: P prompts, S samples per prompt, H W C image, T thumbnail side.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
 from imagegpt_jax.cli import UserError
+from imagegpt_jax.data.order import Order
 
 THUMBNAIL = 16  # side of the box-filtered pictures that are compared, in pixels
+CHUNK = 256  # records read at once in the search for distinct ones
 
 
 def _box_weights(size: int, target: int) -> np.ndarray:
@@ -34,25 +36,30 @@ def derangement(count: int, seed: int) -> np.ndarray:
     return shifted
 
 
-def choose_distinct(keys: Sequence[Hashable], count: int, seed: int) -> np.ndarray:
-    """Chooses examples with different keys, in random order that depends on the seed alone.
+def choose_distinct(
+    keys_of: Callable[[Sequence[int]], Sequence[Hashable]], size: int, count: int, seed: int
+) -> np.ndarray:
+    """Chooses examples that show different things, in random order; reads no more of the data than it must.
 
     Args:
-      keys: what each example shows, such as its concept or caption.
+      keys_of: what the examples with these numbers show, such as their concepts or captions.
+      size: number of examples.
       count: how many to choose.
-      seed: of the choice.
+      seed: of the choice, which depends on nothing else.
 
     Returns:
-      int64 [min(count, number of distinct keys)], indices into `keys`.
+      int64 [min(count, number of distinct keys)], numbers of examples.
     """
-    chosen, seen = [], set()
-    for index in np.random.default_rng(seed).permutation(len(keys)):
+    order = Order([size], seed=seed, shuffle=True)
+    chosen: dict[Hashable, int] = {}
+    for start in range(0, size, CHUNK):
         if len(chosen) == count:
             break
-        if keys[index] not in seen:
-            seen.add(keys[index])
-            chosen.append(index)
-    return np.asarray(chosen, np.int64)
+        numbers = order(np.arange(start, min(start + CHUNK, size))).tolist()
+        for number, key in zip(numbers, keys_of(numbers), strict=True):
+            if len(chosen) < count:
+                chosen.setdefault(key, number)
+    return np.asarray(list(chosen.values()), np.int64)
 
 
 def retrieval(samples_PSHWC: np.ndarray, references_PHWC: np.ndarray, seed: int) -> dict[str, float]:

@@ -31,12 +31,26 @@ def test_derangement_moves_everything(count):
 
 def test_choose_distinct_takes_each_concept_once():
     keys = ["a", "b", "a", "c", "b", "a"] * 3
-    chosen = generation.choose_distinct(keys, 3, seed=0)
-    assert sorted(keys[i] for i in chosen) == ["a", "b", "c"]
-    assert len(generation.choose_distinct(keys, 10, seed=0)) == 3
-    np.testing.assert_array_equal(chosen, generation.choose_distinct(keys, 3, seed=0))
-    orders = {tuple(generation.choose_distinct(list(range(20)), 20, seed=s)) for s in range(5)}
-    assert len(orders) == 5
+
+    def choose(count, seed=0):
+        return generation.choose_distinct(lambda numbers: [keys[i] for i in numbers], len(keys), count, seed)
+
+    assert sorted(keys[i] for i in choose(3)) == ["a", "b", "c"]
+    assert len(choose(10)) == 3
+    np.testing.assert_array_equal(choose(3), choose(3))
+    np.testing.assert_array_equal(choose(2), choose(3)[:2])
+    assert len({tuple(choose(3, seed)) for seed in range(8)}) > 4
+
+
+def test_choose_distinct_stops_reading_when_it_has_enough():
+    read = []
+
+    def keys_of(numbers):
+        read.extend(numbers)
+        return numbers
+
+    assert len(generation.choose_distinct(keys_of, 100_000, 300, seed=0)) == 300
+    assert len(read) == 2 * generation.CHUNK
 
 
 def test_perfect_samples_are_all_found_and_shuffled_ones_never():

@@ -1,0 +1,410 @@
+"""What a notebook uses: load a trained tokenizer or decoder from its workdir, encode, decode, generate.
+
+Everything runs in tiles of a fixed number of rows per device, the last one padded, so that what happens to an image
+does not depend on what else is in the call.
+
+Shapes: B batch, H W C image, h w code grid, L = h * w codes in raster order, V vocabulary.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from imagegpt_jax import checkpoint, images, sharding
+from imagegpt_jax import config as config_lib
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.data.packing import NO_LABEL
+from imagegpt_jax.generate import TILE, Sampling, generate_codes
+from imagegpt_jax.models.gpt import GPT, Output, Sequence
+from imagegpt_jax.tasks import decoder as decoder_task
+from imagegpt_jax.tasks import tokenizer as tokenizer_task
+
+TILE_ROWS = 8  # images of a tile on each device
+
+Images = np.ndarray | jax.Array
+
+
+def read_config(path: epath.PathLike, task: str) -> Any:
+    """The config of a workdir, which must be one of this task ("tokenizer" or "decoder").
+
+    Raises:
+      UserError: if the folder is no workdir, or one of the other task.
+    """
+    config: Any = config_lib.load(path)
+    if config.task != task:
+        raise UserError(f"{path} holds a {config.task}, not a {task}: give the --workdir of a {task}'s training run.")
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """An image tokenizer: images to codes and back. Made by `load_tokenizer`.
+
+    Attributes:
+      config: its model's config (`models.vq.VQConfig`).
+      path: workdir it was loaded from; "" for an untrained one.
+      step: its checkpoint; 0 for an untrained one.
+      downsample: pixels per code along each side.
+      num_codes: size of the codebook.
+      tile: images that run at once.
+    """
+
+    def __init__(
+        self, setup: tokenizer_task.Setup, params: state_lib.Params, *, path: str, step: int, rows: int = TILE_ROWS
+    ):
+        """Puts the parameters onto every device of this process.
+
+        Args:
+          setup: static part of the tokenizer's run.
+          params: parameters of its "generator".
+          path: workdir.
+          step: checkpoint.
+          rows: images that each device runs at once.
+        """
+        mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
+        self.config = setup.model
+        self.path, self.step = path, step
+        self.downsample, self.num_codes = self.config.downsample, self.config.quantizer.num_codes
+        self.tile = rows * mesh.size
+        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._sharding = sharding.batch_sharding(mesh)
+        predict = tokenizer_task.predict_fns(setup)
+        self._encode, self._decode = jax.jit(predict["encode"]), jax.jit(predict["decode"])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies architecture and parameters: 16 hexadecimal digits of a SHA-256."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self._params):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        return digest.hexdigest()[:16]
+
+    def encode(self, images_BHWC: Images) -> np.ndarray:
+        """Images to codes.
+
+        Args:
+          images_BHWC: uint8, or float in [-1, 1]; height and width are multiples of `downsample`.
+
+        Returns:
+          int32 [B, L], the codes in raster order.
+
+        Raises:
+          UserError: for images of another shape, type or range.
+        """
+        images = np.asarray(images_BHWC)
+        if images.ndim != 4 or not len(images):
+            raise UserError(f"images are [B, H, W, C] with B >= 1, and these have the shape {images.shape}.")
+        if images.dtype == np.uint8:
+            images = images.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
+        elif images.dtype.kind != "f" and images.dtype != jnp.bfloat16:
+            raise UserError(f"images are uint8, or float in [-1, 1], and these are {images.dtype}.")
+        elif not (np.min(images) >= -1.001 and np.max(images) <= 1.001):
+            raise UserError(
+                f"float images lie in [-1, 1], and these in [{np.min(images):g}, {np.max(images):g}]: give uint8, or"
+                " divide by 127.5 and subtract 1."
+            )
+        codes_Bhw = self._in_tiles(self._encode, images.astype(np.float32))
+        return codes_Bhw.reshape(len(codes_Bhw), -1)
+
+    def decode(self, codes_BL: Images, grid: tuple[int, int] | None = None) -> np.ndarray:
+        """Codes to images.
+
+        Args:
+          codes_BL: integers in [0, num_codes), raster order.
+          grid: (rows, columns) of the codes; square by default.
+
+        Returns:
+          float32 [B, H, W, C] in [-1, 1].
+
+        Raises:
+          UserError: for codes outside the codebook, or that do not fill the grid.
+        """
+        codes = np.asarray(codes_BL)
+        if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
+            raise UserError(f"codes are integers [B, L], and these are {codes.dtype} of shape {codes.shape}.")
+        side = math.isqrt(codes.shape[1])
+        rows, columns = grid or (side, side)
+        if rows * columns != codes.shape[1]:
+            given = f"the grid {rows} x {columns}" if grid else "a square: give grid=(rows, columns)"
+            raise UserError(f"{codes.shape[1]} codes do not fill {given}.")
+        if codes.min() < 0 or codes.max() >= self.num_codes:
+            raise UserError(f"codes lie in 0 to {self.num_codes - 1}, and these in {codes.min()} to {codes.max()}.")
+        images_BHWC = self._in_tiles(self._decode, codes.astype(np.int32).reshape(-1, rows, columns))
+        return np.clip(images_BHWC, -1, 1)
+
+    def _in_tiles(self, fn: Callable[..., jax.Array], inputs: np.ndarray) -> np.ndarray:
+        """Runs `fn` over tiles of rows; the last tile is filled up with copies of its last row."""
+        outputs: list[np.ndarray] = []
+        running: jax.Array | None = None
+        for start in range(0, len(inputs), self.tile):
+            tile = inputs[start : start + self.tile]
+            tile = np.concatenate([tile, np.repeat(tile[-1:], self.tile - len(tile), axis=0)])
+            dispatched = fn(self._params, jax.device_put(tile, self._sharding))
+            if running is not None:
+                outputs.append(np.asarray(running))
+            running = dispatched
+        return np.concatenate([*outputs, np.asarray(running)])[: len(inputs)]
+
+
+def read_tokenizer(path: epath.PathLike, step: int | None = None) -> tuple[tokenizer_task.Setup, state_lib.Params, int]:
+    """Static part, parameters and step of an image tokenizer; errors as in `load_tokenizer`."""
+    setup = tokenizer_task.setup_for_inference(read_config(path, "tokenizer"), path)
+    step = checkpoint.choose_step(path, step)
+    abstract = jax.eval_shape(functools.partial(tokenizer_task.init_state, setup), jax.eval_shape(jax.random.key, 0))
+    return setup, checkpoint.load_params(path, abstract, "generator", step), step
+
+
+def load_tokenizer(path: epath.PathLike, step: int | None = None, *, rows: int = TILE_ROWS) -> Tokenizer:
+    """Loads an image tokenizer.
+
+    Args:
+      path: workdir of its training run.
+      step: checkpoint; the newest by default.
+      rows: images that each device runs at once.
+
+    Raises:
+      UserError: if there is no such run or checkpoint.
+    """
+    setup, params, step = read_tokenizer(path, step)
+    return Tokenizer(setup, params, path=str(path), step=step, rows=rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- decoder
+
+
+class Decoder(nnx.Module):
+    """A trained decoder with what belongs to it. Made by `load_decoder`.
+
+    Attributes:
+      gpt: the network.
+      setup: static part of its run: config, text tokenizer, class names, layout of sequences.
+      path: workdir it was loaded from.
+      step: its checkpoint.
+    """
+
+    def __init__(self, gpt: GPT, setup: decoder_task.Setup, *, path: str, step: int):
+        self.gpt = gpt
+        self.setup = setup
+        self._config: Any = setup.config
+        self.path, self.step = path, step
+
+    def __call__(self, sequence: Sequence, *, key: jax.Array | None = None) -> Output:
+        """Runs the network on sequences, see `models.gpt.GPT`."""
+        return self.gpt(sequence, key=key)
+
+    def logits(self, ids_BL: Images) -> jax.Array:
+        """Next-token logits of plain ids, float32 [B, L, V]: token i is at position (i, i, i), all of one segment.
+
+        Raises:
+          UserError: for ids that are not integers [B, L] in the token space.
+        """
+        ids = np.asarray(ids_BL)
+        size = self.setup.space.vocab_size
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= size:
+            raise UserError(f"ids are integers [B, L] from 0 to {size - 1}; these are {ids.dtype} {ids.shape}.")
+        return _logits(self.gpt, ids.astype(np.int32))
+
+    def sampling(self, **settings: float | None) -> Sampling:
+        """The run's `config.sampling`, with the settings that are given (not None) in place of its own.
+
+        Raises:
+          UserError: for a setting that is out of range.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        return config_lib.to_dataclass(Sampling, {**self._config.sampling.to_dict(), **given})
+
+    def class_index(self, label: int | str) -> int:
+        """Number of a class that is given by name (case and underscores do not matter) or number.
+
+        Raises:
+          UserError: if there is no such class.
+        """
+        names, count = self.setup.labels, self.setup.space.num_classes
+        if not count:
+            raise UserError(f"{self.path} was not trained on classes: give prompts.")
+        wanted = _plain(str(label))
+        matches = [i for i, name in enumerate(names) if _plain(name) == wanted]
+        if matches:
+            return matches[0]
+        if wanted.isdecimal() and int(wanted) < count:
+            return int(wanted)
+        raise UserError(f"unknown class {label!r}: classes are 0 to {count - 1}, or names.{suggest(str(label), names)}")
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a prompt, of which the first `setup.layout.text_length` are used.
+
+        Raises:
+          UserError: for a prompt that is not empty, if the decoder was not trained on captions.
+        """
+        data = self._config.data
+        if text and data.text_length <= int(data.use_labels):
+            raise UserError(f"{self.path} was trained on classes, not on captions: give classes.")
+        return self.setup.text.encode_batch([text])[0] if text else []
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The image tokenizer that the decoder was trained with.
+
+        Raises:
+          UserError: if it is not where the decoder's config says.
+        """
+        if self._config.tokenizer:
+            return load_tokenizer(self._config.tokenizer)
+        params = decoder_task.tokenizer_params(self.setup)
+        return Tokenizer(self.setup.tokenizer, params, path="", step=0)
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+@jax.jit
+def _logits(gpt: GPT, ids_BL: jax.Array) -> jax.Array:
+    return gpt.logits(ids_BL)
+
+
+def load_decoder(path: epath.PathLike, step: int | None = None, *, tokenizer: epath.PathLike | None = None) -> Decoder:
+    """Loads a decoder.
+
+    Args:
+      path: workdir of its training run.
+      step: checkpoint; the newest by default.
+      tokenizer: workdir of its image tokenizer, if that is no longer where the decoder's config says.
+
+    Raises:
+      UserError: if there is no such run or checkpoint.
+    """
+    config = read_config(path, "decoder")
+    if tokenizer is not None:
+        config.tokenizer = str(tokenizer)
+    setup = decoder_task.setup_for_inference(config, path)
+    step = checkpoint.choose_step(path, step)
+    abstract = jax.eval_shape(functools.partial(decoder_task.init_state, setup), jax.eval_shape(jax.random.key, 0))
+    params = checkpoint.load_params(path, abstract, "decoder", step)
+    network: Any = setup.networks["decoder"].module(params)
+    return Decoder(network, setup, path=str(path), step=step)
+
+
+# ---------------------------------------------------------------------------------------------------------- generate
+
+
+def generate_tiles(
+    gpt: Decoder,
+    tok: Tokenizer,
+    prompts: List[str],
+    classes: List[int | str | None],
+    *,
+    sampling: Sampling,
+    seed: int = 0,
+    num_images: int = 1,
+) -> Iterator[np.ndarray]:
+    """Draws pictures a tile at a time, in order: `num_images` of the first prompt, then of the second, and so on.
+
+    Args:
+      gpt: the decoder.
+      tok: its image tokenizer.
+      prompts: texts; "" for none.
+      classes: a class for each prompt, by name or number; None for none.
+      sampling: how to draw.
+      seed: the draws of picture i depend on (seed, i) alone.
+      num_images: pictures of each prompt.
+
+    Returns:
+      an iterator over uint8 [b, H, W, C], with b <= TILE; all arguments have been checked when it is returned.
+
+    Raises:
+      UserError: for prompts, classes or a tokenizer that do not fit the decoder.
+    """
+    layout = gpt.setup.layout
+    if tok.num_codes != layout.space.num_codes:
+        raise UserError(
+            f"the tokenizer has {tok.num_codes} codes and the decoder was trained with {layout.space.num_codes}: give"
+            " the tokenizer that the decoder was trained with."
+        )
+    if not prompts or num_images < 1 or seed < 0:
+        raise UserError("generating needs at least one prompt or class, num_images >= 1 and seed >= 0.")
+    texts = [gpt.encode_text(text) for text in prompts]
+    labels = [NO_LABEL if label is None else gpt.class_index(label) for label in classes]
+
+    def draw() -> Iterator[np.ndarray]:
+        for start in range(0, len(prompts) * num_images, TILE):
+            index = np.arange(start, min(start + TILE, len(prompts) * num_images))
+            codes_BL = generate_codes(
+                gpt.gpt,
+                layout,
+                [texts[i // num_images] for i in index],
+                [labels[i // num_images] for i in index],
+                sampling,
+                seed,
+                sample_indices=index,
+            )
+            yield images.to_uint8(tok.decode(codes_BL, layout.grid))
+
+    return draw()
+
+
+def generate(
+    gpt: Decoder,
+    tok: Tokenizer,
+    prompts: str | List[str] | None = None,
+    *,
+    classes: int | str | List[int | str] | None = None,
+    num_images: int = 1,
+    seed: int = 0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    cfg_scale: float | None = None,
+) -> np.ndarray:
+    """Draws pictures for prompts or classes; settings that are None are those of the decoder's config.
+
+    Args:
+      gpt: a decoder, from `load_decoder`.
+      tok: the image tokenizer that it was trained with, from `load_tokenizer` or `gpt.load_tokenizer()`.
+      prompts: any text; an empty one draws unconditionally.
+      classes: names or numbers, for a decoder trained on classes; beside prompts, one for each.
+      num_images: pictures of each prompt.
+      seed: the draws of picture i depend on (seed, i) alone.
+      temperature: divides the logits; 0 takes the likeliest code.
+      top_k: draw among the k likeliest codes; 0 = all.
+      top_p: draw among the likeliest codes of this total probability; 1 = all.
+      cfg_scale: classifier-free guidance (arXiv:2207.12598); 1 = none.
+
+    Returns:
+      uint8 [B, H, W, C], B = prompts x num_images: all pictures of the first prompt, then those of the second.
+
+    Raises:
+      UserError: for arguments that are out of range or do not fit the decoder.
+    """
+    if not isinstance(gpt, Decoder) or not isinstance(tok, Tokenizer):
+        raise UserError(
+            "generate takes a decoder from load_decoder and a tokenizer from load_tokenizer, in this order."
+        )
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+    labels = [classes] if isinstance(classes, int | str) else list(classes if classes is not None else ())
+    if any(not isinstance(text, str) for text in texts):
+        raise UserError("prompts are text.")
+    if texts and labels and len(texts) != len(labels):
+        raise UserError(f"there are {len(texts)} prompts and {len(labels)} classes: give one class for each prompt.")
+    stream = generate_tiles(
+        gpt,
+        tok,
+        texts or [""] * len(labels),
+        labels or [None] * len(texts),
+        sampling=gpt.sampling(temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale),
+        seed=seed,
+        num_images=num_images,
+    )
+    return np.concatenate(list(stream))

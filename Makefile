@@ -1,0 +1,55 @@
+# make demo     train, sample and evaluate on the built-in pictures (about 10 minutes on two CPU cores)
+# make test     every test that a user needs
+# make lint     formatter, linter and type checker
+# make parity   comparisons with PyTorch references (installs torch)
+# make format   rewrite the sources in the project's format
+#
+# The environment is made in $(VENV) with $(PYTHON); an existing one is used as it is.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+SOURCES := imagegpt_jax configs tests tools
+
+.PHONY: demo test lint parity format setup clean
+
+setup: $(VENV)/.stamp-base
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("imagegpt_jax needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of dependencies, so that a target installs only what it needs, once.
+$(VENV)/.stamp-base: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-base
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.stamp-parity: $(VENV)/.stamp-dev
+	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
+	touch $@
+
+demo: $(VENV)/.stamp-base
+	$(BIN)/python tools/demo.py --output=runs/demo
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+parity: $(VENV)/.stamp-parity
+	$(BIN)/python -m pytest tests/parity
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

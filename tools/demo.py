@@ -1,0 +1,141 @@
+"""The whole of imagegpt_jax on the built-in pictures: train both stages, sample, evaluate.
+
+Every step is a command that works by itself; it is printed before it runs.
+
+  python tools/demo.py --output=runs/demo
+  python tools/demo.py --output=/tmp/demo --size=test      # seconds, for tests; pictures are noise
+"""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from imagegpt_jax import cli
+
+OUTPUT = flags.DEFINE_string("output", "runs/demo", "Folder for everything that the demo makes.")
+SIZE = flags.DEFINE_enum("size", "emoji", ["emoji", "test"], "Size of both networks: see configs/.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the trainings and samples.", lower_bound=0)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RES = {"emoji": 32, "test": 16}
+GENERATION = {"emoji": (100, 4), "test": (4, 1)}  # prompts and samples of each that are scored
+PROMPTS = (
+    "noto emoji of red heart",
+    "twemoji emoji of red heart",
+    "fluent emoji of red heart",
+    "noto emoji of blue circle",
+    "twemoji emoji of green apple",
+    "fluent emoji of pizza",
+    "noto emoji of smiling face with sunglasses",
+    "twemoji emoji of smiling face with sunglasses",
+    "fluent emoji of dog face",
+    "noto emoji of full moon",
+    "twemoji emoji of rainbow flag",
+    "fluent emoji of soccer ball",
+)
+
+
+def run(title: str, module: str, *arguments: str) -> None:
+    """Runs one binary and shows its command.
+
+    Raises:
+      UserError: if it fails.
+    """
+    command = [sys.executable, "-m", f"imagegpt_jax.{module}", *arguments]
+    print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}", flush=True)
+    started = time.perf_counter()
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        raise cli.UserError(f"the demo stopped because `{module}` failed with exit status {code}: see its last words above.")
+    print(f"   {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Runs the demo."""
+    started = time.perf_counter()
+    out = pathlib.Path(OUTPUT.value).resolve()
+    size, res, seed = SIZE.value, RES[SIZE.value], SEED.value
+    if out.exists() and any(out.iterdir()):
+        print(f"{out} is there already: finished steps of the demo are not repeated.", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer, decoder, tokens = out / "tokenizer", out / "decoder", out / "tokens"
+
+    run(
+        "1/5 Train the image tokenizer",
+        "train",
+        f"--config=configs/tokenizer.py:size={size}",
+        f"--workdir={tokenizer}",
+        f"--config.seed={seed}",
+    )
+    for split in ("train", "validation"):
+        run(
+            f"2/5 Encode the {split} pictures",
+            "encode",
+            f"--tokenizer={tokenizer}",
+            f"--data=emoji:{split},res={res}",
+            f"--output={tokens / split}",
+        )
+    run(
+        "3/5 Train the decoder on words and codes",
+        "train",
+        f"--config=configs/decoder.py:size={size}",
+        f"--workdir={decoder}",
+        f"--config.seed={seed}",
+        f"--config.tokenizer={tokenizer}",
+        f"--config.data.train=tokens:{tokens / 'train'}",
+        f"--config.data.validation=tokens:{tokens / 'validation'}",
+    )
+    run(
+        "4/5 Sample",
+        "sample",
+        f"--decoder={decoder}",
+        *(f"--prompt={prompt}" for prompt in PROMPTS),
+        "--num_images=4",
+        f"--seed={seed}",
+        f"--output={out / 'samples'}",
+        "--overwrite",
+    )
+    prompts, samples = GENERATION[size]
+    run(
+        "5/5 Evaluate both stages",
+        "evaluate",
+        f"--checkpoint={tokenizer}",
+        f"--checkpoint={decoder}",
+        f"--references=emoji:train,res={res}",
+        f"--generation_prompts={prompts}",
+        f"--samples_per_prompt={samples}",
+        f"--images_dir={out}",
+        f"--output={out / 'metrics.json'}",
+    )
+    report(out, time.perf_counter() - started)
+
+
+def report(out: pathlib.Path, seconds: float) -> None:
+    """Says what came out and where to look."""
+    scores = json.loads((out / "metrics.json").read_text())
+    bits, unigram = scores["decoder/val_image_bits_per_token"], scores["decoder/unigram_image_bits_per_token"]
+    print(
+        f"""
+Done in {seconds / 60:.1f} minutes.
+
+  reconstruction of unseen concepts   {scores["tokenizer/val_psnr"]:.2f} dB PSNR, \
+{scores["tokenizer/codebook_usage"]:.0%} of the codes used
+  prediction of unseen concepts       {bits:.2f} bits per image token, {1 - bits / unigram:.0%} below unigram ({unigram:.2f})
+  right picture for a prompt          {scores["generation/retrieval_top1"]:.1%} top-1, \
+{scores["generation/retrieval_top1_shuffled"]:.1%} with shuffled prompts
+
+  {out / "samples" / "grid.png"}
+  {out / "reconstructions.png"}
+  {out / "metrics.json"}
+  tensorboard --logdir {out}
+"""
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -8,18 +8,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
 from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.models import winograd
 
 CONV_IMPLS = ("auto", "xla", "winograd")
-
-# Winograd F(2x2, 3x3): output = A^T [(G w G^T) * (B^T d B)] A on 4x4 input tiles that overlap by two
-# (Lavin and Gray 2016, arXiv:1509.09308). Only the kernel's transform G is needed as a matrix.
-_WINOGRAD_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 
 
 def check_conv_impl(impl: str) -> None:
@@ -28,31 +24,8 @@ def check_conv_impl(impl: str) -> None:
         raise UserError(f"unknown conv_impl {impl!r}.{suggest(impl, CONV_IMPLS)} All: {', '.join(CONV_IMPLS)}.")
 
 
-def conv3x3_winograd(x_BHWC: Float[Array, "B H W C"], w_33CO: Float[Array, "3 3 C O"]) -> Float[Array, "B H W O"]:
-    """3x3 convolution, stride 1, padding 1, as sixteen matrix products over 2x2 output tiles.
-
-    It does 16/36 of the multiplications of the direct form, and its gradients are matrix products too. H and W must
-    be even. Lavin and Gray 2016 (arXiv:1509.09308), F(2x2, 3x3).
-    """
-    B, H, W, C = x_BHWC.shape
-    out_channels = w_33CO.shape[-1]
-    x_BHWC = jnp.pad(x_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rows = _winograd_input([x_BHWC[:, i : i + H - 1 : 2] for i in range(4)])
-    tiles = [_winograd_input([row[:, :, j : j + W - 1 : 2] for j in range(4)]) for row in rows]
-    v_TNC = jnp.stack([tile for row in tiles for tile in row]).reshape(16, -1, C)
-    g = _WINOGRAD_G.astype(w_33CO.dtype)
-    u_TCO = jnp.einsum("ai,bj,ijco->abco", g, g, w_33CO, precision="highest").reshape(16, C, out_channels)
-    m = lax.batch_matmul(v_TNC, u_TCO).reshape(4, 4, B, H // 2, W // 2, out_channels)
-    out = [jnp.stack(_winograd_output(list(row)), axis=3) for row in _winograd_output(list(m))]
-    return jnp.stack(out, axis=2).reshape(B, H, W, out_channels)
-
-
-def _winograd_input(d: list[Array]) -> list[Array]:
-    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
-
-
-def _winograd_output(m: list[Array]) -> list[Array]:
-    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
+# On CPU, Winograd pays from this many channels on; the first convolution of an image has too few.
+_WINOGRAD_MIN_CHANNELS = 32
 
 
 class Conv(nnx.Module):
@@ -84,8 +57,9 @@ class Conv(nnx.Module):
           stride: of both dimensions.
           padding: zeros before and after each of H and W; `kernel_size // 2` on both sides if None.
           use_bias: whether to add a bias.
-          impl: "xla", "winograd" (where it applies: 3x3, stride 1, padding 1, even sizes), or "auto", the faster one
-            for the backend.
+          impl: "xla"; "winograd", for 3x3, stride 1, padding 1 and sides that are multiples of 4 (elsewhere "xla"
+            stands in); or "auto": "winograd" for float32 and wide layers if the default backend is CPU, where it trains
+            1.5 to 1.8 times as fast, else "xla".
           dtype: of the computation.
           param_dtype: of the parameters.
           key: for the kernel's initial values.
@@ -104,7 +78,7 @@ class Conv(nnx.Module):
         if self.kernel_size == 1 and self.stride == 1:
             y_BHWO = x_BHWC @ w_kkCO[0, 0]
         elif self._use_winograd(x_BHWC):
-            y_BHWO = conv3x3_winograd(x_BHWC, w_kkCO)
+            y_BHWO = winograd.conv3x3(x_BHWC, w_kkCO)
         else:
             y_BHWO = lax.conv_general_dilated(
                 x_BHWC,
@@ -116,11 +90,11 @@ class Conv(nnx.Module):
         return y_BHWO if self.bias is None else y_BHWO + self.bias[...].astype(self.dtype)
 
     def _use_winograd(self, x_BHWC: Array) -> bool:
-        _, H, W, _ = x_BHWC.shape
-        applies = self.kernel_size == 3 and self.stride == 1 and self.padding == (1, 1) and H % 2 == 0 and W % 2 == 0
-        if not applies or self.impl == "xla":
-            return False
-        return self.impl == "winograd" or jax.default_backend() == "cpu"
+        fits = self.kernel_size == 3 and self.stride == 1 and self.padding == (1, 1) and winograd.applies(x_BHWC.shape)
+        if self.impl != "auto" or not fits:
+            return fits and self.impl == "winograd"
+        wide = min(self.kernel.shape[2:]) >= _WINOGRAD_MIN_CHANNELS
+        return wide and self.dtype == "float32" and jax.default_backend() == "cpu"
 
 
 class GroupNorm(nnx.Module):

@@ -70,7 +70,7 @@ def sibling(config_file: str, name: str) -> types.ModuleType:
     return module
 
 
-def to_dataclass(cls: type[T], mapping: Mapping[str, Any]) -> T:
+def to_dataclass(cls: type[T], mapping: Mapping[str, Any] | ConfigDict) -> T:
     """Builds the (nested) frozen dataclass `cls` from a mapping.
 
     Raises:
@@ -96,7 +96,7 @@ def to_dataclass(cls: type[T], mapping: Mapping[str, Any]) -> T:
 def _convert(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping | ConfigDict):
         return to_dataclass(typing.cast(type, hint), value)
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(value)

@@ -106,7 +106,6 @@ def main() -> None:
         "evaluate",
         f"--checkpoint={tokenizer}",
         f"--checkpoint={decoder}",
-        f"--references=emoji:train,res={res}",
         f"--generation_prompts={prompts}",
         f"--samples_per_prompt={samples}",
         f"--images_dir={out}",

@@ -394,7 +394,9 @@ def _scorer(setup: Setup) -> Callable[..., Any]:
     """The same function object every time, with which an evaluation keeps its compiled program."""
     nll = predict_fns(setup)["nll"]
 
-    def score(params: dict[str, state_lib.Params], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def score(
+        params: dict[str, state_lib.Params], batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         if "tokenizer" in setup.networks:
             batch = _encode_into(setup, params["tokenizer"], batch)
         return nll(params["decoder"], batch), batch["targets"]

@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from imagegpt_jax.cli import UserError, quiet_logs, suggest
 from imagegpt_jax.data.images import JPEG, PNG, decode_image
 
@@ -267,6 +269,13 @@ def value_range(low: float = -1, high: float = 1) -> ImageFn:
     return apply
 
 
+def value_range_numpy(images: np.ndarray, low: float = -1, high: float = 1) -> np.ndarray:
+    """`value_range` of a whole batch: what TensorFlow gives, in a third of the time (one new array, not three)."""
+    out = np.multiply(images, np.float32((high - low) / 255.0), dtype=np.float32)
+    out += np.float32(low)
+    return out
+
+
 def _at_least(height: Any, width: Any, h: int, w: int) -> tuple[Any, Any]:
     """Height and width, after checking that a window of h x w fits."""
     tf = import_tf()
@@ -293,11 +302,10 @@ def build(ops: list[Op]) -> Callable[[Any, Any, Any], Any]:
     made = [OPS[op.name](**op.arguments) for op in ops]
 
     def apply(data: Any, image_format: Any, seed_2: Any) -> Any:
-        tf = import_tf()
         fused = len(ops) > 1 and ops[1].name in CROPS
 
         def seed(i: int) -> Any:
-            return seed_2 + tf.constant([0, i], tf.int64)
+            return seed_2 + import_tf().constant([0, i], "int64")
 
         if fused:
             image = _decode_and_crop(data, image_format, functools.partial(_call, made[1], seed(1)))
@@ -306,13 +314,14 @@ def build(ops: list[Op]) -> Callable[[Any, Any, Any], Any]:
             image = _decode(data, image_format)
         for i in range(1 + fused, len(ops)):
             if ops[i].name in CROPS:
-                y, x, h, w = made[i](tf.shape(image), seed(i))
-                image = _after_crop(tf.slice(image, tf.stack([y, x, 0]), tf.stack([h, w, 3])), ops[i])
+                y, x, h, w = made[i](import_tf().shape(image), seed(i))
+                image = _after_crop(image[y : y + h, x : x + w], ops[i])
             else:
                 image = made[i](image, seed(i))
         return image
 
-    return apply
+    # Plain tf calls need no AutoGraph, which warns about every lambda whose source it cannot find.
+    return lambda *args: import_tf().autograph.experimental.do_not_convert(apply)(*args)
 
 
 def _call(window: WindowFn, seed: Any, shape: Any) -> Window:
@@ -347,13 +356,19 @@ def _decode_and_crop(data: Any, image_format: Any, window: Callable[[Any], Windo
     tf = import_tf()
 
     def jpeg() -> Any:
-        part = tf.stack(window(tf.io.extract_jpeg_shape(data)))
-        return tf.io.decode_and_crop_jpeg(data, part, 3, dct_method="INTEGER_ACCURATE")
+        shape = tf.io.extract_jpeg_shape(data)
+        y, x, h, w = window(shape)
+        # Colour is stored at half resolution and interpolated: the window's border needs the pixels next to it.
+        top, left = tf.maximum(y - 2, 0), tf.maximum(x - 2, 0)
+        bottom, right = tf.minimum(y + h + 2, shape[0]), tf.minimum(x + w + 2, shape[1])
+        part = tf.stack([top, left, bottom - top, right - left])
+        image = tf.io.decode_and_crop_jpeg(data, part, 3, dct_method="INTEGER_ACCURATE")
+        return image[y - top : y - top + h, x - left : x - left + w]
 
     def other() -> Any:
         image = _decode(data, image_format)
         y, x, h, w = window(tf.shape(image))
-        return tf.slice(image, tf.stack([y, x, 0]), tf.stack([h, w, 3]))
+        return image[y : y + h, x : x + w]
 
     image = tf.cond(tf.equal(image_format, JPEG), jpeg, other)
     image.set_shape([None, None, 3])
@@ -373,6 +388,7 @@ def _on_white(image_HW4: Any) -> Any:
 
 def _decode_other(data: Any) -> Any:
     tf = import_tf()
-    image = tf.numpy_function(decode_image, [data], tf.uint8)
+    # The bytes come as an array without dimensions, or as they are.
+    image = tf.numpy_function(lambda d: decode_image(np.asarray(d, object).item()), [data], tf.uint8)
     image.set_shape([None, None, 3])
     return image

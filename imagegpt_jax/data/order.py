@@ -56,7 +56,7 @@ def permute(index_B: np.ndarray, size: int, round_keys: Sequence[int]) -> np.nda
     Returns:
       int64[B], distinct for distinct indices.
     """
-    rows = int(np.ceil(np.sqrt(size)))
+    rows = 2 * int(np.ceil(np.sqrt(size) / 2))  # even: rotations of odd cycles alone give only even permutations
     columns = -(-size // rows)
     out_B = np.asarray(index_B, np.uint64).copy()
     outside_B = np.ones(out_B.shape, bool)

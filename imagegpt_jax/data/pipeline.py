@@ -173,7 +173,12 @@ class _Reader:
             for number in self._numbers():
                 yield host_fn(self._batch(number, self._records(number)))
             return
-        for number, images_BHWC in enumerate(self._images()):
+        # A change of range is the same for every pixel: done last, on whole batches, it costs least.
+        *process, last = self.ops
+        ranged = last.name == "value_range"
+        for number, images_BHWC in enumerate(self._images(process if ranged else self.ops)):
+            if ranged:
+                images_BHWC = ops_lib.value_range_numpy(images_BHWC, **last.arguments)
             yield host_fn({"image": images_BHWC, **self.fetched.pop(number)})
 
     def _numbers(self) -> range:
@@ -211,14 +216,11 @@ class _Reader:
 
     # ------------------------------------------------------------------ images, by tf.data
 
-    def _images(self) -> Iterator[np.ndarray]:
+    def _images(self, ops: list[ops_lib.Op]) -> Iterator[np.ndarray]:
         tf = ops_lib.import_tf()
         threads = os.cpu_count() or 1
         rows = len(self.row_B)
-        # A change of range is the same for every pixel: for a whole batch at once it costs least.
-        *per_image, last = self.ops
-        ranged = last.name == "value_range"
-        process = ops_lib.build(per_image if ranged else self.ops)
+        process = ops_lib.build(ops)
 
         def fetch(number: Any) -> tuple[Any, Any, Any]:
             data, image_format, seed = tf.numpy_function(
@@ -234,8 +236,6 @@ class _Reader:
         dataset = dataset.map(fetch, num_parallel_calls=_AHEAD).prefetch(_AHEAD).unbatch()
         dataset = dataset.map(process, num_parallel_calls=threads, deterministic=True)
         dataset = dataset.batch(rows, drop_remainder=True)
-        if ranged:
-            dataset = dataset.map(lambda images: ops_lib.OPS["value_range"](**last.arguments)(images, None))
         options = tf.data.Options()
         options.deterministic = True
         options.autotune.enabled = False

@@ -156,6 +156,13 @@ class ShardWriter:
         note = {"file": self.path(shard).name, "records": count, "sha256": digest.hexdigest()}
         _write_whole(self._note(shard), json.dumps(note))
 
+    def abandon(self) -> None:
+        """After an error: leaves nothing behind, unless there are finished shards to continue from."""
+        if not any(self.is_finished(i) for i in range(len(self.ranges))):
+            (self.folder / PLAN).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there were other files in it
+                self.folder.rmdir()
+
     def finish(self, *, label_names: Sequence[str] = (), **facts: Any) -> dict[str, Any]:
         """Writes `dataset.json` and removes the notes; call it once, when every shard is finished.
 

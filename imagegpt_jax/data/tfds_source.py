@@ -72,18 +72,16 @@ class TfdsExamples:
         captions = next((n for n in CAPTION_FEATURES if n in features), None)
         label = first(tfds.features.ClassLabel, "label")
         names = {"image": image, "captions": captions, "label": label}
+        self._images = [n for n, f in features.items() if isinstance(f, tfds.features.Image)]
         self.features = {k: n for k, n in names.items() if n is not None}
         identity = next((n for n in ("image/filename", "image/id", "file_name", "id") if n in features), None)
         if identity:
             self.features["id"] = identity
         self.label_names = tuple(features[label].names) if label else ()
 
-    def decoders(self) -> Any:
-        """TFDS decoders that keep images encoded, and parse nothing that is not used."""
-        tfds = import_tfds()
-        return tfds.decode.PartialDecoding(
-            dict.fromkeys(self.features.values(), True), decoders={self.features["image"]: tfds.decode.SkipDecoding()}
-        )
+    def decoders(self) -> dict[str, Any]:
+        """TFDS decoders that leave every image encoded."""
+        return dict.fromkeys(self._images, import_tfds().decode.SkipDecoding())
 
     def record(self, example: dict[str, Any], number: int) -> dict[str, Any]:
         """One TFDS example (NumPy) -> record."""

@@ -156,12 +156,20 @@ class ShardWriter:
         note = {"file": self.path(shard).name, "records": count, "sha256": digest.hexdigest()}
         _write_whole(self._note(shard), json.dumps(note))
 
-    def abandon(self) -> None:
-        """After an error: leaves nothing behind, unless there are finished shards to continue from."""
-        if not any(self.is_finished(i) for i in range(len(self.ranges))):
-            (self.folder / PLAN).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # there were other files in it
-                self.folder.rmdir()
+    def abandon(self, *, keep_finished: bool) -> None:
+        """Cleans up after an error.
+
+        Args:
+          keep_finished: whether finished shards stay, for the same command to continue; if not, or if there are none,
+            nothing that was written is left.
+        """
+        shards = range(len(self.ranges))
+        if keep_finished and any(self.is_finished(i) for i in shards):
+            return
+        for path in (*map(self.path, shards), *map(self._note, shards), self.folder / PLAN):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there were other files in it
+            self.folder.rmdir()
 
     def finish(self, *, label_names: Sequence[str] = (), **facts: Any) -> dict[str, Any]:
         """Writes `dataset.json` and removes the notes; call it once, when every shard is finished.

@@ -221,7 +221,7 @@ def test_a_shard_of_the_wrong_length_is_not_kept(tmp_path):
     writer = ShardWriter(tmp_path / "d", "train", [(0, 3)], kind="images", made_from="test")
     with pytest.raises(ValueError, match="2 records where 3 were planned"):
         writer.write(0, ({"id": str(i)} for i in range(2)))
-    writer.abandon()
+    writer.abandon(keep_finished=True)
     assert not (tmp_path / "d").exists()
 
 

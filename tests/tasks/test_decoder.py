@@ -1,0 +1,152 @@
+"""The decoder's batches and loss against plain definitions."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagegpt_jax import config as config_lib
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.data import packing
+from imagegpt_jax.models import gpt
+from imagegpt_jax.tasks import decoder
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+
+
+def get_config(**changes):
+    config = config_lib.sibling(str(CONFIGS / "x.py"), "decoder.py").get_config("size=test")
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key: value})
+    return config
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return decoder.setup(get_config(**{"data.image_to_text": 0.5}))
+
+
+@pytest.fixture(scope="module")
+def batch(setup):
+    """A batch with both directions and some dropped texts."""
+    stream = decoder.batches(setup, "train", batch_size=32)
+    batch = next(stream)
+    stream.close()
+    assert 5 < (batch["tokens"][:, 0] == setup.space.boi).sum() < 27
+    return batch
+
+
+@pytest.fixture(scope="module")
+def state(setup):
+    return decoder.init_state(setup, jax.random.key(0))
+
+
+def test_codes_made_in_the_step_are_those_that_packing_would_place(setup, batch, state):
+    arrays = {k: jnp.asarray(v) for k, v in batch.items()}
+    prepared = decoder.prepare_batch(setup, state, arrays)
+    tokenizer = setup.networks["tokenizer"].module(state.params("tokenizer"))
+    codes = np.asarray(tokenizer.encode_codes(arrays["image"]))
+
+    stream = decoder.batches(setup, "train", batch_size=32)
+    raw = None
+    original = setup.layout.pack
+
+    def spy(texts, labels, _, directions, drops):
+        nonlocal raw
+        packed = original(texts, labels, codes, directions, drops)
+        raw = packed if raw is None else raw  # the pipeline runs ahead
+        return packed
+
+    object.__setattr__(setup.layout, "pack", spy)
+    next(stream)
+    stream.close()
+    object.__delattr__(setup.layout, "pack")
+    assert raw is not None
+    for name in ("tokens", "targets", "positions", "segments", "kind", "weights"):
+        np.testing.assert_array_equal(np.asarray(prepared[name]), raw[name])
+
+
+def test_likelihood_is_the_softmax_over_the_ids_of_the_targets_kind(setup, batch, state):
+    arrays = decoder.prepare_batch(setup, state, {k: jnp.asarray(v) for k, v in batch.items()})
+    module = setup.networks["decoder"].module(state.params("decoder"))
+    nll = np.asarray(decoder.token_nll(setup, module, arrays))
+
+    logits = np.asarray(module(gpt.Sequence.from_batch(arrays)).logits, np.float64)
+    first = setup.space.image_start
+    kind, targets = np.asarray(arrays["kind"]), np.asarray(arrays["targets"])
+    for b, position in zip(*np.nonzero(kind), strict=True):
+        scores, target = logits[b, position], targets[b, position]
+        scores = scores[first:] if kind[b, position] == packing.IMAGE else scores[:first]
+        target = target - first if kind[b, position] == packing.IMAGE else target
+        expected = np.log(np.exp(scores).sum()) - scores[target]
+        np.testing.assert_allclose(nll[b, position], expected, rtol=2e-5)
+    assert (nll[kind == packing.NONE] == 0).all()
+
+
+def test_loss_is_weighted_by_kind(setup, batch, state):
+    arrays = decoder.prepare_batch(setup, state, {k: jnp.asarray(v) for k, v in batch.items()})
+    module = setup.networks["decoder"].module(state.params("decoder"))
+    nll = np.asarray(decoder.token_nll(setup, module, arrays))
+    _, values = decoder.train_step(setup, "train", state, arrays)
+    image, text = (np.asarray(arrays["kind"]) == k for k in (packing.IMAGE, packing.TEXT))
+    weight = setup.config.data.text_weight
+    expected = (nll[image].sum() + weight * nll[text].sum()) / (image.sum() + weight * text.sum())
+    np.testing.assert_allclose(values["loss"].compute(), expected, rtol=1e-5)
+    np.testing.assert_allclose(values["image_bits_per_token"].compute(), nll[image].mean() / np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(values["text_bits_per_token"].compute(), nll[text].mean() / np.log(2), rtol=1e-5)
+
+
+def test_draws_of_an_example_depend_on_its_position_alone(setup, batch):
+    tail = decoder.batches(setup, "train", batch_size=8, position=16)
+    again = next(tail)
+    tail.close()
+    for name in ("tokens", "segments", "kind"):
+        np.testing.assert_array_equal(again[name], batch[name][16:24])
+
+
+def test_guidance_dropout_and_directions_have_their_shares(setup):
+    count = 4000
+    plain = {"position": np.arange(count), "caption": np.array(["a red heart"] * count, object)}
+    packed = decoder.pack(setup, plain, train=True)
+    reverse = packed["tokens"][:, 0] == setup.space.boi
+    empty = packed["tokens"][:, 0] == setup.space.pad
+    assert reverse.mean() == pytest.approx(0.5, abs=0.03)
+    assert empty[~reverse].mean() == pytest.approx(setup.config.data.guidance_dropout, abs=0.02)
+    evaluated = decoder.pack(setup, plain, train=False)
+    assert not (evaluated["tokens"][:, 0] == setup.space.boi).any()
+    assert not (evaluated["tokens"][:, 0] == setup.space.pad).any()
+
+
+def test_labels_can_take_the_place_of_captions():
+    setup = decoder.setup(get_config(**{"data.use_labels": True, "data.text_length": 1}))
+    assert setup.space.num_classes == len(setup.labels) == 9
+    packed = decoder.pack(
+        setup, {"position": np.arange(3), "label": np.array([0, 4, 8]), "caption": np.array(["x"] * 3)}, train=False
+    )
+    np.testing.assert_array_equal(packed["tokens"][:, 0], setup.space.class_start + np.array([0, 4, 8]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer": "/no/such/run"}, "/no/such/run"),
+        ({"data.text_tokenizer": "/no/such/folder"}, "/no/such/folder"),
+        ({"data.text_vocab_size": 10}, "text_vocab_size=10"),
+        ({"model.kv_heads": 3}, "kv_heads=3"),
+        ({"data.train": "emoji:trian"}, "Did you mean 'train'"),
+    ],
+)
+def test_configs_that_cannot_work_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        decoder.setup(get_config(**changes))
+
+
+def test_grid_that_does_not_fit_the_images_is_refused(batch, state):
+    other = decoder.setup(get_config(**{"data.grid": (2, 8)}))
+    stream = decoder.batches(other, "train", batch_size=2)
+    arrays = {k: jnp.asarray(v) for k, v in next(stream).items() if k != "caption"}
+    stream.close()
+    with pytest.raises(UserError, match="16 x 16 pixels give"):
+        decoder.prepare_batch(other, state, arrays)

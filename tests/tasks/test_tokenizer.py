@@ -1,0 +1,151 @@
+"""The tokenizer's step against its definition, written out with plain gradients."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from imagegpt_jax import config as config_lib
+from imagegpt_jax import losses, state
+from imagegpt_jax.tasks import tokenizer
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+
+
+def make(**changes):
+    config = config_lib.sibling(str(CONFIGS / "x.py"), "tokenizer.py").get_config("size=test")
+    config.model.quantizer.revival_steps = 0  # so that an update is the optimizer's alone
+    for which in ("optim", "discriminator_optim"):
+        config[which].update({"name": "sgd", "b1": 0.0, "lr": 1.0, "clip_norm": 0.0, "schedule": "constant"})
+    for key, value in changes.items():
+        with config.unlocked():
+            config.update_from_flattened_dict({key: value})
+    return config, tokenizer.setup(config)
+
+
+IMAGES = jax.random.uniform(jax.random.key(7), (4, 16, 16, 3), minval=-1, maxval=1)
+
+
+def step(setup, phase):
+    """State before and after one step, and its metrics."""
+    made = jax.jit(lambda key: tokenizer.init_state(setup, key))(jax.random.key(0))
+    after, values = jax.jit(lambda s, b: tokenizer.train_step(setup, phase, s, b))(made, {"image": IMAGES})
+    return made, after, values
+
+
+def updates(setup, phase):
+    made, after, values = step(setup, phase)
+    return made, jax.tree.map(lambda a, b: a - b, made.trainable, after.trainable), values
+
+
+def generator_loss(setup, made, params, weight):
+    model = setup.networks["generator"].module(params)
+    recon, quantized, _ = model.reconstruct(IMAGES, made.stats["quantizer"])
+    loss = losses.l2(recon, IMAGES) + quantized.loss
+    if weight is not None:
+        critic = setup.networks["discriminator"].module(made.trainable["discriminator"])
+        loss = loss + weight * losses.hinge_generator(critic(recon))
+    return loss
+
+
+def assert_trees_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), a, b)
+
+
+def test_reconstruction_phase_is_the_gradient_of_its_loss():
+    _, setup = make()
+    made, update, values = updates(setup, "reconstruction")
+    expected = jax.jit(jax.grad(lambda p: generator_loss(setup, made, p, None)))(made.trainable["generator"])
+    assert_trees_close(update["generator"], expected)
+    assert not any(np.abs(x).max() for x in jax.tree.leaves(update["discriminator"]))
+    assert "gan_generator" not in values
+
+
+def test_adversarial_phase_is_the_gradient_of_the_combined_loss():
+    """One backward pass on the combined cotangent equals the gradient of the sum."""
+    _, setup = make(**{"loss.adaptive": False, "loss.gan": 0.5})
+    made, update, _ = updates(setup, "adversarial")
+    expected = jax.jit(jax.grad(lambda p: generator_loss(setup, made, p, 0.5)))(made.trainable["generator"])
+    assert_trees_close(update["generator"], expected)
+    without = jax.jit(jax.grad(lambda p: generator_loss(setup, made, p, None)))(made.trainable["generator"])
+    with pytest.raises(AssertionError):
+        assert_trees_close(update["generator"], without)
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
+    _, setup = make(**{"loss.adaptive": True, "loss.gan": 0.5})
+    made, update, values = updates(setup, "adversarial")
+    params = made.trainable["generator"]
+
+    def at_last_layer(loss):
+        return jax.jit(jax.grad(loss))(params)["decoder"]["conv_out"]["kernel"]
+
+    def adversarial(p):
+        return generator_loss(setup, made, p, 1.0) - generator_loss(setup, made, p, None)
+
+    ratio = optax.global_norm(at_last_layer(lambda p: generator_loss(setup, made, p, None))) / (
+        optax.global_norm(at_last_layer(adversarial)) + 1e-4
+    )
+    np.testing.assert_allclose(values["gan_weight"].compute(), 0.5 * ratio, rtol=1e-3)
+    expected = jax.jit(jax.grad(lambda p: generator_loss(setup, made, p, 0.5 * ratio)))(params)
+    assert_trees_close(update["generator"], expected)
+
+
+def test_discriminator_sees_real_and_fake_apart():
+    _, setup = make(**{"loss.adaptive": False})
+    made, update, values = updates(setup, "adversarial")
+    model = setup.networks["generator"].module)(made.trainable["generator"])
+    fake, _, _ = model.reconstruct(IMAGES, made.stats["quantizer"])
+
+    def loss(params):
+        critic = setup.networks["discriminator"].module(params)
+        return losses.hinge_discriminator(critic(IMAGES), critic(fake))
+
+    value, expected = jax.value_and_grad(loss)(made.trainable["discriminator"])
+    np.testing.assert_allclose(values["gan_discriminator"].compute(), value, rtol=1e-5)
+    assert_trees_close(update["discriminator"], expected)
+
+
+def test_phases_follow_the_start_step():
+    _, setup = make(**{"loss.gan_start": 3})
+    assert [tokenizer.phase(setup, s) for s in (0, 2, 3, 9)] == ["reconstruction"] * 2 + ["adversarial"] * 2
+    _, setup = make(**{"loss.gan_start": -1})
+    assert tokenizer.phase(setup, 10**9) == "reconstruction"
+    assert "discriminator" not in setup.networks
+
+
+def test_first_step_sets_the_codebook_from_the_data():
+    config, _ = make()
+    config.model.quantizer.revival_steps = 8
+    setup = tokenizer.setup(config)
+    _, after, values = step(setup, "reconstruction")
+    assert values["revived_codes"].compute() == config.model.quantizer.num_codes
+    codebook = after.trainable["generator"]["quantize"]["embedding"]
+    np.testing.assert_array_equal(codebook, after.ema["generator"]["quantize"]["embedding"])
+
+
+def test_frozen_parts_do_not_move():
+    config, _ = make()
+    config.frozen = ("^encoder/",)
+    setup = tokenizer.setup(config)
+    made, update, _ = updates(setup, "reconstruction")
+    assert "encoder" not in made.trainable["generator"]
+    assert set(made.frozen["generator"]) == {"encoder"}
+    assert any(np.abs(x).max() for x in jax.tree.leaves(update["generator"]["decoder"]))
+    assert state.count_params(made.params("generator")) == state.count_params(
+        dataclasses.replace(made, ema={}).eval_params("generator")
+    )
+
+
+def test_average_lags_behind():
+    _, setup = make(**{"ema_decay": 0.9})
+    made, after, _ = step(setup, "reconstruction")
+    kernel = lambda tree: tree["generator"]["decoder"]["conv_out"]["kernel"]  # noqa: E731
+    np.testing.assert_allclose(
+        kernel(after.ema), kernel(made.ema) + 0.9 * (kernel(after.trainable) - kernel(made.ema)), rtol=1e-4, atol=1e-7
+    )
+    assert jnp.abs(kernel(after.ema) - kernel(after.trainable)).max() > 0

@@ -10,6 +10,8 @@ The names are imported when they are first used: importing the package starts no
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,11 +24,20 @@ def __getattr__(name: str) -> Any:
     """Imports the public names on first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    api = importlib.import_module("imagegpt_jax.api")
-    globals().update({public: getattr(api, public) for public in __all__})
-    return globals()[name]
+    return getattr(importlib.import_module("imagegpt_jax.api"), name)
 
 
 def __dir__() -> list[str]:
     """The public names, imported or not."""
     return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Keeps `generate` the public function: importing the module of that name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "generate":
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

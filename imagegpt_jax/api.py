@@ -198,8 +198,12 @@ class Decoder(nnx.Module):
     def __init__(self, gpt: GPT, setup: decoder_task.Setup, *, path: str, step: int):
         self.gpt = gpt
         self.setup = setup
-        self._config: Any = setup.config
         self.path, self.step = path, step
+
+    @property
+    def config(self) -> Any:
+        """The run's config, an `ml_collections.ConfigDict`."""
+        return self.setup.config
 
     def __call__(self, sequence: Sequence, *, key: jax.Array | None = None) -> Output:
         """Runs the network on sequences, see `models.gpt.GPT`."""
@@ -224,7 +228,7 @@ class Decoder(nnx.Module):
           UserError: for a setting that is out of range.
         """
         given = {name: value for name, value in settings.items() if value is not None}
-        return config_lib.to_dataclass(Sampling, {**self._config.sampling.to_dict(), **given})
+        return config_lib.to_dataclass(Sampling, {**self.config.sampling.to_dict(), **given})
 
     def class_index(self, label: int | str) -> int:
         """Number of a class that is given by name (case and underscores do not matter) or number.
@@ -249,7 +253,7 @@ class Decoder(nnx.Module):
         Raises:
           UserError: for a prompt that is not empty, if the decoder was not trained on captions.
         """
-        data = self._config.data
+        data = self.config.data
         if text and data.text_length <= int(data.use_labels):
             raise UserError(f"{self.path} was trained on classes, not on captions: give classes.")
         return self.setup.text.encode_batch([text])[0] if text else []
@@ -260,8 +264,8 @@ class Decoder(nnx.Module):
         Raises:
           UserError: if it is not where the decoder's config says.
         """
-        if self._config.tokenizer:
-            return load_tokenizer(self._config.tokenizer)
+        if self.config.tokenizer:
+            return load_tokenizer(self.config.tokenizer)
         params = decoder_task.tokenizer_params(self.setup)
         return Tokenizer(self.setup.tokenizer, params, path="", step=0)
 

@@ -11,6 +11,7 @@ writes a part of the shards, and the result does not depend on how many there ar
       --config.tokenizer=runs/tokenizer --config.data.train=tokens:runs/tokens/train
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -169,7 +170,15 @@ def main() -> None:
     if count > 1 and not index:
         multihost_utils.sync_global_devices("the first process has written the plan")
     mine = range(len(ranges) * index // count, len(ranges) * (index + 1) // count)
-    write(tok, source, ops, writer, mine, SEED.value)
+    try:
+        write(tok, source, ops, writer, mine, SEED.value)
+    except cli.UserError:
+        # What a person has to change, changes the data set: a beginning without any shard is of no use.
+        if count == 1 and not any(map(writer.is_finished, mine)):
+            (folder / shards_lib.PLAN).unlink()
+            with contextlib.suppress(OSError):  # the folder may hold other things
+                folder.rmdir()
+        raise
     if count > 1:
         multihost_utils.sync_global_devices("all shards are written")
 

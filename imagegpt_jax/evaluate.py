@@ -13,7 +13,7 @@ predicts tokens, and by whether the pictures that it draws can be told apart by 
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,6 +84,19 @@ def table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set and the spec that opens it."""
+
+    spec: str
+    source: "Source"
+
+    @property
+    def about(self) -> Scores:
+        """Where a score is from."""
+        return {"data": self.spec, "data_fingerprint": self.source.fingerprint}
+
+
 class Subset:
     """Some records of a source, in a given order."""
 
@@ -109,54 +122,50 @@ def progress(batches: Iterable[Any], name: str, examples: int, batch_size: int) 
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-def score_tokenizer(path: str, mesh: "Mesh") -> tuple[Scores, np.ndarray]:
+def score_tokenizer(path: str, data: "Data", mesh: "Mesh") -> tuple[Scores, np.ndarray]:
     """Scores of a tokenizer, and a picture of inputs over reconstructions (uint8 [H, W, C])."""
     import jax
 
     from imagegpt_jax import api, sharding
-    from imagegpt_jax.data import pipeline, sources
+    from imagegpt_jax.data import pipeline
     from imagegpt_jax.evals import reconstruction
     from imagegpt_jax.tasks import tokenizer as task
 
-    config = api.read_config(path, "tokenizer")
-    spec = DATA.value or config.data.validation
-    source = sources.open_source(spec, require="image")
     setup, params, step = api.read_tokenizer(path, STEP.value)
+    config: Any = setup.config
     batch_size = _batch_size(config.eval_batch_size, mesh)
     batches = pipeline.Batches(
-        source, ops=config.data.eval_ops, batch_size=batch_size, shuffle=False, epochs=1, columns=("image",)
+        data.source, ops=config.data.eval_ops, batch_size=batch_size, shuffle=False, epochs=1, columns=("image",)
     )
-    scores, grid = reconstruction.evaluate(
-        task.predict_fns(setup)["reconstruct"],
-        jax.device_put(params, sharding.replicated(mesh)),
-        progress(batches, "tokenizer", len(source), batch_size),
-        setup.model.quantizer.num_codes,
-        mesh,
-    )
+    with jax.set_mesh(mesh):
+        scores, grid = reconstruction.evaluate(
+            task.predict_fns(setup)["reconstruct"],
+            jax.device_put(params, sharding.replicated(mesh)),
+            progress(batches, "tokenizer", len(data.source), batch_size),
+            setup.model.quantizer.num_codes,
+            mesh,
+        )
     names = {name: f"val_{name}" for name in ("psnr", "psnr_mean_color", "l1", "mse")}
     about = {
         "checkpoint": path,
         "step": step,
-        "data": spec,
-        "data_fingerprint": source.fingerprint,
+        **data.about,
         "ops": config.data.eval_ops,
         "num_codes": setup.model.quantizer.num_codes,
     }
     return {f"tokenizer/{names.get(name, name)}": value for name, value in (about | scores).items()}, grid
 
 
-def score_decoder(decoder: "Decoder", tok: "Tokenizer", mesh: "Mesh") -> Scores:
+def score_decoder(decoder: "Decoder", tok: "Tokenizer", data: "Data", mesh: "Mesh") -> Scores:
     """Likelihoods of a decoder."""
     import jax
 
     from imagegpt_jax import sharding, state
-    from imagegpt_jax.data import pipeline, sources
+    from imagegpt_jax.data import pipeline
     from imagegpt_jax.evals import likelihood
     from imagegpt_jax.tasks import decoder as task
 
-    config: Any = decoder.setup.config
-    spec = DATA.value or config.data.validation
-    source = sources.open_source(spec)
+    config, source = decoder.config, data.source
     made_by = getattr(source, "info", {}).get("tokenizer", tok.fingerprint)
     if made_by != tok.fingerprint:
         raise cli.UserError(
@@ -174,20 +183,20 @@ def score_decoder(decoder: "Decoder", tok: "Tokenizer", mesh: "Mesh") -> Scores:
             yield task.pack(decoder.setup, {**rest, "codes": codes}, train=False)
 
     _, params = state.split(decoder.gpt)
-    scores = likelihood.evaluate(
-        lambda params, batch: (nll(params, batch), batch["targets"]),
-        jax.device_put(params, sharding.replicated(mesh)),
-        packed(),
-        decoder.setup.space.vocab_size,
-        mesh,
-    )
+    with jax.set_mesh(mesh):
+        scores = likelihood.evaluate(
+            lambda params, batch: (nll(params, batch), batch["targets"]),
+            jax.device_put(params, sharding.replicated(mesh)),
+            packed(),
+            decoder.setup.space.vocab_size,
+            mesh,
+        )
     about = {
         "checkpoint": decoder.path,
         "step": decoder.step,
         "tokenizer_checkpoint": tok.path,
         "tokenizer_fingerprint": tok.fingerprint,
-        "data": spec,
-        "data_fingerprint": source.fingerprint,
+        **data.about,
         "images": len(source),
     }
     return {
@@ -196,17 +205,16 @@ def score_decoder(decoder: "Decoder", tok: "Tokenizer", mesh: "Mesh") -> Scores:
     }
 
 
-def score_generation(decoder: "Decoder", tok: "Tokenizer") -> tuple[Scores, np.ndarray]:
-    """Retrieval of drawn pictures, and a picture (uint8 [H, W, 3]) of some references with what was drawn."""
+def score_generation(decoder: "Decoder", tok: "Tokenizer", data: "Data") -> tuple[Scores, np.ndarray]:
+    """Retrieval of drawn pictures, and a picture (uint8 [H, W, 3]) of some references, each before its samples."""
     from tqdm import tqdm
 
     from imagegpt_jax import api, images
     from imagegpt_jax.data import pipeline
     from imagegpt_jax.evals import generation
 
-    config: Any = decoder.setup.config
-    spec, source = pictures(GENERATION_DATA.value or config.data.train)
-    use_labels = config.data.text_length <= int(config.data.use_labels)
+    config, source = decoder.config, data.source
+    use_labels = by_class(config)
 
     def shown(record: dict[str, Any]) -> Any:
         """What a record shows: its concept where the set knows it, else its class or caption."""
@@ -245,8 +253,7 @@ def score_generation(decoder: "Decoder", tok: "Tokenizer") -> tuple[Scores, np.n
     samples = np.concatenate(drawn)
     samples_PSHWC = samples.reshape(len(records), each, *samples.shape[1:])
     about = {
-        "data": spec,
-        "data_fingerprint": source.fingerprint,
+        **data.about,
         "prompts": len(records),
         "samples_per_prompt": each,
         "seed": SEED.value,
@@ -254,23 +261,11 @@ def score_generation(decoder: "Decoder", tok: "Tokenizer") -> tuple[Scores, np.n
         **dataclasses.asdict(sampling),
     }
     scores = about | generation.retrieval(samples_PSHWC, references_PHWC, SEED.value)
-    tiles = []
-    for prompt, reference, drawings in list(zip(prompts, references_PHWC, samples_PSHWC, strict=True))[:SHOWN_PROMPTS]:
-        tiles += [images.Tile(prompt, reference[None]), images.Tile("drawn", drawings)]
-    return {f"generation/{name}": value for name, value in scores.items()}, images.grid(tiles)
-
-
-def pictures(spec: str) -> tuple[str, "Source"]:
-    """The pictures that a data set is made of: for token shards, those that they were encoded from."""
-    from imagegpt_jax.data import sources
-
-    source = sources.open_source(spec)
-    if "image" in source.__getitems__([0])[0]:
-        return spec, source
-    spec = getattr(source, "info", {}).get("source", "")
-    if not spec:
-        raise cli.UserError(f"{source.name} does not say which pictures it was made of: give --generation_data.")
-    return spec, sources.open_source(spec, require="image")
+    tiles = [
+        images.Tile(prompt, [reference, *drawings])
+        for prompt, reference, drawings in zip(prompts, references_PHWC, samples_PSHWC, strict=True)
+    ]
+    return {f"generation/{name}": value for name, value in scores.items()}, images.grid(tiles[:SHOWN_PROMPTS])
 
 
 def _batch_size(default: int, mesh: "Mesh") -> int:
@@ -287,7 +282,8 @@ def _batch_size(default: int, mesh: "Mesh") -> int:
 
 
 def stages() -> dict[str, str]:
-    """Task -> workdir, for the checkpoints that the flags name."""
+    """Task -> workdir, for the checkpoints that the flags name, each of which has been found to be there."""
+    from imagegpt_jax import checkpoint
     from imagegpt_jax import config as config_lib
 
     found: dict[str, str] = {}
@@ -298,7 +294,44 @@ def stages() -> dict[str, str]:
         found[task] = path
     if STEP.value is not None and len(found) > 1:
         raise cli.UserError("--step needs a single --checkpoint: score them one at a time.")
+    for path in found.values():
+        checkpoint.choose_step(path, STEP.value)
     return found
+
+
+def by_class(config: Any) -> bool:
+    """Whether a decoder draws classes, not words."""
+    return config.data.text_length <= int(config.data.use_labels)
+
+
+def open_data(found: Mapping[str, str]) -> dict[str, Data]:
+    """Opens what each stage, and "generation", is scored on."""
+    from imagegpt_jax import api
+    from imagegpt_jax.data import sources
+
+    opened = {}
+    for task, path in found.items():
+        spec = DATA.value or api.read_config(path, task).data.validation
+        opened[task] = Data(spec, sources.open_source(spec, require="image" if task == "tokenizer" else None))
+    if "decoder" in found and GENERATION_PROMPTS.value:
+        config = api.read_config(found["decoder"], "decoder")
+        spec = source_of(GENERATION_DATA.value or config.data.train)
+        opened["generation"] = Data(spec, sources.open_source(spec, require="image"))
+        sources.open_source(spec, require="label" if by_class(config) else "captions")
+    return opened
+
+
+def source_of(spec: str) -> str:
+    """For token shards, the pictures that they were encoded from; else the data set itself."""
+    from imagegpt_jax.data import sources
+
+    source = sources.open_source(spec)
+    if "codes" not in source.__getitems__([0])[0]:
+        return spec
+    made_of = getattr(source, "info", {}).get("source", "")
+    if not made_of:
+        raise cli.UserError(f"{source.name} does not say which pictures it was made of: give --generation_data.")
+    return made_of
 
 
 def write(path: "epath.Path", data: bytes) -> None:
@@ -322,20 +355,20 @@ def main() -> None:
 
     from imagegpt_jax import api, images, sharding
 
+    opened = open_data(found)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     scores: Scores = {"version": importlib.metadata.version("imagegpt_jax"), "jax_version": jax.__version__}
     shown: dict[str, np.ndarray] = {}
-    with jax.set_mesh(mesh):
-        if "tokenizer" in found:
-            values, shown["reconstructions"] = score_tokenizer(found["tokenizer"], mesh)
+    if "tokenizer" in found:
+        values, shown["reconstructions"] = score_tokenizer(found["tokenizer"], opened["tokenizer"], mesh)
+        scores |= values
+    if "decoder" in found:
+        decoder = api.load_decoder(found["decoder"], STEP.value, tokenizer=TOKENIZER.value or None)
+        tok = decoder.load_tokenizer()
+        scores |= score_decoder(decoder, tok, opened["decoder"], mesh)
+        if "generation" in opened:
+            values, shown["generations"] = score_generation(decoder, tok, opened["generation"])
             scores |= values
-        if "decoder" in found:
-            decoder = api.load_decoder(found["decoder"], STEP.value, tokenizer=TOKENIZER.value or None)
-            tok = decoder.load_tokenizer()
-            scores |= score_decoder(decoder, tok, mesh)
-            if GENERATION_PROMPTS.value:
-                values, shown["generations"] = score_generation(decoder, tok)
-                scores |= values
 
     write(output, (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode())
     for name, picture in shown.items() if IMAGES_DIR.value else ():

@@ -34,11 +34,11 @@ class Tile:
 
     Attributes:
       caption: any text; what the font cannot draw is named in brackets.
-      images: uint8 [n, H, W, C].
+      images: at least one uint8 [H, W, C].
     """
 
     caption: str
-    images: np.ndarray
+    images: Sequence[np.ndarray]
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -166,12 +166,12 @@ def _enlarged(image_HWC: np.ndarray) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST) if factor > 1 else picture
 
 
-def _collage(images_NHWC: np.ndarray) -> Image.Image:
+def _collage(images: Sequence[np.ndarray]) -> Image.Image:
     """The pictures of one tile, in about a square."""
-    pictures = [_enlarged(image) for image in images_NHWC]
+    pictures = [_enlarged(image) for image in images]
     columns = math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / columns)
-    width, height = pictures[0].size
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     out = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
     for i, picture in enumerate(pictures):
         out.paste(picture, (i % columns * (width + GAP), i // columns * (height + GAP)))
@@ -182,7 +182,7 @@ def grid(tiles: Sequence[Tile]) -> np.ndarray:
     """Lays captioned tiles out on a white page, about 4 : 3, in reading order.
 
     Args:
-      tiles: at least one; all their images are of one size.
+      tiles: at least one.
 
     Returns:
       uint8 [height, width, 3].

@@ -225,7 +225,6 @@ def main() -> None:
     output = epath.Path(OUTPUT.value)
     check_output(output, None, OVERWRITE.value)
 
-    import numpy as np
     from tqdm import tqdm
 
     from imagegpt_jax import api, images
@@ -244,7 +243,7 @@ def main() -> None:
             print(f"note: only the beginning of {request.text[:60]!r} fits the decoder's text length.", file=sys.stderr)
 
     # --- Pictures.
-    drawn: list[np.ndarray] = []
+    drawn = []
     shown = MAX_GRID_TILES * NUM_IMAGES.value
     with new_folder(output) as folder, tqdm(total=len(rows), desc="sample", unit="image", mininterval=0.5) as bar:
         stream = api.generate_tiles(
@@ -264,10 +263,9 @@ def main() -> None:
         (folder / ROWS_FILE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
         # --- Grid.
+        each = NUM_IMAGES.value
         tiles = [
-            images.Tile(
-                request.caption, np.stack(drawn[i * NUM_IMAGES.value :][: min(NUM_IMAGES.value, MAX_TILE_IMAGES)])
-            )
+            images.Tile(request.caption, drawn[i * each : i * each + min(each, MAX_TILE_IMAGES)])
             for i, request in enumerate(asked[:MAX_GRID_TILES])
         ]
         about = {key: rows[0][key] for key in ("seed", "sampler", "decoder", "step", "tokenizer", "version")}

@@ -1,0 +1,113 @@
+"""The scoring binary on the workdirs of tiny networks."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagegpt_jax import sharding
+from imagegpt_jax.cli import UserError
+
+SMALL = ["--generation_prompts=6", "--samples_per_prompt=2"]
+
+
+@pytest.fixture
+def evaluate(binary, tmp_path):
+    """Runs the binary and returns the scores that it wrote."""
+
+    def run(*flags):
+        binary("evaluate", *flags, f"--output={tmp_path / 'out' / 'metrics.json'}").main()
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+    return run
+
+
+def test_both_stages_in_one_flat_object(evaluate, workdirs, tmp_path, capsys):
+    flags = [f"--checkpoint={workdirs.decoder}", f"--checkpoint={workdirs.tokenizer}", *SMALL]
+    scores = evaluate(*flags, f"--images_dir={tmp_path / 'pictures'}")
+    assert all(isinstance(value, int | float | str) for value in scores.values())
+    assert 0 < scores["tokenizer/codebook_usage"] <= 1
+    assert 1 <= scores["tokenizer/codebook_perplexity"] <= 64
+    assert 0 < scores["tokenizer/val_psnr"] < 100
+    assert scores["tokenizer/val_psnr_mean_color"] > 0
+    assert scores["decoder/val_image_tokens"] == 16 * scores["decoder/images"] == 16 * scores["tokenizer/images"]
+    for kind in ("image", "text"):
+        assert scores[f"decoder/val_{kind}_bits_per_token"] > scores[f"decoder/unigram_{kind}_bits_per_token"] > 0
+    assert scores["decoder/unigram_image_bits_per_token"] <= 6
+    assert 0 <= scores["generation/retrieval_top1"] <= 1
+    assert 0 <= scores["generation/retrieval_top1_shuffled"] <= 1
+    assert scores["generation/retrieval_chance"] == pytest.approx(1 / 6)
+    # Provenance: what was scored, on what, how.
+    assert scores["tokenizer/checkpoint"] == str(workdirs.tokenizer)
+    assert scores["decoder/step"] == scores["tokenizer/step"] == 2
+    assert scores["tokenizer/data"] == scores["generation/data"] == "emoji:validation,res=16,styles=noto"
+    assert len(scores["decoder/data_fingerprint"]) >= 16
+    assert (scores["generation/samples_per_prompt"], scores["generation/cfg_scale"]) == (2, 3.0)
+    out = capsys.readouterr().out
+    assert "prompts shuffled" in out
+    assert "unigram" in out
+    assert f"{scores['tokenizer/val_psnr']:.4f}" in out
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"reconstructions.png", "generations.png"}
+    assert Image.open(tmp_path / "pictures" / "reconstructions.png").size == (16 * 16, 2 * 16)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json"}
+
+
+def test_scores_do_not_depend_on_batch_size(evaluate, workdirs):
+    flags = [f"--checkpoint={workdirs.tokenizer}", "--data=emoji:validation,res=16,styles=twemoji"]
+    one, other = evaluate(*flags, "--batch_size=7"), evaluate(*flags, "--batch_size=32")
+    assert one["tokenizer/data"] == "emoji:validation,res=16,styles=twemoji"
+    for key, value in one.items():
+        assert other[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), key
+
+
+def test_checkpoints_of_classes_and_of_older_steps(evaluate, workdirs):
+    scores = evaluate(f"--checkpoint={workdirs.classes}", "--step=1", *SMALL)
+    assert scores["decoder/step"] == 1
+    assert scores["generation/prompts"] == 6
+    assert "decoder/val_text_bits_per_token" not in scores  # after a class alone there is nothing to predict
+    assert not any(key.startswith("tokenizer/") for key in scores)
+
+
+def test_token_shards_score_like_the_images_they_were_made_from(evaluate, binary, workdirs, tmp_path):
+    spec = "emoji:validation,res=16,styles=noto"
+    binary("encode", f"--tokenizer={workdirs.tokenizer}", f"--data={spec}", f"--output={tmp_path / 't'}").main()
+    flags = [f"--checkpoint={workdirs.decoder}", "--generation_prompts=0"]
+    images, tokens = evaluate(*flags, f"--data={spec}"), evaluate(*flags, f"--data=tokens:{tmp_path / 't'}")
+    for key in ("val_loss", "val_image_bits_per_token", "unigram_image_bits_per_token", "unigram_text_bits_per_token"):
+        assert tokens[f"decoder/{key}"] == pytest.approx(images[f"decoder/{key}"], rel=1e-5)
+    with pytest.raises(UserError, match="another tokenizer"):
+        evaluate(f"--checkpoint={workdirs.classes}", f"--data=tokens:{tmp_path / 't'}")
+    assert binary("evaluate").source_of(f"tokens:{tmp_path / 't'}") == spec
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--checkpoint={tokenizer}", "--checkpoint={tokenizer}"], "both a tokenizer"),
+        (["--checkpoint={tokenizer}", "--checkpoint={decoder}", "--step=1"], "single --checkpoint"),
+        (["--checkpoint={tokenizer}", "--step=9"], "step 9"),
+        (["--checkpoint=/no/such/folder"], "/no/such/folder"),
+        (["--checkpoint={tokenizer}", "--data=emoji:trian"], "Did you mean 'train'"),
+        (["--checkpoint={decoder}", "--data=emoji:validation,res=16", "--generation_data=folder:/no/such"], "/no/such"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(evaluate, workdirs, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(sharding, "make_mesh", None)
+    with pytest.raises(UserError, match=words):
+        evaluate(*(flag.format(**vars(workdirs)) for flag in flags))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_must_be_a_file(binary, workdirs, tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        binary("evaluate", f"--checkpoint={workdirs.tokenizer}", f"--output={tmp_path}").main()
+
+
+def test_table_leaves_out_what_was_not_scored(binary):
+    table = binary("evaluate").table
+    text = table({"generation/retrieval_top1": 0.25, "generation/retrieval_top1_shuffled": 0.01})
+    assert text.split() == ["top-1", "retrieval", "0.2500", "prompts", "shuffled", "0.0100"]
+    assert np.all(
+        [line.key.split("/")[0] in ("tokenizer", "decoder", "generation") for line in binary("evaluate").TABLE]
+    )

@@ -7,6 +7,7 @@ sums over shifted slices. Lavin and Gray 2016 (arXiv:1509.09308).
 Shapes: B batch, H height, W width, C channels in, O channels out, T the 36 places in a tile, N tiles of all images.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -50,21 +51,20 @@ def conv3x3(x_BHWC: Float[Array, "B H W C"], w_33CO: Float[Array, "3 3 C O"]) ->
     return _forward(x_BHWC, w_33CO)[0]
 
 
-def _combine(matrix: np.ndarray, terms: Sequence[Array]) -> list[Array]:
-    """matrix @ terms, written as sums so that they fuse with the slices that the terms are."""
-    return [sum(float(c) * term for c, term in zip(row, terms, strict=True) if c) for row in matrix]  # type: ignore[misc]
+def _combine(matrix: np.ndarray, terms: Sequence[Array], axis: int) -> Array:
+    """matrix @ terms, stacked on a new axis; written as sums so that they fuse with the slices that the terms are."""
+    sums = [functools.reduce(jnp.add, [float(c) * t for c, t in zip(row, terms, strict=True) if c]) for row in matrix]
+    return jnp.stack(sums, axis)
 
 
 def _tiles(matrix: np.ndarray, x_BHWC: Array, rows: int, columns: int) -> Array:
     """matrix @ tile @ matrix.T of every tile, as [T, N, C]; tiles start every TILE pixels."""
+    # Rows first, then columns: all 36 sums in one step would compile four times as long.
     last_row, last_column = (rows - 1) * TILE + 1, (columns - 1) * TILE + 1
     starts = range(matrix.shape[1])
-    places = [
-        place
-        for line in _combine(matrix, [x_BHWC[:, i : i + last_row : TILE] for i in starts])
-        for place in _combine(matrix, [line[:, :, j : j + last_column : TILE] for j in starts])
-    ]
-    return jnp.stack(places).reshape(len(places), -1, x_BHWC.shape[-1])
+    x = _combine(matrix, [x_BHWC[:, i : i + last_row : TILE] for i in starts], axis=0)
+    x = _combine(matrix, [x[:, :, :, j : j + last_column : TILE] for j in starts], axis=1)
+    return x.reshape(matrix.shape[0] ** 2, -1, x_BHWC.shape[-1])
 
 
 def _forward(x_BHWC: Array, w_33CO: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -73,8 +73,9 @@ def _forward(x_BHWC: Array, w_33CO: Array) -> tuple[Array, tuple[Array, Array]]:
     v_TNC = _tiles(_INPUT, jnp.pad(x_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0))), rows, columns)
     u_TCO = (jnp.asarray(_KERNEL_2D, w_33CO.dtype) @ w_33CO.reshape(9, -1)).reshape(_SPAN**2, *w_33CO.shape[2:])
     m = lax.batch_matmul(v_TNC, u_TCO).reshape(_SPAN, _SPAN, B, rows, columns, -1)
-    lines = [jnp.stack(_combine(_OUTPUT, list(line)), axis=3) for line in _combine(_OUTPUT, list(m))]
-    return jnp.stack(lines, axis=2).reshape(B, H, W, -1), (v_TNC, w_33CO)
+    m = _combine(_OUTPUT, list(m), axis=2)  # [6, B, 4, rows, columns, O]
+    y = _combine(_OUTPUT, list(m), axis=4)  # [B, 4, rows, columns, 4, O]
+    return y.swapaxes(1, 2).reshape(B, H, W, -1), (v_TNC, w_33CO)
 
 
 def _backward(residual: tuple[Array, Array], dy_BHWO: Array) -> tuple[Array, Array]:

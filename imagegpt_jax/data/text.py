@@ -31,15 +31,23 @@ class TextTokenizer:
         # A tokenizer from elsewhere may cut, pad, or add special tokens: packing does that here.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.vocab_size = tokenizer.get_vocab_size()
+        # Not the number of tokens: some vocabularies have gaps.
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; an empty text has none."""
-        return [e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        # A command line that is not UTF-8 gives lone surrogates, which the library refuses.
+        texts = [t.encode("utf-8", "replace").decode() for t in texts]
+        return [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-        return self._tokenizer.decode(list(ids)).strip()
+        """Text of ids, as `normalize` left it; bytes that end in the middle of a character become U+FFFD."""
+        return self._tokenizer.decode([int(i) for i in ids]).strip()
+
+    def normalize(self, text: str) -> str:
+        """The text as the tokenizer sees it: for one trained here in NFKC, lower case, and with single spaces."""
+        normalizer = self._tokenizer.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -50,13 +58,15 @@ class TextTokenizer:
         """Writes a folder that both `load_tokenizer` and `transformers.AutoTokenizer` load."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True))
+        (folder / "tokenizer.json").write_bytes(self._tokenizer.to_str(pretty=True).encode())
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> TextTokenizer:
     """Trains byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) on captions, after NFKC and lower-casing.
+
+    The vocabulary is smaller than asked for if the captions have fewer pairs to merge.
 
     Raises:
       UserError: if the vocabulary has no room for the bytes, or there are no captions.
@@ -88,7 +98,7 @@ def load_tokenizer(folder: epath.PathLike) -> TextTokenizer:
     """Loads a folder with a `tokenizer.json`, or one that `transformers.AutoTokenizer` makes a fast tokenizer of.
 
     Raises:
-      UserError: if the folder is missing or holds no tokenizer.
+      UserError: if the folder is missing, or holds no tokenizer or a damaged one.
     """
     folder = epath.Path(folder)
     if not folder.is_dir():
@@ -96,7 +106,7 @@ def load_tokenizer(folder: epath.PathLike) -> TextTokenizer:
     path = folder / "tokenizer.json"
     if path.exists():
         try:
-            return TextTokenizer(tokenizers.Tokenizer.from_str(path.read_text()))
+            return TextTokenizer(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
         except Exception as e:  # the library raises bare Exception for a malformed file
             raise UserError(f"{path} is not a tokenizer ({e}): copy it again.") from e
     from transformers import AutoTokenizer
@@ -104,5 +114,8 @@ def load_tokenizer(folder: epath.PathLike) -> TextTokenizer:
     try:
         slow_or_fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         return TextTokenizer(slow_or_fast.backend_tokenizer)
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"{folder} holds no fast tokenizer (tokenizer.json): {str(e).splitlines()[0]}") from e
+    except Exception as e:  # which ones depends on the kind of tokenizer that the folder seems to hold
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(
+            f"{folder} holds no tokenizer that can be used here ({why}): give one with tokenizer.json."
+        ) from e

@@ -9,7 +9,7 @@ import hashlib
 import json
 import lzma
 import re
-from importlib import resources
+from pathlib import Path
 
 STYLES = ("noto", "twemoji", "fluent")
 SPLITS = ("train", "validation", "heldout_style", "all")
@@ -52,7 +52,7 @@ class Picture:
 
 
 def _read(name: str) -> str:
-    return lzma.decompress((resources.files(__package__) / name).read_bytes()).decode()
+    return lzma.decompress(Path(__file__).with_name(name).read_bytes()).decode()
 
 
 @functools.cache

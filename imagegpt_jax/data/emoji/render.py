@@ -58,10 +58,9 @@ def _ask(idle: "queue.SimpleQueue[subprocess.Popen[bytes]]", document: str) -> b
     try:
         worker.stdin.write(document.encode() + b"\n")
         worker.stdin.flush()
-        header = worker.stdout.read(4)
-        if len(header) < 4:
-            raise RuntimeError("a process that draws the built-in pictures ended early; its error is above")
-        return worker.stdout.read(struct.unpack("<I", header)[0])
+        return worker.stdout.read(struct.unpack("<I", worker.stdout.read(4))[0])
+    except (OSError, struct.error) as e:
+        raise RuntimeError("a process that draws the built-in pictures ended early; its error is above") from e
     finally:
         idle.put(worker)
 
@@ -76,8 +75,10 @@ def render(documents: Sequence[str]) -> Iterator[bytes]:
     executor = ThreadPoolExecutor(cores)
     try:
         for _ in range(min(cores, len(documents))):
-            workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-            idle.put(workers[-1])
+            # A session of their own: Ctrl-C is for the caller, which ends them.
+            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            workers.append(worker)
+            idle.put(worker)
         yield from executor.map(lambda d: _ask(idle, d), documents)
     finally:
         executor.shutdown(cancel_futures=True)

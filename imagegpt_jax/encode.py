@@ -139,18 +139,21 @@ def main() -> None:
     """Encodes the data set that the flags describe."""
     from etils import epath
 
-    from imagegpt_jax import api
+    from imagegpt_jax import config as config_lib
     from imagegpt_jax.data import ops as ops_lib
     from imagegpt_jax.data import shards as shards_lib
     from imagegpt_jax.data import sources
 
     # --- Everything a person can get wrong, before devices and files.
-    ops = OPS.value or api.read_config(TOKENIZER.value, "tokenizer").data.eval_ops
+    config: Any = config_lib.load(TOKENIZER.value)
+    ops = OPS.value or config.data.eval_ops
     ops_lib.parse(ops)
     source = sources.open_source(DATA.value, require="image")
 
     import jax
     from jax.experimental import multihost_utils
+
+    from imagegpt_jax import api
 
     tok = api.load_tokenizer(TOKENIZER.value, STEP.value, rows=BATCH_SIZE.value)
     made_from = {"source": source.fingerprint, "ops": ops, "seed": SEED.value, "tokenizer": tok.fingerprint}

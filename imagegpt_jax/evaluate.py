@@ -283,7 +283,6 @@ def _batch_size(default: int, mesh: "Mesh") -> int:
 
 def stages() -> dict[str, str]:
     """Task -> workdir, for the checkpoints that the flags name, each of which has been found to be there."""
-    from imagegpt_jax import checkpoint
     from imagegpt_jax import config as config_lib
 
     found: dict[str, str] = {}
@@ -294,6 +293,9 @@ def stages() -> dict[str, str]:
         found[task] = path
     if STEP.value is not None and len(found) > 1:
         raise cli.UserError("--step needs a single --checkpoint: score them one at a time.")
+
+    from imagegpt_jax import checkpoint  # imports JAX, for whose start a wrong folder should not wait
+
     for path in found.values():
         checkpoint.choose_step(path, STEP.value)
     return found

@@ -222,8 +222,12 @@ def main() -> None:
 
     from etils import epath
 
+    from imagegpt_jax import config as config_lib
+
     output = epath.Path(OUTPUT.value)
     check_output(output, None, OVERWRITE.value)
+    for workdir in filter(None, (DECODER.value, TOKENIZER.value)):
+        config_lib.load(workdir)  # a wrong folder should not cost the seconds that JAX takes to start
 
     from tqdm import tqdm
 

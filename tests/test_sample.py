@@ -211,3 +211,20 @@ def test_misspelt_flags_cost_one_sentence(name, flags, words, tmp_path):
     assert line.startswith("error: ")
     assert words in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("sample", ["--decoder=/no/such", "--prompt=a"]),
+        ("evaluate", ["--checkpoint=/no/such"]),
+        ("encode", ["--tokenizer=/no/such", "--data=emoji:train"]),
+    ],
+)
+def test_a_wrong_folder_does_not_wait_for_jax(name, flags, tmp_path):
+    code = f"import sys, runpy; sys.argv = {[name, *flags, f'--output={tmp_path}/o']!r}\n"
+    code += f"try: runpy.run_module('imagegpt_jax.{name}', run_name='__main__')\n"
+    code += "except SystemExit as e: print(e.code, 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "False"], done.stderr
+    assert "/no/such" in done.stderr

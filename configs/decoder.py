@@ -23,7 +23,7 @@ MODELS = {
 # Tokenizer size, resolution, run length and cadence of the small sizes.
 RUNS = {
     "test": {"tokenizer": "test", "res": 16, "steps": 8, "batch_size": 8, "log": 2, "evaluate": 4, "save": 2},
-    "emoji": {"tokenizer": "emoji", "res": 32, "steps": 1000, "batch_size": 64, "log": 20, "evaluate": 500, "save": 500},
+    "emoji": {"tokenizer": "emoji", "res": 32, "steps": 200, "batch_size": 64, "log": 10, "evaluate": 100, "save": 100},
 }
 # 300 epochs of ImageNet at batch 256.
 LLAMAGEN = {"tokenizer": "vq16", "res": 256, "steps": 1_500_000, "batch_size": 256, "log": 100, "evaluate": 10_000,
@@ -115,7 +115,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # --- Sampling: defaults of the sampling binary and of evaluations.
     config.sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 3.0 if small else 2.0}
-    config.sample_prompts = ("noto emoji of red heart", "twemoji emoji of dog face", "fluent emoji of pizza") if small else ()
+    config.sample_prompts = (
+        ("noto emoji of red heart", "twemoji emoji of dog face", "fluent emoji of pizza") if small else ()
+    )
 
     # --- Cadence, in steps.
     config.log_every = run["log"]

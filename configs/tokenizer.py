@@ -18,7 +18,8 @@ MODELS = {
     "emoji": {"stem_patch": 4, "base_width": 128, "width_mults": (1,), "encoder_blocks": 2, "decoder_blocks": 3,
               "attention_levels": (), "mid_attention": False, "z_channels": 128, "norm_groups": 8},
     "vq16": {"stem_patch": 1, "base_width": 128, "width_mults": (1, 1, 2, 2, 4), "encoder_blocks": 2,
-             "decoder_blocks": 3, "attention_levels": (4,), "mid_attention": True, "z_channels": 256, "norm_groups": 32},
+             "decoder_blocks": 3, "attention_levels": (4,), "mid_attention": True, "z_channels": 256,
+             "norm_groups": 32},
     "vq8": {"stem_patch": 1, "base_width": 128, "width_mults": (1, 2, 2, 4), "encoder_blocks": 2,
             "decoder_blocks": 3, "attention_levels": (3,), "mid_attention": True, "z_channels": 256, "norm_groups": 32},
 }  # fmt: skip

@@ -88,7 +88,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         words = " ".join(str(e.args[0] if e.args else e).split())
         fail(f"the config has no such key: {words}", EXIT_USAGE)
     except OSError as e:
-        fail(f"the config could not be read: {str(e.__cause__ or e).replace('Failed loading config file', '')}", EXIT_USAGE)
+        fail(
+            f"the config could not be read: {str(e.__cause__ or e).replace('Failed loading config file', '')}",
+            EXIT_USAGE,
+        )
     except (ValueError, TypeError) as e:
         fail(e, EXIT_USAGE)
     raise AssertionError("unreachable")

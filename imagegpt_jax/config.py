@@ -1,7 +1,7 @@
 """Configs: `file.py:k=v,k=v` arguments, strict keys, frozen dataclasses, and the copy kept in a workdir.
 
-A config file has `get_config(arg) -> ConfigDict`; every key that the program reads is visible in it. The part of a config
-that describes a module becomes a frozen dataclass by `to_dataclass`, which rejects what it does not know.
+A config file has `get_config(arg) -> ConfigDict`; every key that the program reads is visible in it. The part of a
+config that describes a module becomes a frozen dataclass by `to_dataclass`, which rejects what it does not know.
 """
 
 import dataclasses
@@ -64,7 +64,8 @@ def sibling(config_file: str, name: str) -> types.ModuleType:
     """Imports the config file `name` that lies beside `config_file`, wherever the program is run from."""
     path = pathlib.Path(config_file).with_name(name)
     spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -140,8 +141,9 @@ def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
     if path.exists():
         changes = diff(json.loads(path.read_text()), to_dict(config))
         if changes:
+            shown = "; ".join(changes[:6]) + ("; ..." if len(changes) > 6 else "")
             raise UserError(
-                f"{folder} holds a run of another config ({'; '.join(changes[:6])}{'; ...' if len(changes) > 6 else ''}):"
+                f"{folder} holds a run of another config ({shown}):"
                 " choose another --workdir, or give the same config to continue."
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

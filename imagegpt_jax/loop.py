@@ -114,8 +114,11 @@ def _train(
             pending, totals = (step, totals), None
 
         # --- Evaluations and checkpoints.
-        started = time.perf_counter()
         if step == last or (config.eval_every and step % config.eval_every == 0):
+            if pending is not None:  # an evaluation waits for the steps before it: their time is theirs
+                write(*pending)
+                pending = None
+            started = time.perf_counter()
             scalars, images = task.evaluate(setup, state, mesh)
             writer.scalars(step, scalars)
             writer.images(step, images)

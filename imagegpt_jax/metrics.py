@@ -1,8 +1,8 @@
 """Metrics: what a step reports, where it is written, and how fast the run goes.
 
 A step returns a dict of clu metrics (mergeable totals that stay on the device); the loop merges them and fetches the
-totals once per logging interval. Values that follow from the config alone go to `metrics.jsonl`, so that two runs of one
-command can be compared byte for byte; clock readings go to `timing.jsonl`. Both go to TensorBoard.
+totals once per logging interval. Values that follow from the config alone go to `metrics.jsonl`, so that two runs of
+one command can be compared byte for byte; clock readings go to `timing.jsonl`. Both go to TensorBoard.
 """
 
 import json

@@ -27,7 +27,7 @@ from imagegpt_jax.cli import UserError
 Schedule = Callable[[jax.Array], jax.Array]
 Axes = tuple[str | None, ...]
 
-# Muon orthogonalises hidden matrices; a parameter with one of these axes is trained by Adam instead (Jordan et al. 2024).
+# Muon (Jordan et al. 2024) orthogonalises hidden matrices; a parameter with one of these axes gets Adam instead.
 NOT_MUON = frozenset({"vocab", "codebook", "code_dim"})
 
 
@@ -82,7 +82,7 @@ def make(config: ConfigDict, steps: int, axes: Any) -> optax.GradientTransformat
             weight_decay_mask=decay_mask,
             adam_b1=config.b1,
             adam_b2=config.b2,
-            consistent_rms=0.2,  # update RMS like Adam's, so that one learning rate serves both (Liu et al. 2025, eq. 4)
+            consistent_rms=0.2,  # update RMS as Adam's: one learning rate serves both (arXiv:2502.16982, eq. 4)
             muon_weight_dimension_numbers=jax.tree.map(
                 lambda a: None if len(a) < 2 or NOT_MUON & set(a) else _muon_dims(len(a)), axes, is_leaf=_is_axes
             ),
@@ -97,7 +97,10 @@ def make(config: ConfigDict, steps: int, axes: Any) -> optax.GradientTransformat
             "muon": muon,
             "lion": lambda: optax.lion(lr, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay_mask),
             "adafactor": lambda: optax.adafactor(
-                lr, momentum=config.b1 or None, weight_decay_rate=config.weight_decay or None, weight_decay_mask=decay_mask
+                lr,
+                momentum=config.b1 or None,
+                weight_decay_rate=config.weight_decay or None,
+                weight_decay_mask=decay_mask,
             ),
             "sgd": lambda: optax.sgd(lr, config.b1),
         },

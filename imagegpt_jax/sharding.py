@@ -92,7 +92,9 @@ def module_specs(abstract_module: nnx.Module, mesh: Mesh) -> Any:
     """PartitionSpecs of all parameters of an abstract module, as a tree like its pure dict."""
     state = nnx.state(abstract_module)
     specs = jax.tree.map(
-        lambda v: spec_for(v.shape, getattr(v, "axes", None), mesh), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+        lambda v: spec_for(v.shape, getattr(v, "axes", None), mesh),
+        state,
+        is_leaf=lambda v: isinstance(v, nnx.Variable),
     )
     return nnx.to_pure_dict(specs)
 

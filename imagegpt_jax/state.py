@@ -96,7 +96,7 @@ def count_params(params: Any) -> int:
 
 
 def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """Splits a pure dict into (trainable, frozen): frozen are the paths ("blocks/attention/qkv") that match a pattern."""
+    """Splits a pure dict into (trainable, frozen): frozen are paths ("blocks/attention/query") that match a pattern."""
     compiled = [re.compile(p) for p in patterns]
 
     def walk(tree: Params, path: tuple[str, ...]) -> tuple[Params, Params]:

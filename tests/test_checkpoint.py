@@ -14,7 +14,9 @@ from imagegpt_jax.cli import UserError
 
 class Tiny(nnx.Module):
     def __init__(self, *, key):
-        self.layers = nnx.List([nnx.Param(jax.random.normal(k, (2, 3)), axes=(None, None)) for k in jax.random.split(key)])
+        self.layers = nnx.List(
+            [nnx.Param(jax.random.normal(k, (2, 3)), axes=(None, None)) for k in jax.random.split(key)]
+        )
 
 
 NET = state.network(lambda key: Tiny(key=key))
@@ -41,7 +43,9 @@ def test_everything_comes_back(tmp_path):
 
 
 def test_nothing_to_restore(tmp_path):
-    assert checkpoint.Checkpoints(tmp_path, ConfigDict({"every": 1, "keep": 0})).restore(make(jax.random.key(0))) is None
+    assert (
+        checkpoint.Checkpoints(tmp_path, ConfigDict({"every": 1, "keep": 0})).restore(make(jax.random.key(0))) is None
+    )
 
 
 def test_old_steps_are_removed(tmp_path):

@@ -27,7 +27,12 @@ def test_arguments_take_the_type_of_their_defaults():
 
 @pytest.mark.parametrize(
     ("arg", "words"),
-    [("siz=emoji", "Did you mean 'size'"), ("res=big", "not a int"), ("size", "needs a value"), ("flip=2", "not a bool")],
+    [
+        ("siz=emoji", "Did you mean 'size'"),
+        ("res=big", "not a int"),
+        ("size", "needs a value"),
+        ("flip=2", "not a bool"),
+    ],
 )
 def test_wrong_arguments_say_what_to_type(arg, words):
     with pytest.raises(UserError, match=words):

@@ -50,7 +50,7 @@ def test_only_matrices_decay():
 def test_muon_orthogonalises_matrices_layer_by_layer():
     tx = optim.make(config(name="muon", schedule="constant", warmup_steps=0), 12, AXES)
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), PARAMS)
-    updates, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
     for layer in range(3):
         values = np.linalg.svd(np.asarray(updates["matrix"][layer]), compute_uv=False)
         assert values.max() / values.min() < 2  # Newton-Schulz brings singular values near one another

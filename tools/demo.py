@@ -51,7 +51,9 @@ def run(title: str, module: str, *arguments: str) -> None:
     started = time.perf_counter()
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code:
-        raise cli.UserError(f"the demo stopped because `{module}` failed with exit status {code}: see its last words above.")
+        raise cli.UserError(
+            f"the demo stopped because `{module}` failed with exit status {code}: see its last words above."
+        )
     print(f"   {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -118,22 +120,23 @@ def report(out: pathlib.Path, seconds: float) -> None:
     """Says what came out and where to look."""
     scores = json.loads((out / "metrics.json").read_text())
     bits, unigram = scores["decoder/val_image_bits_per_token"], scores["decoder/unigram_image_bits_per_token"]
-    print(
-        f"""
-Done in {seconds / 60:.1f} minutes.
-
-  reconstruction of unseen concepts   {scores["tokenizer/val_psnr"]:.2f} dB PSNR, \
-{scores["tokenizer/codebook_usage"]:.0%} of the codes used
-  prediction of unseen concepts       {bits:.2f} bits per image token, {1 - bits / unigram:.0%} below unigram ({unigram:.2f})
-  right picture for a prompt          {scores["generation/retrieval_top1"]:.1%} top-1, \
-{scores["generation/retrieval_top1_shuffled"]:.1%} with shuffled prompts
-
-  {out / "samples" / "grid.png"}
-  {out / "reconstructions.png"}
-  {out / "metrics.json"}
-  tensorboard --logdir {out}
-"""
+    top1, shuffled = scores["generation/retrieval_top1"], scores["generation/retrieval_top1_shuffled"]
+    lines = (
+        ("reconstruction of unseen concepts", f"{scores['tokenizer/val_psnr']:.2f} dB PSNR"),
+        ("codes used by them", f"{scores['tokenizer/codebook_usage']:.0%}"),
+        (
+            "prediction of unseen concepts",
+            f"{bits:.2f} bits per image token, unigram {unigram:.2f}: {1 - bits / unigram:.0%} less",
+        ),
+        ("right picture for the prompt", f"{top1:.1%} top-1, shuffled prompts {shuffled:.1%}"),
     )
+    print(f"\nDone in {seconds / 60:.1f} minutes.\n")
+    for name, value in lines:
+        print(f"  {name:36}{value}")
+    print()
+    for path in (out / "samples" / "grid.png", out / "reconstructions.png", out / "metrics.json"):
+        print(f"  {path}")
+    print(f"  tensorboard --logdir {out}\n")
 
 
 if __name__ == "__main__":

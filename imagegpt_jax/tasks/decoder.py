@@ -24,8 +24,8 @@ from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import to_dataclass
-from imagegpt_jax.data import order, packing, pipeline, sources
 from imagegpt_jax.data import ops as ops_lib
+from imagegpt_jax.data import order, packing, pipeline, sources
 from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.evals import likelihood
 from imagegpt_jax.models import gpt
@@ -157,7 +157,9 @@ def _check_codes(setup: Setup, split: str, source: Any) -> None:
     record = source.__getitems__([0])[0]
     if "codes" not in record:
         if "tokenizer" not in setup.networks:
-            raise UserError(f"config.data.{split} holds images and config.data.train token shards: encode both, or none.")
+            raise UserError(
+                f"config.data.{split} holds images and config.data.train token shards: encode both, or none."
+            )
         return
     if "tokenizer" in setup.networks:
         raise UserError(f"config.data.{split} holds token shards and config.data.train images: encode both, or none.")
@@ -277,8 +279,8 @@ def _encode_into(setup: Setup, params: state_lib.Params, batch: dict[str, jax.Ar
     codes_Bhw = module.encode_codes(batch["image"])
     if codes_Bhw.shape[1:] != tuple(setup.layout.grid):
         raise UserError(
-            f"images of {batch['image'].shape[1]} x {batch['image'].shape[2]} pixels give {codes_Bhw.shape[1:]} codes, and"
-            f" config.data.grid is {tuple(setup.layout.grid)}: change one of them."
+            f"images of {batch['image'].shape[1]} x {batch['image'].shape[2]} pixels give {codes_Bhw.shape[1:]} codes,"
+            f" and config.data.grid is {tuple(setup.layout.grid)}: change one of them."
         )
     ids_BN = codes_Bhw.reshape(codes_Bhw.shape[0], -1) + setup.space.image_start
     index_BN = _starts(setup.layout, batch["tokens"])[0][:, None] + jnp.arange(ids_BN.shape[1])
@@ -293,8 +295,9 @@ def _encode_into(setup: Setup, params: state_lib.Params, batch: dict[str, jax.Ar
 def token_nll(setup: Setup, module: Any, batch: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
     """Negative log-likelihood in nats of each target [B, L]; 0 where there is none.
 
-    The kind of each target is known from its place, so each is scored among the ids of its own kind: an image code among
-    the codebook, a word among everything else. Only the places of that kind are multiplied with that part of the table.
+    The kind of each target is known from its place, so each is scored among the ids of its own kind: an image code
+    among the codebook, a word among everything else. Only the places of that kind are multiplied with that
+    part of the table.
     """
     layout = setup.layout
     hidden_BLD = module(gpt.Sequence.from_batch(batch), key=key).hidden
@@ -394,9 +397,7 @@ def _scorer(setup: Setup) -> Callable[..., Any]:
     """The same function object every time, with which an evaluation keeps its compiled program."""
     nll = predict_fns(setup)["nll"]
 
-    def score(
-        params: dict[str, state_lib.Params], batch: dict[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def score(params: dict[str, state_lib.Params], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         if "tokenizer" in setup.networks:
             batch = _encode_into(setup, params["tokenizer"], batch)
         return nll(params["decoder"], batch), batch["targets"]

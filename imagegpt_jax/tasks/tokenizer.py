@@ -50,7 +50,7 @@ class LossConfig:
       gan: weight of the adversarial loss on the generator.
       gan_kind: "hinge" or "non_saturating".
       gan_start: step from which the discriminator takes part; negative = never.
-      adaptive: scale the adversarial loss by the ratio of the gradient norms at the last layer (Esser et al. 2021, eq. 7).
+      adaptive: scale the adversarial loss by the ratio of gradient norms at the last layer (arXiv:2012.09841, eq. 7).
     """
 
     l1: float
@@ -126,7 +126,7 @@ def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
 
 
 def phase(setup: Setup, step: int) -> str:
-    """"reconstruction" before the discriminator's start, "adversarial" from then on."""
+    """ "reconstruction" before the discriminator's start, "adversarial" from then on."""
     start = setup.loss.gan_start
     return "adversarial" if 0 <= start <= step else "reconstruction"
 

@@ -98,7 +98,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
 def test_discriminator_sees_real_and_fake_apart():
     _, setup = make(**{"loss.adaptive": False})
     made, update, values = updates(setup, "adversarial")
-    model = setup.networks["generator"].module)(made.trainable["generator"])
+    model = setup.networks["generator"].module(made.trainable["generator"])
     fake, _, _ = model.reconstruct(IMAGES, made.stats["quantizer"])
 
     def loss(params):

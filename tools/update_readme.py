@@ -1,0 +1,131 @@
+"""Brings the README's pictures, tables and notebook output up to date with a finished demo.
+
+Whatever stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md is replaced.
+
+  make demo && python tools/update_readme.py --demo=runs/demo
+"""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from absl import flags
+
+from imagegpt_jax import cli
+from imagegpt_jax import config as config_lib
+
+DEMO = flags.DEFINE_string("demo", "runs/demo", "Folder that `make demo` filled.")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PICTURES = {"samples/grid.png": "docs/grid.png", "reconstructions.png": "docs/reconstructions.png"}
+ABOUT = {
+    ("tokenizer", "test"): "for tests: 8 steps at 16 px",
+    ("tokenizer", "emoji"): "the demo: 32 px, 8 x 8 codes of 512",
+    ("tokenizer", "vq16"): "LlamaGen VQ-16: 256 px, 16 x 16 codes of 16384",
+    ("tokenizer", "vq8"): "LlamaGen VQ-8: 256 px, 32 x 32 codes of 16384",
+    ("decoder", "test"): "for tests: 8 steps, untrained tokenizer",
+    ("decoder", "emoji"): "the demo: captions to 32 px emoji",
+}
+
+
+def replace(text: str, name: str, block: str) -> str:
+    """Puts `block` between the markers of `name`.
+
+    Raises:
+      UserError: if README.md has no such markers.
+    """
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise cli.UserError(f"README.md has no markers <!-- {name} --> and <!-- /{name} -->: put them back.")
+    return pattern.sub(lambda match: f"{match[1]}{block}\n{match[2]}", text)
+
+
+def scores_table(scores: dict[str, Any]) -> str:
+    """The demo's scores, each beside its control."""
+    bits, unigram = scores["decoder/val_image_bits_per_token"], scores["decoder/unigram_image_bits_per_token"]
+    rows = (
+        (
+            "PSNR of the tokenizer, unseen concepts at 32 px",
+            f"{scores['tokenizer/val_psnr']:.2f} dB",
+            f"{scores['tokenizer/val_psnr_mean_color']:.2f} dB: each picture's mean colour",
+        ),
+        (
+            "codes used on them",
+            f"{scores['tokenizer/codebook_usage']:.1%}",
+            f"perplexity {scores['tokenizer/codebook_perplexity']:.0f} of 512",
+        ),
+        (
+            "bits per image token of the decoder, unseen concepts",
+            f"{bits:.2f} ({1 - bits / unigram:.0%} below)",
+            f"{unigram:.2f}: unigram entropy of the same tokens",
+        ),
+        (
+            f"top-1 retrieval of {scores['generation/prompts']} training prompts at 16 x 16 pixels",
+            f"{scores['generation/retrieval_top1']:.1%}",
+            f"{scores['generation/retrieval_top1_shuffled']:.1%}: prompts shuffled",
+        ),
+    )
+    lines = ["| score | demo | control |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value} | {control} |" for name, value, control in rows])
+
+
+def config_table() -> str:
+    """Every shipped size with its parameter count, counted on abstract networks."""
+    from imagegpt_jax import state
+    from imagegpt_jax.models import gpt, vq
+    from imagegpt_jax.models.gpt_config import GPTConfig
+
+    lines = ["| config | size | what it is | parameters |", "|---|---|---|---|"]
+    for name in ("tokenizer", "decoder"):
+        module = config_lib.sibling(str(ROOT / "configs" / "x.py"), f"{name}.py")
+        for size in module.MODELS:
+            config = module.get_config(f"size={size}")
+            if name == "tokenizer":
+                model = config_lib.to_dataclass(vq.VQConfig, config.model)
+                net = state.network(lambda key, model=model: vq.VQModel(model, key=key))
+            else:
+                codes = config.untrained_tokenizer.model.quantizer.num_codes
+                classes_or_text = 1001 if config.data.use_labels else config.data.text_vocab_size
+                vocab = {"vocab_size": codes + classes_or_text}
+                decoder = config_lib.to_dataclass(GPTConfig, {**config.model.to_dict(), **vocab})
+                net = state.network(lambda key, model=decoder: gpt.GPT(model, key=key))
+            count = state.count_params(net.abstract) / 1e6
+            about = ABOUT.get((name, size), f"LlamaGen {size}: ImageNet classes to 256 px")
+            lines.append(f"| `configs/{name}.py` | `{size}` | {about} | {count:,.{1 if count < 100 else 0}f} M |")
+    return "\n".join(lines)
+
+
+def notebook_output(text: str) -> str:
+    """Runs the README's Python example and returns what it prints, as a block."""
+    match = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    if match is None:
+        raise cli.UserError("README.md has no Python example: put it back.")
+    done = subprocess.run([sys.executable, "-c", match[1]], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise cli.UserError(f"README.md's Python example failed: {done.stderr.strip().splitlines()[-1]}")
+    return f"```\n{done.stdout.strip()}\n```"
+
+
+def main() -> None:
+    """Updates README.md and docs/."""
+    demo = pathlib.Path(DEMO.value)
+    if not (demo / "metrics.json").exists():
+        raise cli.UserError(f"{demo} holds no finished demo: run `make demo` first, or give --demo.")
+    for source, target in PICTURES.items():
+        (ROOT / target).parent.mkdir(exist_ok=True)
+        shutil.copyfile(demo / source, ROOT / target)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    text = replace(text, "scores", scores_table(json.loads((demo / "metrics.json").read_text())))
+    text = replace(text, "configs", config_table())
+    text = replace(text, "notebook", notebook_output(text))
+    readme.write_text(text)
+    print(f"Updated {readme} and {len(PICTURES)} pictures.")
+
+
+if __name__ == "__main__":
+    cli.run(main)

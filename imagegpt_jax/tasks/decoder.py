@@ -27,7 +27,9 @@ from imagegpt_jax.config import to_dataclass
 from imagegpt_jax.data import ops as ops_lib
 from imagegpt_jax.data import order, packing, pipeline, sources
 from imagegpt_jax.data import text as text_lib
-from imagegpt_jax.evals import likelihood
+from imagegpt_jax.evals import common, likelihood
+from imagegpt_jax.generate import Sampling, generate_codes
+from imagegpt_jax.images import Tile, grid, to_uint8
 from imagegpt_jax.models import gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.state import Network, TrainState
@@ -389,7 +391,39 @@ def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, flo
         mesh,
         columns,
     )
-    return {f"validation/{name}": value for name, value in scores.items()}, {}
+    images = {"samples": _sample_grid(setup, params["decoder"])[None]} if config.sample_prompts else {}
+    return {f"validation/{name}": value for name, value in scores.items()}, images
+
+
+def _sample_grid(setup: Setup, params: state_lib.Params) -> np.ndarray:
+    """Four pictures of each of `config.sample_prompts`, captioned: uint8 [H, W, C], the same draws every time.
+
+    Every process draws them on its first device, so that the mesh of the training does not matter.
+    """
+    config, first = setup.config, jax.local_devices()[:1]
+    prompts = [prompt for prompt in config.sample_prompts for _ in range(4)]
+    with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, first)):
+        params = jax.device_put(common.to_host(params), first[0])
+        module: Any = setup.networks["decoder"].module(params)
+        codes_BN = generate_codes(
+            module,
+            setup.layout,
+            setup.text.encode_batch(prompts),
+            sampling=Sampling(**config.sampling.to_dict()),
+            seed=config.seed,
+            tile=len(prompts),
+        )
+        pictures = to_uint8(np.asarray(_decoder_of_codes(setup)(codes_BN.reshape(-1, *setup.layout.grid))))
+    tiles = [Tile(prompt, pictures[4 * i : 4 * i + 4]) for i, prompt in enumerate(config.sample_prompts)]
+    return grid(tiles)
+
+
+@functools.cache
+def _decoder_of_codes(setup: Setup) -> Callable[[np.ndarray], jax.Array]:
+    """Codes [B, h, w] -> pictures, with the image tokenizer's parameters read once."""
+    params = tokenizer_params(setup)
+    decode = jax.jit(tokenizer_task.predict_fns(setup.tokenizer)["decode"])
+    return lambda codes_Bhw: decode(params, codes_Bhw)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from imagegpt_jax import config as config_lib
+from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.data import packing
 from imagegpt_jax.models import gpt
@@ -150,3 +151,17 @@ def test_grid_that_does_not_fit_the_images_is_refused(batch, state):
     stream.close()
     with pytest.raises(UserError, match="16 x 16 pixels give"):
         decoder.prepare_batch(other, state, arrays)
+
+
+def test_evaluation_scores_the_split_and_draws_the_same_pictures_every_time(setup, state):
+    mesh = sharding.make_mesh(setup.config.mesh)
+    with jax.set_mesh(mesh):
+        scores, images = decoder.evaluate(setup, state, mesh)
+        again, same = decoder.evaluate(setup, state, mesh)
+    assert scores == again
+    assert scores["validation/image_tokens"] == len(setup.sources["validation"]) * setup.layout.num_codes
+    # An untrained model predicts each of the 64 codes alike.
+    assert scores["validation/image_bits_per_token"] == pytest.approx(6, abs=0.2)
+    assert images["samples"].dtype == np.uint8
+    assert images["samples"].std() > 0
+    np.testing.assert_array_equal(images["samples"], same["samples"])

@@ -23,7 +23,7 @@ MODELS = {
 # Tokenizer size, resolution, run length and cadence of the small sizes.
 RUNS = {
     "test": {"tokenizer": "test", "res": 16, "steps": 8, "batch_size": 8, "log": 2, "evaluate": 4, "save": 2},
-    "emoji": {"tokenizer": "emoji", "res": 32, "steps": 200, "batch_size": 64, "log": 10, "evaluate": 100, "save": 100},
+    "emoji": {"tokenizer": "emoji", "res": 32, "steps": 330, "batch_size": 32, "log": 10, "evaluate": 165, "save": 165},
 }
 # 300 epochs of ImageNet at batch 256.
 LLAMAGEN = {"tokenizer": "vq16", "res": 256, "steps": 1_500_000, "batch_size": 256, "log": 100, "evaluate": 10_000,
@@ -59,9 +59,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "grid": (res // downsample, res // downsample),  # rows and columns of codes
         "use_labels": not small,  # whether the class is a token before the text
         "text_tokenizer": "",  # folder of a tokenizer; "" trains one on the captions of `train`
-        "text_vocab_size": 1024,
+        "text_vocab_size": 4096 if args.size == "emoji" else 1024,
         "text_tokenizer_examples": 100_000,  # captions it is trained on
-        "text_length": 16 if small else 1,  # length of the text region; longer captions are cut
+        "text_length": 12 if small else 1,  # length of the text region; longer captions are cut
         "text_weight": 0.1 if small else 0.0,  # loss weights of text and image targets
         "image_weight": 1.0,
         "guidance_dropout": 0.1,  # share of sequences without their text, for classifier-free guidance
@@ -114,7 +114,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.ema_decay = 0.99 if small else 0.0  # 0 = off
 
     # --- Sampling: defaults of the sampling binary and of evaluations.
-    config.sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 3.0 if small else 2.0}
+    config.sampling = {
+        "temperature": 0.7 if args.size == "emoji" else 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "cfg_scale": 3.0 if small else 2.0,
+    }
     # Drawn for TensorBoard at every evaluation; () = none.
     config.sample_prompts = ("noto emoji of red heart", "twemoji emoji of dog face") if small else ()
 

@@ -1,0 +1,266 @@
+"""Sampling: filters against definitions, the compiled loop against full forward passes, images that stand alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.data.packing import Layout, TokenSpace
+from imagegpt_jax.generate import Sampling, _decode, choose, generate_codes, generate_text, prefill, step
+from imagegpt_jax.models.gpt import GPT, GPTConfig, Sequence
+
+SPACE = TokenSpace(text_vocab=20, num_classes=3, num_codes=30)
+LAYOUT = Layout(space=SPACE, text_length=5, grid=(2, 3))
+TEXTS = [[1, 2, 3], [], [4, 5], [6], [7, 8, 9, 10]]
+
+
+def make(**kwargs) -> GPT:
+    """A decoder of random numbers, large enough that its tokens depend on one another."""
+    config = GPTConfig(
+        **({"vocab_size": SPACE.vocab_size, "width": 32, "depth": 2, "heads": 4, "mlp_width": 48} | kwargs)
+    )
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda key: GPT(config, key=key), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(treedef, [jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) for x in leaves])
+
+
+GPT_SMALL = make()
+
+
+@jax.jit
+def forward(gpt: GPT, sequence: Sequence) -> jax.Array:
+    return gpt(sequence).logits
+
+
+def image_logits(gpt, texts, labels, codes_BN, layout=LAYOUT, features=None) -> np.ndarray:
+    """Logits of each code from one full forward pass."""
+    packed = layout.pack(texts, labels, codes_BN)
+    sequence = Sequence.from_batch(packed | (features or {}))
+    start, size = layout.image_ids
+    return np.asarray(forward(gpt, sequence))[:, layout.text_length : -2, start : start + size]
+
+
+# ------------------------------------------------------------------------------------------------------------ filters
+
+
+def frequencies(logits_V, draws=4000, **kwargs) -> np.ndarray:
+    sampling = Sampling(**kwargs)
+    temperature, top_k, top_p, _ = sampling.arrays()
+    logits_BV = jnp.broadcast_to(jnp.asarray(logits_V, jnp.float32), (draws, len(logits_V)))
+    drawn = jax.jit(choose, static_argnames="candidates")(
+        logits_BV,
+        jax.random.split(jax.random.key(0), draws),
+        temperature,
+        top_k,
+        top_p,
+        candidates=sampling.candidates(len(logits_V)),
+    )
+    return np.bincount(drawn, minlength=len(logits_V)) / draws
+
+
+def test_choose_without_filters_is_softmax_at_a_temperature():
+    logits = np.array([0.0, 1.0, 2.0, -1.0])
+    for temperature in (0.5, 1.0, 3.0):
+        expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+        np.testing.assert_allclose(frequencies(logits, temperature=temperature), expected, atol=0.03)
+
+
+def test_top_k_keeps_k_and_renormalises():
+    np.testing.assert_allclose(frequencies(np.log([0.1, 0.4, 0.2, 0.3]), top_k=2), [0, 4 / 7, 0, 3 / 7], atol=0.03)
+    assert frequencies(np.log([0.1, 0.4, 0.2, 0.3]), top_k=9).min() > 0
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    probs = np.log([0.1, 0.4, 0.2, 0.3])
+    np.testing.assert_allclose(frequencies(probs, top_p=0.6), [0, 4 / 7, 0, 3 / 7], atol=0.03)
+    np.testing.assert_allclose(frequencies(probs, top_p=0.8), [0, 4 / 9, 2 / 9, 3 / 9], atol=0.03)
+    np.testing.assert_allclose(frequencies(probs, top_p=0.01), [0, 1, 0, 0])
+    # After top-k, p is of what top-k left.
+    np.testing.assert_allclose(frequencies(probs, top_k=2, top_p=0.5), [0, 1, 0, 0])
+
+
+def test_temperature_zero_takes_the_largest():
+    for kwargs in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        np.testing.assert_array_equal(frequencies([0.0, 1e-4, 0.0], temperature=0.0, **kwargs), [0, 1, 0])
+
+
+def test_settings_may_differ_by_row():
+    drawn = choose(
+        jnp.log(jnp.broadcast_to(jnp.array([0.1, 0.2, 0.3, 0.4]), (400, 4))),
+        jax.random.split(jax.random.key(0), 400),
+        jnp.ones(400),
+        jnp.array([1, 2] * 200),
+        jnp.ones(400),
+        candidates=4,
+    )
+    assert set(drawn[::2].tolist()) == {3}
+    assert set(drawn[1::2].tolist()) == {2, 3}
+
+
+# ----------------------------------------------------------------------------------------------------------- decoding
+
+VARIANTS = {
+    "default": {},
+    "learned": {"position": "learned", "max_length": 20, "kv_heads": 2},
+    "adaptive": {"conditioning": "adaptive_norm"},
+    "any_order": {"target_positions": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_codes_are_the_argmax_of_a_full_pass(name):
+    """A picture sampled greedily, packed again: each of its codes is the most likely one there."""
+    gpt = make(**VARIANTS[name])
+    layout = dataclasses.replace(LAYOUT, target_positions=gpt.config.target_positions)
+    labels = [-1, 2, 1, -1, 0]
+    codes_BN = generate_codes(gpt, layout, TEXTS, labels, Sampling(temperature=0.0), tile=3)
+    assert codes_BN.shape == (5, 6)
+    assert len({tuple(c) for c in codes_BN}) == 5
+    np.testing.assert_array_equal(image_logits(gpt, TEXTS, labels, codes_BN, layout).argmax(-1), codes_BN)
+
+
+def test_guidance_is_the_formula():
+    codes_BN = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0, cfg_scale=3.0), tile=3)
+    given = image_logits(GPT_SMALL, TEXTS, None, codes_BN)
+    without = image_logits(GPT_SMALL, [[]] * 5, None, codes_BN)
+    np.testing.assert_array_equal((without + 3.0 * (given - without)).argmax(-1), codes_BN)
+    plain = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0), tile=3)
+    assert (plain != codes_BN).any()
+    # The unconditional prompt is its own guide.
+    np.testing.assert_array_equal(plain[1], codes_BN[1])
+
+
+@pytest.mark.parametrize("conditioning", ["prefix", "adaptive_norm"])
+def test_features_and_guidance(conditioning):
+    gpt = make(feature_width=12, feature_length=4, conditioning=conditioning)
+    features = np.random.default_rng(0).normal(size=(3, 4, 12)).astype(np.float32)
+    mask = np.ones((3, 4), bool)
+    codes_BN = generate_codes(
+        gpt, LAYOUT, [[]] * 3, None, Sampling(temperature=0.0, cfg_scale=2.0), features=(features, mask), tile=3
+    )
+    given, without = (
+        image_logits(gpt, [[]] * 3, None, codes_BN, features={"features": features, "feature_mask": m})
+        for m in (mask, ~mask)
+    )
+    np.testing.assert_array_equal((without + 2.0 * (given - without)).argmax(-1), codes_BN)
+    assert np.abs(given - without).max() > 0.1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=20, top_p=0.95, cfg_scale=2.0)])
+def test_an_image_alone_equals_the_one_in_a_list(sampling):
+    texts = TEXTS * 2 + TEXTS[:1]
+    together = generate_codes(GPT_SMALL, LAYOUT, texts, None, sampling, 7, tile=4)
+    for i in (0, 3, 6, 10):
+        alone = generate_codes(GPT_SMALL, LAYOUT, [texts[i]], None, sampling, 7, sample_indices=[i], tile=4)
+        np.testing.assert_array_equal(alone[0], together[i])
+    assert (together[0] != together[5]).any(), "the same prompt, another index: other draws"
+    other_seed = generate_codes(GPT_SMALL, LAYOUT, texts, None, sampling, 8, tile=4)
+    assert (together != other_seed).any()
+
+
+def test_draws_follow_the_model():
+    """Codes sampled at temperature 1 have the probabilities that a full pass gives them."""
+    codes_BN = generate_codes(GPT_SMALL, LAYOUT, [[1, 2, 3]] * 600, None, Sampling(), 0, tile=600)
+    logits = image_logits(GPT_SMALL, [[1, 2, 3]], None, codes_BN[:1])[0, 0]
+    first = np.bincount(codes_BN[:, 0], minlength=30) / 600
+    np.testing.assert_allclose(first, np.exp(logits) / np.exp(logits).sum(), atol=0.06)
+
+
+def test_changing_settings_compiles_nothing():
+    generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.9, top_k=5, cfg_scale=2.0), tile=4)
+    compiled = _decode._cache_size()
+    for sampling in (
+        Sampling(temperature=1.3, top_k=7, top_p=0.5, cfg_scale=4.0),
+        Sampling(temperature=0.0, top_k=29, cfg_scale=0.0),
+    ):
+        generate_codes(GPT_SMALL, LAYOUT, TEXTS[:1], None, sampling, seed=3, tile=4)
+    assert _decode._cache_size() == compiled
+
+
+def test_progress_counts_samples():
+    seen = []
+    generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, tile=4, progress=lambda *counts: seen.append(counts))
+    assert seen == [(4, 5), (5, 5)]
+
+
+def test_captions_are_the_argmax_of_a_full_pass_and_end_at_eot():
+    space = TokenSpace(text_vocab=3, num_classes=0, num_codes=30)
+    layout = Layout(space=space, text_length=5, grid=(2, 3))
+    gpt = make(vocab_size=space.vocab_size)
+    codes_BN = np.random.default_rng(0).integers(0, 30, (40, 6))
+    texts = generate_text(gpt, layout, codes_BN, Sampling(temperature=0.0), tile=40)
+    assert len({len(t) for t in texts}) > 1, "some end early"
+    packed = layout.pack(texts, None, codes_BN, np.ones(40, int))
+    logits = np.array(forward(gpt, Sequence.from_batch(packed)))[..., : space.eot + 1]
+    logits[..., [space.pad, space.boi, space.eoi]] = -np.inf
+    for b, text in enumerate(texts):
+        expected = logits[b, layout.num_codes + 1 :].argmax(-1).tolist()
+        assert expected[: len(text)] == text
+        assert len(text) == layout.text_length or expected[len(text)] == space.eot
+
+
+def test_a_server_interleaves_requests():
+    """Requests admitted into slots at different times give what each gives alone."""
+    gpt = GPT_SMALL
+    capacity = LAYOUT.prompt_length + 5
+    prompts = [Sequence.from_batch(LAYOUT.prompt([t])) for t in ([1, 2, 3], [4])]
+    admit = jax.jit(lambda gpt, prompt: prefill(gpt, prompt, capacity, per_row=True))
+    advance = jax.jit(step)
+    slots = gpt.init_cache(2, capacity, per_row=True)
+    base = [p.positions[0, -1] + 1 for p in prompts]
+    offsets = LAYOUT.image_offsets()
+    codes = np.array([[3, 1, 4, 1], [5, 9, 2, 6]])
+    hidden = [[], []]
+    first, cache = admit(gpt, prompts[0])
+    hidden[0].append(first[0])
+    slots = slots.insert(0, cache)
+    for t in range(4):
+        # Slot 0 is one token ahead; slot 1 runs garbage until its request comes.
+        at = [t, max(t - 1, 0)]
+        tokens = np.array([codes[b, at[b]] + SPACE.image_start for b in range(2)])
+        positions = np.stack([base[b] + offsets[at[b]] for b in range(2)])
+        out, slots = advance(gpt, slots, tokens, positions)
+        hidden[0].append(out[0])
+        if t == 0:
+            first, cache = admit(gpt, prompts[1])
+            hidden[1].append(first[0])
+            slots = slots.insert(1, cache)
+        else:
+            hidden[1].append(out[1])
+    for b, text in enumerate(([1, 2, 3], [4])):
+        full = LAYOUT.pack([text], None, np.concatenate([codes[b], [0, 0]])[None])
+        expected = gpt(Sequence.from_batch(full)).hidden[0, LAYOUT.text_length :][: len(hidden[b])]
+        np.testing.assert_allclose(np.stack(hidden[b]), expected, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"cfg_scale": -2.0}, "cfg_scale"),
+    ],
+)
+def test_settings_out_of_range(kwargs, word):
+    with pytest.raises(UserError, match=word):
+        Sampling(**kwargs)
+
+
+def test_calls_that_do_not_fit():
+    codes_BN = np.zeros((1, 6), int)
+    with pytest.raises(UserError, match="sample_indices"):
+        generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, sample_indices=[1])
+    with pytest.raises(UserError, match="tile"):
+        generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, tile=0)
+    with pytest.raises(UserError, match="without guidance"):
+        generate_text(GPT_SMALL, LAYOUT, codes_BN, Sampling(cfg_scale=2.0))
+    wordless = Layout(space=TokenSpace(text_vocab=0, num_classes=3, num_codes=30), text_length=1, grid=(2, 3))
+    with pytest.raises(UserError, match="without text"):
+        generate_text(GPT_SMALL, wordless, codes_BN)

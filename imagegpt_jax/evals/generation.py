@@ -10,6 +10,7 @@ import numpy as np
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.order import Order
 
+SHUFFLES = 10  # the control is the mean of so many shuffles: one alone varies by as much as chance is
 THUMBNAIL = 16  # side of the box-filtered pictures that are compared, in pixels
 CHUNK = 256  # records read at once in the search for distinct ones
 
@@ -28,7 +29,7 @@ def box_downsample(images: np.ndarray, target: int = THUMBNAIL) -> np.ndarray:
     return np.einsum("th,...hwc,uw->...tuc", rows, np.asarray(images, np.float64), columns, optimize=True)
 
 
-def derangement(count: int, seed: int) -> np.ndarray:
+def derangement(count: int, seed: int | tuple[int, ...]) -> np.ndarray:
     """A random permutation of range(count) that leaves no element in place (count >= 2)."""
     order = np.random.default_rng(seed).permutation(count)
     shifted = np.empty(count, np.int64)
@@ -66,12 +67,13 @@ def retrieval(samples_PSHWC: np.ndarray, references_PHWC: np.ndarray, seed: int)
     """Top-1 retrieval: how often the reference nearest to a sample is that of its own prompt.
 
     Images are averaged down to 16 x 16 and compared by mean squared error. The control credits each
-    sample to another prompt (a derangement of the prompts): a model that ignores its prompt scores the same on both.
+    sample to another prompt (a derangement of the prompts, the mean of ten): a model that ignores its prompt scores the
+    same on both.
 
     Args:
       samples_PSHWC: S samples for each prompt, any value range.
       references_PHWC: one reference picture for each prompt, same value range; the resolution may differ.
-      seed: of the derangement.
+      seed: of the derangements.
 
     Returns:
       `retrieval_top1` and `retrieval_top1_shuffled` (shares of the P x S samples), `retrieval_chance` = 1 / P.
@@ -87,9 +89,9 @@ def retrieval(samples_PSHWC: np.ndarray, references_PHWC: np.ndarray, seed: int)
     # |a - b|^2 expanded, so that no [P, S, P, pixels] array is made; |a|^2 does not change the order.
     distance_PSP = np.sum(np.square(references), axis=-1) - 2 * samples @ references.T
     nearest_PS = np.argmin(distance_PSP, axis=-1)
-    shuffled_P = derangement(count, seed)
+    shuffled_OP = np.stack([derangement(count, (seed, i)) for i in range(SHUFFLES)])
     return {
         "retrieval_top1": float(np.mean(nearest_PS == np.arange(count)[:, None])),
-        "retrieval_top1_shuffled": float(np.mean(nearest_PS == shuffled_P[:, None])),
+        "retrieval_top1_shuffled": float(np.mean(nearest_PS == shuffled_OP[..., None])),
         "retrieval_chance": 1.0 / count,
     }

@@ -1,0 +1,83 @@
+"""PatchGAN: published size and receptive field, normalisation by the batch, sizes for small images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.models.discriminator import BatchNorm, Discriminator, DiscriminatorConfig
+
+
+def key(i=0):
+    return jax.random.key(i)
+
+
+def make(**settings):
+    return Discriminator(DiscriminatorConfig(**{"base_width": 8, "norm_groups": 4, **settings}), key=key())
+
+
+def test_defaults_are_vqgans_discriminator():
+    model = jax.eval_shape(lambda k: Discriminator(DiscriminatorConfig(), key=k), key())
+    # The sum over taming-transformers' NLayerDiscriminator(input_nc=3, ndf=64, n_layers=3) with BatchNorm.
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(model))) == 2_765_633
+    assert [layer.kernel.shape[-1] for layer in model.convs] == [64, 128, 256, 512, 1]
+    image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
+    assert jax.eval_shape(lambda model, x: model(x), model, image).shape == (2, 30, 30)
+
+
+@pytest.mark.parametrize(("layers", "patch"), [(1, 16), (2, 34)])
+def test_each_logit_judges_one_patch(layers, patch):
+    model = make(num_layers=layers, norm="none")
+    x = jax.random.normal(key(1), (1, 64, 64, 3))
+    middle = jax.eval_shape(model, x).shape[1] // 2
+    gradient = jax.jit(jax.grad(lambda x: model(x)[0, middle, middle]))(x)
+    rows = np.flatnonzero(np.any(np.asarray(gradient)[0] != 0, axis=(1, 2)))
+    assert rows[-1] - rows[0] + 1 == patch
+
+
+def test_batch_norm_uses_the_statistics_of_the_batch():
+    norm = BatchNorm(3)
+    norm.scale[...], norm.bias[...] = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 1.0, 2.0])
+    x = np.asarray(4 * jax.random.normal(key(1), (5, 4, 6, 3)) + 2)
+    expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) * [1, 2, 3] + [0, 1, 2]
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_batch_norm_ties_images_together():
+    x = jax.random.normal(key(1), (2, 16, 16, 3))
+    changed = x.at[1].multiply(3.0)
+    for norm, tied in (("batch", True), ("group", False), ("none", False)):
+        model = jax.jit(make(num_layers=1, norm=norm))
+        assert bool(jnp.any(jnp.abs(model(x)[0] - model(changed)[0]) > 1e-6)) == tied
+
+
+def test_convolutions_before_batch_norm_have_no_bias():
+    assert [layer.bias is None for layer in make(norm="batch").convs] == [False, True, True, True, False]
+    assert not any(layer.bias is None for layer in make(norm="group").convs)
+
+
+def test_initial_kernels_are_small():
+    assert float(jnp.std(make().convs[2].kernel[...])) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_smallest_image_leaves_one_logit(layers):
+    model = make(num_layers=layers)
+    size = model.config.min_size
+    assert jax.eval_shape(model, jnp.zeros((2, size, size, 3))).shape == (2, 1, 1)
+    with pytest.raises(UserError, match=f"at least {size} pixels"):
+        model(jnp.zeros((2, size, size - 1, 3)))
+
+
+def test_logits_are_float32_in_half_precision():
+    model = make(num_layers=1, dtype="bfloat16")
+    assert jax.eval_shape(model, jnp.zeros((1, 8, 8, 3))).dtype == jnp.float32
+
+
+def test_mistakes_in_the_config_are_explained():
+    with pytest.raises(UserError, match="'batch'"):
+        DiscriminatorConfig(norm="batchnorm")
+    with pytest.raises(UserError, match="num_layers=0"):
+        DiscriminatorConfig(num_layers=0)

@@ -41,6 +41,7 @@ def run(task: ModuleType, config: ConfigDict, workdir: epath.PathLike) -> state_
     setup = task.setup(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh)
+    sharding.check_batch_size(config.eval_batch_size, mesh)
 
     with jax.set_mesh(mesh):
         # --- State: born sharded, or restored onto the same shardings.

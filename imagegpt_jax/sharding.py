@@ -62,6 +62,8 @@ def batch_shards(mesh: Mesh) -> int:
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError if a batch cannot be cut evenly over the mesh."""
     parts = batch_shards(mesh)
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is not possible: use 1 or more.")
     if batch_size % parts:
         near = sorted({max(1, batch_size // parts) * parts, (batch_size // parts + 1) * parts})
         raise UserError(

@@ -69,7 +69,7 @@ def test_state_is_born_sharded_and_steps_alike_on_eight_devices(tmp_path):
                 made, layout = state.init_sharded(
                     functools.partial(decoder.init_state, setup), setup.networks, mesh, 0)
                 if count > 1:
-                    up = made.trainable["decoder"]["blocks"]["attention"]["query"]["weight"]
+                    up = made.trainable["decoder"]["blocks"]["mlp"]["up"]["weight"]
                     assert up.addressable_shards[0].data.size * 4 == up.size, up.sharding
                     moments = [x for x in jax.tree.leaves(made.opt) if x.shape == up.shape]
                     assert moments and all(m.sharding == up.sharding for m in moments)

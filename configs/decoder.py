@@ -23,7 +23,7 @@ MODELS = {
 # Tokenizer size, resolution, run length and cadence of the small sizes.
 RUNS = {
     "test": {"tokenizer": "test", "res": 16, "steps": 8, "batch_size": 8, "log": 2, "evaluate": 4, "save": 2},
-    "emoji": {"tokenizer": "emoji", "res": 32, "steps": 330, "batch_size": 32, "log": 10, "evaluate": 165, "save": 165},
+    "emoji": {"tokenizer": "emoji", "res": 32, "steps": 300, "batch_size": 32, "log": 10, "evaluate": 150, "save": 150},
 }
 # 300 epochs of ImageNet at batch 256.
 LLAMAGEN = {"tokenizer": "vq16", "res": 256, "steps": 1_500_000, "batch_size": 256, "log": 100, "evaluate": 10_000,

@@ -32,7 +32,7 @@ QUANTIZERS = {
 # Run length and cadence: steps, batch, and how often to log, evaluate and save.
 RUNS = {
     "test": {"res": 16, "steps": 8, "batch_size": 8, "log": 2, "evaluate": 4, "save": 2},
-    "emoji": {"res": 32, "steps": 420, "batch_size": 32, "log": 20, "evaluate": 210, "save": 210},
+    "emoji": {"res": 32, "steps": 400, "batch_size": 32, "log": 20, "evaluate": 200, "save": 200},
     # 40 epochs of ImageNet at batch 128.
     "vq16": {"res": 256, "steps": 400_000, "batch_size": 128, "log": 100, "evaluate": 5_000, "save": 2_500},
     "vq8": {"res": 256, "steps": 400_000, "batch_size": 128, "log": 100, "evaluate": 5_000, "save": 2_500},

@@ -6,6 +6,8 @@ Sizes:
   B L XL XXL 3B    LlamaGen's class-conditional shapes (arXiv:2406.06525): ImageNet at 256 px, 256 codes of 16384
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from imagegpt_jax.config import choose, parse_arg, sibling
@@ -23,7 +25,7 @@ MODELS = {
 # Tokenizer size, resolution, run length and cadence of the small sizes.
 RUNS = {
     "test": {"tokenizer": "test", "res": 16, "steps": 8, "batch_size": 8, "log": 2, "evaluate": 4, "save": 2},
-    "emoji": {"tokenizer": "emoji", "res": 32, "steps": 300, "batch_size": 32, "log": 10, "evaluate": 150, "save": 150},
+    "emoji": {"tokenizer": "emoji", "res": 32, "steps": 330, "batch_size": 32, "log": 10, "evaluate": 165, "save": 165},
 }
 # 300 epochs of ImageNet at batch 256.
 LLAMAGEN = {"tokenizer": "vq16", "res": 256, "steps": 1_500_000, "batch_size": 256, "log": 100, "evaluate": 10_000,
@@ -37,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     run = RUNS.get(args.size, LLAMAGEN)
     small = args.size in RUNS
     res = args.res or run["res"]
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.task = "decoder"
     config.seed = 0
     config.steps = run["steps"]

@@ -7,6 +7,8 @@ Sizes:
   vq8     LlamaGen VQ-8: 256 px, 8 pixels per code
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from imagegpt_jax.config import choose, parse_arg
@@ -45,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     run = choose("size", args.size, RUNS)
     small = args.size in ("test", "emoji")
     res = args.res or run["res"]
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.task = "tokenizer"
     config.seed = 0
     config.steps = run["steps"]
@@ -117,8 +119,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
     }
-    config.discriminator_optim = config.optim.copy_and_resolve_references()
-    config.discriminator_optim.name = "adam"
+    config.discriminator_optim = {**config.optim, "name": "adam"}
     config.ema_decay = 0.99 if small else 0.999  # 0 = off
 
     # --- Cadence, in steps.

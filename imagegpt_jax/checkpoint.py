@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
 from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import Config
 from imagegpt_jax.state import Params, TrainState, join
 
 
@@ -28,7 +28,7 @@ class Checkpoints:
       config: `every` (steps between checkpoints), `keep` (how many of the newest stay; 0 = all).
     """
 
-    def __init__(self, workdir: epath.PathLike, config: ConfigDict):
+    def __init__(self, workdir: epath.PathLike, config: Config):
         self._every = config.every
         self._manager = ocp.CheckpointManager(
             _folder(workdir),

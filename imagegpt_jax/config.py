@@ -11,7 +11,7 @@ import pathlib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -19,12 +19,14 @@ from ml_collections import ConfigDict
 from imagegpt_jax.cli import UserError, suggest
 
 T = TypeVar("T")
+# A ConfigDict to a reader, and no type to a checker: which keys it has is known when the config file has run.
+Config: TypeAlias = Any
 
 # Keys that change what is shown or kept, never what is computed: they may differ when a run is continued.
 HARMLESS = ("log_every", "eval_every", "sample_every", "eval_batches", "sampling", "checkpoint")
 
 
-def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+def parse_arg(arg: str | None, **defaults: Any) -> Config:
     """Parses the `k=v,k=v` part of `--config=file.py:k=v,k=v`; types follow the defaults.
 
     Raises:
@@ -104,7 +106,7 @@ def _convert(hint: Any, value: Any) -> Any:
     return value
 
 
-def to_dict(config: ConfigDict) -> dict[str, Any]:
+def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain dicts and lists, equal to itself after a round trip through JSON."""
     return json.loads(json.dumps(config.to_dict()))
 
@@ -130,7 +132,7 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
+def check_workdir(config: Config, workdir: epath.PathLike) -> None:
     """Checks that a workdir is new, or holds a run of this config.
 
     Raises:
@@ -150,7 +152,7 @@ def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
         raise UserError(f"{folder} exists and is no workdir of a run: choose another --workdir, or an empty folder.")
 
 
-def save(config: ConfigDict, workdir: epath.PathLike) -> None:
+def save(config: Config, workdir: epath.PathLike) -> None:
     """Writes `config.json` into the workdir, whole or not at all."""
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +161,7 @@ def save(config: ConfigDict, workdir: epath.PathLike) -> None:
     temporary.replace(folder / "config.json")
 
 
-def load(workdir: epath.PathLike) -> ConfigDict:
+def load(workdir: epath.PathLike) -> Config:
     """Reads the config of a workdir.
 
     Raises:

@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from imagegpt_jax import checkpoint, metrics, sharding
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
+from imagegpt_jax.config import Config
 
 
-def run(task: ModuleType, config: ConfigDict, workdir: epath.PathLike) -> state_lib.TrainState:
+def run(task: ModuleType, config: Config, workdir: epath.PathLike) -> state_lib.TrainState:
     """Trains a stage to `config.steps`, from the newest checkpoint of the workdir if there is one.
 
     Args:

@@ -10,12 +10,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 from etils import epath
+from flax import struct
 
 Totals = dict[str, clu_metrics.Metric]
 
@@ -24,11 +24,13 @@ def mean(values: jax.Array, weights: jax.Array | None = None) -> clu_metrics.Ave
     """The (weighted) mean of an array, over everything it is merged with."""
     values = jnp.asarray(values, jnp.float32)
     if weights is None:
-        return clu_metrics.Average(total=values.sum(), count=jnp.asarray(values.size, jnp.float32))
-    return clu_metrics.Average(total=(values * weights).sum(), count=weights.sum().astype(jnp.float32))
+        weights = jnp.ones_like(values)
+    total, count = (values * weights).sum(), weights.sum().astype(jnp.float32)
+    # flax dataclasses get their constructor at run time
+    return clu_metrics.Average(total=total, count=count)  # pyright: ignore[reportCallIssue]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Entropy(clu_metrics.Metric):
     """Entropy in bits of the empirical distribution of ids: what the best unigram model of this data would score.
 
@@ -48,7 +50,7 @@ class Entropy(clu_metrics.Metric):
         return -jnp.sum(jnp.where(p > 0, p * jnp.log2(jnp.where(p > 0, p, 1)), 0))
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class UsedShare(clu_metrics.Metric):
     """Share of the codes that occurred at all.
 
@@ -65,6 +67,16 @@ class UsedShare(clu_metrics.Metric):
     def compute(self) -> jax.Array:
         """Between 0 and 1."""
         return jnp.mean(self.counts_V > 0)
+
+
+def entropy(counts_V: jax.Array) -> Entropy:
+    """Metric of the entropy of ids with these counts."""
+    return Entropy(counts_V=counts_V)  # pyright: ignore[reportCallIssue]
+
+
+def used_share(counts_V: jax.Array) -> UsedShare:
+    """Metric of the share of codes that occur, with these counts."""
+    return UsedShare(counts_V=counts_V)  # pyright: ignore[reportCallIssue]
 
 
 def merge(totals: Totals, step: Totals) -> Totals:

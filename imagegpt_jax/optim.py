@@ -12,26 +12,24 @@
     clip_norm       clip the gradient to this global L2 norm; 0 = off
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 from optax import contrib
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import Config
 
-Schedule = Callable[[jax.Array], jax.Array]
 Axes = tuple[str | None, ...]
 
 # Muon (Jordan et al. 2024) orthogonalises hidden matrices; a parameter with one of these axes gets Adam instead.
 NOT_MUON = frozenset({"vocab", "codebook", "code_dim"})
 
 
-def schedule(config: ConfigDict, steps: int) -> Schedule:
+def schedule(config: Config, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step.
 
     Raises:
@@ -57,7 +55,7 @@ def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple)
 
 
-def make(config: ConfigDict, steps: int, axes: Any) -> optax.GradientTransformation:
+def make(config: Config, steps: int, axes: Any) -> optax.GradientTransformation:
     """Builds the optimizer of one network.
 
     Args:

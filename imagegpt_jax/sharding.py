@@ -33,7 +33,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 ACTIVATION_AXES = ("batch", "mlp", "heads", "kv_heads", "vocab")
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Makes the device mesh of a config such as `{"data": -1, "fsdp": 1, "tensor": 1}`; one -1 takes what is left.
 
     Raises:
@@ -81,10 +81,10 @@ def spec_for(shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh
     for size, axis in zip(shape, axes, strict=True):
         names = RULES.get(axis or "", ())
         names = (names,) if isinstance(names, str) else names
-        free = tuple(n for n in names if n not in taken and mesh.shape[n] > 1)
+        free = [n for n in names if n not in taken and mesh.shape[n] > 1]
         if free and size % math.prod(mesh.shape[n] for n in free) == 0:
             taken.update(free)
-            spec.append(free if len(free) > 1 else free[0])
+            spec.append(tuple(free) if len(free) > 1 else free[0])
         else:
             spec.append(None)
     return P(*spec)

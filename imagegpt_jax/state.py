@@ -125,7 +125,7 @@ def join(a: Params, b: Params) -> Params:
         return a
     out = dict(a)
     for key, value in b.items():
-        out[key] = join(out[key], value) if isinstance(value, Mapping) and key in out else value
+        out[key] = join(out[key], dict(value)) if isinstance(value, Mapping) and key in out else value
     return out
 
 

@@ -15,14 +15,14 @@ def test_means_merge_by_weight():
 
 
 def test_entropy_is_that_of_all_ids_together():
-    a = metrics.Entropy(jnp.asarray([4.0, 0.0, 0.0, 0.0]))
-    b = metrics.Entropy(jnp.asarray([0.0, 4.0, 0.0, 0.0]))
+    a = metrics.entropy(jnp.asarray([4.0, 0.0, 0.0, 0.0]))
+    b = metrics.entropy(jnp.asarray([0.0, 4.0, 0.0, 0.0]))
     assert metrics.fetch({"h": a})["h"] == 0.0
     np.testing.assert_allclose(metrics.fetch(metrics.merge({"h": a}, {"h": b}))["h"], 1.0, rtol=1e-6)
 
 
 def test_used_share_counts_over_the_interval():
-    a, b = (metrics.UsedShare(jnp.asarray(c)) for c in ([1.0, 0, 0, 0], [0, 3.0, 0, 0]))
+    a, b = (metrics.used_share(jnp.asarray(c)) for c in ([1.0, 0, 0, 0], [0, 3.0, 0, 0]))
     assert metrics.fetch({"u": a.merge(b)})["u"] == 0.5
 
 

@@ -23,7 +23,7 @@ from imagegpt_jax import checkpoint, losses, metrics, optim, sharding
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.config import to_dataclass
+from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.data import ops as ops_lib
 from imagegpt_jax.data import order, packing, pipeline, sources
 from imagegpt_jax.data import text as text_lib
@@ -57,7 +57,7 @@ class Setup:
       sources: split -> opened source; empty for inference.
     """
 
-    config: ConfigDict
+    config: Config
     model: GPTConfig
     layout: packing.Layout
     text: text_lib.TextTokenizer
@@ -73,7 +73,7 @@ class Setup:
         return self.layout.space
 
 
-def tokenizer_config(config: ConfigDict) -> ConfigDict:
+def tokenizer_config(config: Config) -> Config:
     """Config of the image tokenizer that a decoder's config names; "" is an untrained one, seeded by `config.seed`."""
     if config.tokenizer:
         found = config_lib.load(config.tokenizer)
@@ -86,7 +86,7 @@ def tokenizer_config(config: ConfigDict) -> ConfigDict:
 
 
 def _build(
-    config: ConfigDict, text: text_lib.TextTokenizer, labels: tuple[str, ...], opened: dict[str, Any], encode: bool
+    config: Config, text: text_lib.TextTokenizer, labels: tuple[str, ...], opened: dict[str, Any], encode: bool
 ) -> Setup:
     data = config.data
     image_tokenizer = tokenizer_task.setup_for_inference(tokenizer_config(config), config.tokenizer)
@@ -110,7 +110,7 @@ def _build(
     return Setup(config, model, layout, text, labels, networks, optimizers, image_tokenizer, opened)
 
 
-def setup(config: ConfigDict) -> Setup:
+def setup(config: Config) -> Setup:
     """Reads the config, opens the data, and reads or trains the text tokenizer.
 
     Raises:
@@ -133,7 +133,7 @@ def setup(config: ConfigDict) -> Setup:
     return built
 
 
-def setup_for_inference(config: ConfigDict, workdir: epath.PathLike) -> Setup:
+def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
     """Like `setup` for a finished run: takes text tokenizer and class names from the workdir and opens no data."""
     folder = epath.Path(workdir)
     text = text_lib.load_tokenizer(folder / "text_tokenizer")
@@ -353,7 +353,7 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
         scored_BL = (batch["kind"] == kind).astype(jnp.float32)
         counts_V = jnp.zeros(setup.space.vocab_size).at[batch["targets"]].add(scored_BL)
         values[f"{name}_bits_per_token"] = metrics.mean(nll_BL / jnp.log(2.0), scored_BL)
-        values[f"unigram_{name}_bits_per_token"] = metrics.Entropy(counts_V)
+        values[f"unigram_{name}_bits_per_token"] = metrics.entropy(counts_V)
     ema = {name: optim.update_ema(old, params, config.ema_decay, state.step) for name, old in state.ema.items()}
     state = dataclasses.replace(
         state,
@@ -414,7 +414,7 @@ def _sample_grid(setup: Setup, params: state_lib.Params) -> np.ndarray:
             tile=len(prompts),
         )
         pictures = to_uint8(np.asarray(_decoder_of_codes(setup)(codes_BN.reshape(-1, *setup.layout.grid))))
-    tiles = [Tile(prompt, pictures[4 * i : 4 * i + 4]) for i, prompt in enumerate(config.sample_prompts)]
+    tiles = [Tile(prompt, list(pictures[4 * i : 4 * i + 4])) for i, prompt in enumerate(config.sample_prompts)]
     return grid(tiles)
 
 

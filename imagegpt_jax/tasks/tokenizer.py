@@ -16,12 +16,11 @@ import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from imagegpt_jax import losses, metrics, optim, sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.config import choose, to_dataclass
+from imagegpt_jax.config import Config, choose, to_dataclass
 from imagegpt_jax.data import ops, pipeline, sources
 from imagegpt_jax.evals import reconstruction
 from imagegpt_jax.models import discriminator, quantizers, vq
@@ -70,7 +69,7 @@ class LossConfig:
 class Setup:
     """The static part of the stage: configs, network structures and optimizers, no arrays of a run."""
 
-    config: ConfigDict
+    config: Config
     model: vq.VQConfig
     loss: LossConfig
     networks: dict[str, Network]
@@ -79,7 +78,7 @@ class Setup:
     sources: dict[str, Any]
 
 
-def _build(config: ConfigDict, opened: dict[str, Any], perceptual: Any) -> Setup:
+def _build(config: Config, opened: dict[str, Any], perceptual: Any) -> Setup:
     model = to_dataclass(vq.VQConfig, config.model)
     loss = to_dataclass(LossConfig, config.loss)
     networks = {"generator": state_lib.network(lambda key: vq.VQModel(model, key=key))}
@@ -93,7 +92,7 @@ def _build(config: ConfigDict, opened: dict[str, Any], perceptual: Any) -> Setup
     return Setup(config, model, loss, networks, optimizers, perceptual, opened)
 
 
-def setup(config: ConfigDict) -> Setup:
+def setup(config: Config) -> Setup:
     """Reads the config and opens the data.
 
     Raises:
@@ -115,7 +114,7 @@ def setup(config: ConfigDict) -> Setup:
     return _build(config, opened, perceptual)
 
 
-def setup_for_inference(config: ConfigDict, workdir: epath.PathLike) -> Setup:
+def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
     """Like `setup` for a finished run: opens no data and no loss networks."""
     del workdir  # a tokenizer has no assets beside its checkpoints
     return _build(config, {}, None)
@@ -226,8 +225,8 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     params = {**params, "quantize": {"embedding": codebook}}
     values |= {
         "gradient_norm": metrics.mean(norm),
-        "codebook_usage": metrics.UsedShare(quantized.counts_K),
-        "code_entropy_bits": metrics.Entropy(quantized.counts_K),
+        "codebook_usage": metrics.used_share(quantized.counts_K),
+        "code_entropy_bits": metrics.entropy(quantized.counts_K),
         "revived_codes": metrics.mean(revived_K.sum()),
     }
     trainable, opts = {**state.trainable, "generator": params}, {**state.opt, "generator": opt}

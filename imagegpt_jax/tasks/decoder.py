@@ -208,14 +208,22 @@ def load_frozen(setup: Setup, state: TrainState, layout: TrainState) -> TrainSta
 
 def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> state_lib.Params:
     """Parameters of the image tokenizer: from its workdir, or those of the untrained one."""
-    make = functools.partial(tokenizer_task.init_state, setup.tokenizer)
-    key = jax.random.key(setup.tokenizer.config.seed)
     if setup.config.tokenizer:
-        return checkpoint.load_params(
-            setup.config.tokenizer, jax.eval_shape(make, key), "generator", sharding=sharding_tree
-        )
-    draw = jax.jit(lambda key: make(key).params("generator"), out_shardings=sharding_tree)
-    return draw(key)
+        make = functools.partial(tokenizer_task.init_state, setup.tokenizer)
+        abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
+        return checkpoint.load_params(setup.config.tokenizer, abstract, "generator", sharding=sharding_tree)
+    return jax.device_put(_untrained(setup), sharding_tree)
+
+
+@functools.cache
+def _untrained(setup: Setup) -> state_lib.Params:
+    """Parameters of the untrained image tokenizer, drawn once: compiling that takes seconds.
+
+    Host arrays, since a training step donates what it is given.
+    """
+    init = tokenizer_task.init_state
+    draw = jax.jit(lambda key: init(setup.tokenizer, key).params("generator"))
+    return jax.device_get(draw(jax.random.key(setup.tokenizer.config.seed)))
 
 
 def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: slice | None = None) -> Any:

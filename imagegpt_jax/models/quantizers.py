@@ -244,14 +244,3 @@ def revive(
     rank_K = (jnp.cumsum(dead_K) - 1) % z_NZ.shape[0]
     codebook_KZ = jnp.where(dead_K[:, None], z_NZ[order_N[rank_K]], codebook_KZ)
     return codebook_KZ, stats._replace(age_K=jnp.where(dead_K, 0, stats.age_K)), dead_K
-
-
-def codebook_usage(counts_K: Float[Array, "K"]) -> Float[Array, ""]:
-    """Fraction of the codes that were chosen at least once, 0 to 1; counts over any number of batches."""
-    return jnp.mean(counts_K > 0, dtype=jnp.float32)
-
-
-def perplexity(counts_K: Float[Array, "K"]) -> Float[Array, ""]:
-    """exp of the entropy of the codes' frequencies: 1 if one code is always chosen, K if all are equally often."""
-    p_K = counts_K / jnp.maximum(jnp.sum(counts_K), 1.0)
-    return jnp.exp(-jnp.sum(p_K * jnp.log(jnp.maximum(p_K, 1e-30))))

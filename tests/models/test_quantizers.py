@@ -182,13 +182,6 @@ def test_revival_can_be_off_and_draws_again_when_vectors_are_few():
     assert not bool(revived.any())
 
 
-def test_usage_and_perplexity():
-    assert float(quantizers.codebook_usage(jnp.array([3.0, 0, 1, 0]))) == 0.5
-    assert float(quantizers.perplexity(jnp.array([5.0, 5, 5, 5]))) == pytest.approx(4.0)
-    assert float(quantizers.perplexity(jnp.array([7.0, 0, 0, 0]))) == pytest.approx(1.0)
-    assert float(quantizers.perplexity(jnp.array([2.0, 1, 1]))) == pytest.approx(2**1.5)
-
-
 def test_mistakes_in_the_config_are_explained():
     with pytest.raises(UserError, match="'vq'"):
         QuantizerConfig(kind="vqq")

@@ -1,13 +1,15 @@
 """Layers that several networks share: linear maps, embeddings, norms, dropout and rotary positions.
 
 Parameters are kept in `param_dtype` and cast to the compute `dtype` where they are used; the statistics of norms are
-fp32. Every parameter names its logical axes (`axes=`), which only `sharding.py` maps to a mesh.
+fp32 (float64 if the computation is: `wide`). Every parameter names its logical axes (`axes=`), which only `sharding.py`
+maps to a mesh.
 
 Shapes: B batch, L length, D input width, F output width, N heads, H head dim, V vocabulary; `_` any leading dimensions.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from imagegpt_jax.cli import UserError, suggest
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "float64": jnp.float64}
 NORMS = ("rms", "layer")
 
 
@@ -24,11 +26,19 @@ def as_dtype(name: str) -> jnp.dtype:
     """Returns the dtype that a config names.
 
     Raises:
-      UserError: if the name is none of "float32", "bfloat16", "float16".
+      UserError: if the name is none of `DTYPES`, or is "float64" while JAX keeps to 32 bits.
     """
     if name not in DTYPES:
         raise UserError(f"unknown dtype {name!r}.{suggest(name, DTYPES)}")
-    return jnp.dtype(DTYPES[name])
+    dtype = jnp.dtype(DTYPES[name])
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise UserError(f"dtype {name!r} needs 64-bit numbers, which are off in JAX: set JAX_ENABLE_X64=1.")
+    return dtype
+
+
+def wide(dtype: Any) -> jnp.dtype:
+    """The dtype of statistics, softmax and losses beside a computation in `dtype`: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def fan_in_std(d_in: int) -> float:
@@ -95,8 +105,9 @@ class Embedding(nnx.Module):
 
 
 def score(x: Float[Array, "*_ D"], table_VD: Float[Array, "V D"]) -> Float[Array, "*_ V"]:
-    """fp32 scores of x against each row of a table: an output head."""
-    return jnp.einsum("...d,vd->...v", x.astype(table_VD.dtype), table_VD, preferred_element_type=jnp.float32)
+    """Scores of x against each row of a table, in `wide` of its dtype: an output head."""
+    kind = wide(table_VD.dtype)
+    return jnp.einsum("...d,vd->...v", x.astype(table_VD.dtype), table_VD, preferred_element_type=kind)
 
 
 class RMSNorm(nnx.Module):
@@ -107,10 +118,10 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), as_dtype(param_dtype)), axes=axes)
 
     def __call__(self, x: Float[Array, "*_ D"]) -> Float[Array, "*_ D"]:
-        """Normalises the last axis with fp32 statistics; the result has x's dtype."""
-        y = x.astype(jnp.float32)
+        """Normalises the last axis with statistics in `wide` of x's dtype; the result has x's dtype."""
+        y = x.astype(wide(x.dtype))
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (y * self.scale[...].astype(y.dtype)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -124,12 +135,12 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), as_dtype(param_dtype)), axes=axes) if bias else None
 
     def __call__(self, x: Float[Array, "*_ D"]) -> Float[Array, "*_ D"]:
-        """Normalises the last axis with fp32 statistics; the result has x's dtype."""
-        y = x.astype(jnp.float32)
+        """Normalises the last axis with statistics in `wide` of x's dtype; the result has x's dtype."""
+        y = x.astype(wide(x.dtype))
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        y = y * self.scale[...].astype(jnp.float32)
-        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        y = y * self.scale[...].astype(y.dtype)
+        return (y if self.bias is None else y + self.bias[...].astype(y.dtype)).astype(x.dtype)
 
 
 def make_norm(kind: str, width: int, *, eps: float, bias: bool, param_dtype: str) -> RMSNorm | LayerNorm:
@@ -161,9 +172,13 @@ def dropout(x: Float[Array, "*_"], rate: float, key: jax.Array | None) -> Float[
 
 
 def rotary_table(
-    positions_BL3: Int[Array, "B L 3"], dims: Sequence[int], head_dim: int, theta: float
+    positions_BL3: Int[Array, "B L 3"],
+    dims: Sequence[int],
+    head_dim: int,
+    theta: float,
+    dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "B L H/2"], Float[Array, "B L H/2"]]:
-    """fp32 (cos, sin) of the angles of rotary positions with several axes.
+    """(cos, sin) of the angles of rotary positions with several axes.
 
     Axis a of a position turns `dims[a] / 2` pairs of dimensions, pair j by `position * theta^(-2 j / dims[a])`
     (Su et al. 2021, arXiv:2104.09864; divided among axes as in Qwen2-VL, arXiv:2409.12191). Pairs that no axis takes
@@ -174,13 +189,14 @@ def rotary_table(
       dims: even number of head dimensions for each of the three axes; their sum is at most head_dim.
       head_dim: H.
       theta: base of the geometric series of wavelengths.
+      dtype: of the angles and the result; `wide` of the computation's.
     """
     angles = []
     for axis, size in enumerate(dims):
-        wave_P = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / max(size, 1))
-        angles.append(positions_BL3[..., axis, None].astype(jnp.float32) * wave_P)
+        wave_P = theta ** (-jnp.arange(0, size, 2, dtype=dtype) / max(size, 1))
+        angles.append(positions_BL3[..., axis, None].astype(dtype) * wave_P)
     rest = (head_dim - sum(dims)) // 2
-    angles.append(jnp.zeros((*positions_BL3.shape[:-1], rest), jnp.float32))
+    angles.append(jnp.zeros((*positions_BL3.shape[:-1], rest), dtype))
     angles_BLP = jnp.concatenate(angles, axis=-1)
     return jnp.cos(angles_BLP), jnp.sin(angles_BLP)
 
@@ -190,5 +206,5 @@ def rotate(
 ) -> Float[Array, "B L N H"]:
     """Turns pair (i, i + H/2) of each head by its angle: "rotate half"; interleaved weights need a permutation."""
     cos_BL1P, sin_BL1P = (t[:, :, None, :] for t in table)
-    a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x_BLNH.astype(wide(x_BLNH.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos_BL1P - b * sin_BL1P, b * cos_BL1P + a * sin_BL1P], axis=-1).astype(x_BLNH.dtype)

@@ -52,6 +52,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.seed = 0
     config.steps = run["steps"]
     config.batch_size = run["batch_size"]
+    # Parts of the batch that go through one after another, to save memory. The discriminator sees the difference: its
+    # batch norm takes the statistics of a part, and so does the adaptive weight.
+    config.accumulate = 1
     config.eval_batch_size = 64 if small else run["batch_size"]
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
 

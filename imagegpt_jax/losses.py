@@ -1,4 +1,4 @@
-"""Losses as pure functions. Everything is computed in float32 and averaged over the batch unless said otherwise.
+"""Losses as pure functions, computed in float32 (or float64) and averaged over the batch unless said otherwise.
 
 Shapes: B batch, L length, V vocabulary, H W pixels, C channels.
 """
@@ -9,15 +9,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from imagegpt_jax.models import layers
+
+
+def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x.astype(layers.wide(x.dtype))
+
 
 def l1(x: Float[Array, "..."], target: Float[Array, "..."]) -> Float[Array, ""]:
     """Mean absolute error."""
-    return jnp.mean(jnp.abs(x.astype(jnp.float32) - target.astype(jnp.float32)))
+    return jnp.mean(jnp.abs(_wide(x) - _wide(target)))
 
 
 def l2(x: Float[Array, "..."], target: Float[Array, "..."]) -> Float[Array, ""]:
     """Mean squared error."""
-    return jnp.mean(jnp.square(x.astype(jnp.float32) - target.astype(jnp.float32)))
+    return jnp.mean(jnp.square(_wide(x) - _wide(target)))
 
 
 def hinge_discriminator(real: Float[Array, "..."], fake: Float[Array, "..."]) -> Float[Array, ""]:
@@ -65,7 +71,7 @@ def r1(gradients_BHWC: Float[Array, "B H W C"]) -> Float[Array, ""]:
     Args:
       gradients_BHWC: gradient of the sum of the logits with respect to the real images.
     """
-    return 0.5 * jnp.mean(jnp.sum(jnp.square(gradients_BHWC.astype(jnp.float32)), axis=(1, 2, 3)))
+    return 0.5 * jnp.mean(jnp.sum(jnp.square(_wide(gradients_BHWC)), axis=(1, 2, 3)))
 
 
 def adaptive_weight(rec_grad: Any, gan_grad: Any) -> Float[Array, ""]:
@@ -81,7 +87,7 @@ def adaptive_weight(rec_grad: Any, gan_grad: Any) -> Float[Array, ""]:
 
 
 def _norm(tree: Any) -> Float[Array, ""]:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(_wide(x))) for x in jax.tree.leaves(tree)))
 
 
 def token_nll(

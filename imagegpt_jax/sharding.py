@@ -26,11 +26,13 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "vocab": "tensor",
-    "codebook": "tensor",
+    "codebook": ("tensor", "fsdp"),
+    "codes": "tensor",  # of the codebook in use: gathered over `fsdp`
     "conv_in": "fsdp",
+    "conv_out": "fsdp",  # where `conv_in` does not divide
 }
 # Of activations only these are sharded: `embed` of an activation is whole on every device.
-ACTIVATION_AXES = ("batch", "mlp", "heads", "kv_heads", "vocab")
+ACTIVATION_AXES = ("batch", "mlp", "heads", "kv_heads", "vocab", "codes")
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -135,6 +137,17 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         names = (names,) if isinstance(names, str) else names
         spec.append(names if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None)
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def _parts(names: str | tuple[str, ...] | None, mesh: Any) -> int:
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(mesh.shape[n] for n in names)
+
+
+def axis_parts(axis: str) -> int:
+    """Into how many parts the mesh in force cuts a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _parts(RULES[axis], mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

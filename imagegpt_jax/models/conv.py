@@ -1,6 +1,6 @@
 """Convolution, group normalisation and the blocks that the image tokenizer is made of.
 
-Shapes: B batch, H height, W width, C channels in, O channels out, G groups, N = H * W.
+Shapes: B batch, H height, W width, C channels in, O channels out, G groups, N = M = H * W.
 Kernels are stored [height, width, in, out].
 """
 
@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from imagegpt_jax.cli import UserError, suggest
-from imagegpt_jax.models import winograd
+from imagegpt_jax.models import layers, winograd
 
 CONV_IMPLS = ("auto", "xla", "winograd")
 
@@ -68,7 +68,7 @@ class Conv(nnx.Module):
         init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         shape = (kernel_size, kernel_size, in_channels, out_channels)
         self.kernel = nnx.Param(init(key, shape, param_dtype), axes=(None, None, "conv_in", "conv_out"))
-        self.bias = nnx.Param(jnp.zeros(out_channels, param_dtype), axes=("conv_out",)) if use_bias else None
+        self.bias = nnx.Param(jnp.zeros(out_channels, param_dtype), axes=(None,)) if use_bias else None
         self.kernel_size, self.stride, self.impl, self.dtype = kernel_size, stride, impl, dtype
         self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
 
@@ -100,8 +100,8 @@ class Conv(nnx.Module):
 class GroupNorm(nnx.Module):
     """Group normalisation (Wu and He 2018, arXiv:1803.08494) over [B, H, W, C] with a scale and bias per channel.
 
-    Mean and mean of squares are taken in float32 in one pass over the input, per channel first and then per group, so
-    that the image is never reshaped and the result is one fused multiply-add.
+    Mean and mean of squares are taken in float32 (`layers.wide`) in one pass over the input, per channel first and
+    then per group, so that the image is never reshaped and the result is one fused multiply-add.
     """
 
     def __init__(
@@ -124,14 +124,14 @@ class GroupNorm(nnx.Module):
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Normalises each group of channels of each image."""
         B, _, _, C = x_BHWC.shape
-        x_BHWC = x_BHWC.astype(jnp.float32)
+        x_BHWC = x_BHWC.astype(layers.wide(x_BHWC.dtype))
         mean_BC, square_BC = jnp.mean(x_BHWC, axis=(1, 2)), jnp.mean(jnp.square(x_BHWC), axis=(1, 2))
         mean_BG1 = jnp.mean(mean_BC.reshape(B, self.groups, -1), axis=-1, keepdims=True)
         square_BG1 = jnp.mean(square_BC.reshape(B, self.groups, -1), axis=-1, keepdims=True)
         variance_BG1 = jnp.maximum(square_BG1 - jnp.square(mean_BG1), 0.0)
         rate_BG1 = lax.rsqrt(variance_BG1 + self.eps)
         per_channel = (B, self.groups, C // self.groups)
-        scale_BC = jnp.broadcast_to(rate_BG1, per_channel).reshape(B, C) * self.scale[...].astype(jnp.float32)
+        scale_BC = jnp.broadcast_to(rate_BG1, per_channel).reshape(B, C) * self.scale[...].astype(x_BHWC.dtype)
         shift_BC = self.bias[...] - jnp.broadcast_to(mean_BG1, per_channel).reshape(B, C) * scale_BC
         return (x_BHWC * scale_BC[:, None, None] + shift_BC[:, None, None]).astype(self.dtype)
 
@@ -171,8 +171,10 @@ class AttnBlock(nnx.Module):
         """Applies the block."""
         B, H, W, C = x_BHWC.shape
         h = self.norm(x_BHWC)
-        q_BN1C, k_BN1C, v_BN1C = (layer(h).reshape(B, H * W, 1, C) for layer in (self.q, self.k, self.v))
-        h = jax.nn.dot_product_attention(q_BN1C, k_BN1C, v_BN1C, scale=C**-0.5)
+        q_BNC, k_BMC, v_BMC = (layer(h).reshape(B, H * W, C) for layer in (self.q, self.k, self.v))
+        # Written out, because the softmax of jax.nn.dot_product_attention is float32 in float64 too.
+        scores_BNM = jnp.einsum("bnc,bmc->bnm", q_BNC, k_BMC, preferred_element_type=layers.wide(h.dtype)) * C**-0.5
+        h = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(scores_BNM, axis=-1).astype(h.dtype), v_BMC)
         return x_BHWC + self.proj_out(h.reshape(B, H, W, C))
 
 

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.models import layers
 from imagegpt_jax.models.conv import Conv, GroupNorm
 
 NORMS = ("batch", "group", "none")
@@ -42,6 +43,8 @@ class DiscriminatorConfig:
     def __post_init__(self):
         if self.norm not in NORMS:
             raise UserError(f"unknown discriminator norm {self.norm!r}.{suggest(self.norm, NORMS)}")
+        for name in (self.dtype, self.param_dtype):
+            layers.as_dtype(name)
         if self.num_layers < 1:
             raise UserError(f"discriminator num_layers={self.num_layers} is too few: give 1 or more.")
 
@@ -64,8 +67,8 @@ class BatchNorm(nnx.Module):
         self.eps, self.dtype = eps, dtype
 
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalises each channel over batch and positions, in float32."""
-        x_BHWC = x_BHWC.astype(jnp.float32)
+        """Normalises each channel over batch and positions, in float32 (float64 in float64)."""
+        x_BHWC = x_BHWC.astype(layers.wide(x_BHWC.dtype))
         mean_C = jnp.mean(x_BHWC, axis=(0, 1, 2))
         variance_C = jnp.maximum(jnp.mean(jnp.square(x_BHWC), axis=(0, 1, 2)) - jnp.square(mean_C), 0.0)
         scale_C = lax.rsqrt(variance_C + self.eps) * self.scale[...]
@@ -101,7 +104,7 @@ class Discriminator(nnx.Module):
         self.config = config
 
     def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w"]:
-        """Images in [-1, 1] -> logits, positive for real, float32.
+        """Images in [-1, 1] -> logits, positive for real, float32 (float64 in float64).
 
         Raises:
           UserError: if the images are smaller than `config.min_size`.
@@ -118,7 +121,7 @@ class Discriminator(nnx.Module):
             x = layer(x)
             x = x if norm is None else norm(x)
             x = x if i == last else nnx.leaky_relu(x, 0.2)
-        return x[..., 0].astype(jnp.float32)
+        return x[..., 0].astype(layers.wide(x.dtype))
 
 
 def _norm(config: DiscriminatorConfig, channels: int) -> nnx.Module | None:

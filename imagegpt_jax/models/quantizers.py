@@ -1,10 +1,13 @@
 """Vector quantization: nearest code, straight-through gradient, losses, statistics of use, revival of dead codes.
 
-Shapes: N vectors (any leading dimensions flattened), Z code dimension, K codes, J codes in one chunk.
+A codebook lies in pieces on the devices of the logical axis "codes"; each compares the vectors with its own codes.
+Numbers are float32, or float64 if the vectors or the codebook are.
+
+Shapes: N vectors (any leading dimensions flattened), Z code dimension, K codes, C chunks of J codes, S pieces.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.models import layers
 
 KINDS = ("vq",)
 
@@ -71,7 +76,7 @@ class Quantized(NamedTuple):
     """Result of quantizing.
 
     Attributes:
-      zq: the chosen codes, shaped like the input, float32; their gradient goes straight through to the input.
+      zq: the chosen codes, shaped like the input; their gradient goes straight through to the input.
       codes: int32 indices of the chosen codes.
       z: the vectors that were compared (normalised if the codes are), without gradient; `revive` draws from them.
       counts_K: float32, how often each code was chosen in the (global) batch.
@@ -95,22 +100,22 @@ def init_stats(config: QuantizerConfig) -> QuantizerStats:
 
 
 class Quantizer(nnx.Module):
-    """A codebook `embedding` [K, Z] in float32."""
+    """A codebook `embedding` [K, Z], float32 or float64."""
 
-    def __init__(self, config: QuantizerConfig, *, key: jax.Array):
+    def __init__(self, config: QuantizerConfig, *, param_dtype: Any = "float32", key: jax.Array):
         shape = (config.num_codes, config.code_dim)
-        codebook_KZ = jax.random.uniform(key, shape, jnp.float32, -1 / config.num_codes, 1 / config.num_codes)
+        codebook_KZ = jax.random.uniform(key, shape, param_dtype, -1 / config.num_codes, 1 / config.num_codes)
         codebook_KZ = l2_normalize(codebook_KZ) if config.l2_normalize else codebook_KZ
         self.embedding = nnx.Param(codebook_KZ, axes=("codebook", "code_dim"))
         self.config = config
 
     def codebook(self) -> Float[Array, "K Z"]:
         """The codes as they are compared and decoded: normalised if the config says so."""
-        codebook_KZ = self.embedding[...].astype(jnp.float32)
+        codebook_KZ = sharding.constrain(self.embedding[...], ("codes", None))
         return l2_normalize(codebook_KZ) if self.config.l2_normalize else codebook_KZ
 
     def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... Z"]:
-        """Indices -> codes, float32."""
+        """Indices -> codes."""
         return jnp.take(self.codebook(), codes, axis=0)
 
     def nearest(self, z: Float[Array, "... Z"]) -> Int[Array, "..."]:
@@ -119,11 +124,11 @@ class Quantizer(nnx.Module):
         return nearest_codes(z_NZ, self.codebook(), self.config.chunk_codes).reshape(z.shape[:-1])
 
     def _compared(self, z: Float[Array, "... Z"]) -> Float[Array, "... Z"]:
-        z = z.astype(jnp.float32)
+        z = z.astype(layers.wide(z.dtype))
         return l2_normalize(z) if self.config.l2_normalize else z
 
-    def __call__(self, z: Float[Array, "... Z"], stats: QuantizerStats) -> tuple[Quantized, QuantizerStats]:
-        """Quantizes, and returns the statistics after this batch.
+    def __call__(self, z: Float[Array, "... Z"]) -> Quantized:
+        """Quantizes.
 
         Losses follow VQ-VAE (arXiv:1711.00937, equation 3), as means over vectors and dimensions.
         """
@@ -131,7 +136,7 @@ class Quantizer(nnx.Module):
         z, codebook_KZ = self._compared(z), self.codebook()
         z_NZ = z.reshape(-1, z.shape[-1])
         codes_N = nearest_codes(lax.stop_gradient(z_NZ), lax.stop_gradient(codebook_KZ), config.chunk_codes)
-        zq_NZ = jnp.take(codebook_KZ, codes_N, axis=0)
+        zq_NZ = sharding.constrain(jnp.take(codebook_KZ, codes_N, axis=0), ("batch", None))
         losses = {
             "commitment": jnp.mean(jnp.square(z_NZ - lax.stop_gradient(zq_NZ))),
             "codebook": jnp.mean(jnp.square(lax.stop_gradient(z_NZ) - zq_NZ)),
@@ -143,10 +148,7 @@ class Quantizer(nnx.Module):
         # z - sg(z) is exactly zero, so training decodes the very values that `lookup` gives.
         zq_NZ = lax.stop_gradient(zq_NZ) + (z_NZ - lax.stop_gradient(z_NZ))
         counts_K = jnp.zeros(config.num_codes, jnp.float32).at[codes_N].add(1.0)
-        # In the first batch the codes are still random: being chosen does not save one from `revive`.
-        used_K = (counts_K > 0) & (stats.step > 0)
-        stats = QuantizerStats(age_K=jnp.where(used_K, 0, stats.age_K + 1), step=stats.step + 1)
-        quantized = Quantized(
+        return Quantized(
             zq=zq_NZ.reshape(z.shape),
             codes=codes_N.reshape(z.shape[:-1]),
             z=lax.stop_gradient(z),
@@ -154,7 +156,13 @@ class Quantizer(nnx.Module):
             losses=losses,
             loss=loss,
         )
-        return quantized, stats
+
+
+def update_stats(stats: QuantizerStats, counts_K: Float[Array, "K"]) -> QuantizerStats:
+    """The statistics after a batch of which so many vectors chose each code."""
+    # In the first batch the codes are still random: being chosen does not save one from `revive`.
+    used_K = (counts_K > 0) & (stats.step > 0)
+    return QuantizerStats(age_K=jnp.where(used_K, 0, stats.age_K + 1), step=stats.step + 1)
 
 
 def l2_normalize(x: Float[Array, "... Z"]) -> Float[Array, "... Z"]:
@@ -169,24 +177,48 @@ def _similarity(z_NZ: Float[Array, "N Z"], codebook_JZ: Float[Array, "J Z"]) -> 
     return 2 * dot_NJ - jnp.sum(jnp.square(codebook_JZ), axis=-1)
 
 
+def _chunks(codebook_KZ: Float[Array, "K Z"], chunk: int) -> Float[Array, "C J Z"]:
+    """Cuts a codebook into chunks of `chunk` codes; code k is row k // C of chunk k % C.
+
+    Every C-th code, not J neighbours: a device that holds a piece of the codebook then has a piece of every chunk.
+    """
+    K, Z = codebook_KZ.shape
+    C = max(1, K // chunk)
+    return sharding.constrain(codebook_KZ.reshape(K // C, C, Z).swapaxes(0, 1), (None, "codes", None))
+
+
+def _nearest_of(z_NZ: Float[Array, "N Z"], chunk_JZ: Float[Array, "J Z"]) -> tuple[Array, Int[Array, "N"]]:
+    """Greatest similarity of each vector, and the row that has it, the first of equals."""
+    N, J = z_NZ.shape[0], chunk_JZ.shape[0]
+    S = sharding.axis_parts("codes")
+    S = S if J % S == 0 else 1
+    # Each piece finds its own best; only these [N, S] travel.
+    similarity_NSJ = _similarity(z_NZ, chunk_JZ).reshape(N, S, J // S)
+    similarity_NSJ = sharding.constrain(similarity_NSJ, ("batch", "codes", None))
+    row_NS = jnp.argmax(similarity_NSJ, axis=-1).astype(jnp.int32)
+    value_NS = jnp.max(similarity_NSJ, axis=-1)
+    row_NS, value_NS = (sharding.constrain(x, ("batch", None)) for x in (row_NS, value_NS))
+    piece_N1 = jnp.argmax(value_NS, axis=-1, keepdims=True).astype(jnp.int32)
+    row_N1 = piece_N1 * (J // S) + jnp.take_along_axis(row_NS, piece_N1, axis=-1)
+    return jnp.max(value_NS, axis=-1), row_N1[:, 0]
+
+
 def nearest_codes(z_NZ: Float[Array, "N Z"], codebook_KZ: Float[Array, "K Z"], chunk: int) -> Int[Array, "N"]:
     """Index of the code at the least Euclidean distance, the first of equals; `chunk` codes are compared at a time."""
-    K, Z = codebook_KZ.shape
-    if chunk >= K:
-        return jnp.argmax(_similarity(z_NZ, codebook_KZ), axis=-1).astype(jnp.int32)
+    chunks_CJZ = _chunks(codebook_KZ, chunk)
+    C, N = chunks_CJZ.shape[0], z_NZ.shape[0]
+    if C == 1:
+        return _nearest_of(z_NZ, chunks_CJZ[0])[1]
 
-    def body(best, chunk_JZ):
-        similarity_NJ = _similarity(z_NZ, chunk_JZ)
-        index_N = jnp.argmax(similarity_NJ, axis=-1).astype(jnp.int32)
-        value_N = jnp.max(similarity_NJ, axis=-1)
-        better_N = value_N > best[0]
-        start = best[2]
-        best = jnp.where(better_N, value_N, best[0]), jnp.where(better_N, start + index_N, best[1]), start + chunk
-        return best, None
+    def body(best, chunk):
+        offset, chunk_JZ = chunk
+        value_N, row_N = _nearest_of(z_NZ, chunk_JZ)
+        code_N = row_N * C + offset
+        better_N = (value_N > best[0]) | ((value_N == best[0]) & (code_N < best[1]))
+        return (jnp.where(better_N, value_N, best[0]), jnp.where(better_N, code_N, best[1])), None
 
-    N = z_NZ.shape[0]
-    start = (jnp.full(N, -jnp.inf), jnp.zeros(N, jnp.int32), jnp.zeros((), jnp.int32))
-    best, _ = lax.scan(body, start, codebook_KZ.reshape(-1, chunk, Z))
+    start = jnp.full(N, -jnp.inf, jnp.result_type(z_NZ, codebook_KZ)), jnp.zeros(N, jnp.int32)
+    best, _ = lax.scan(body, start, (jnp.arange(C, dtype=jnp.int32), chunks_CJZ))
     return best[1]
 
 
@@ -198,8 +230,8 @@ def entropy_loss(
     p is the softmax of -|z - code|^2 / temperature. Low means that every vector is sure of its code while the batch
     uses all of them. As in MaskGIT's VQ and LFQ (MAGVIT-v2, arXiv:2310.05737, equation 5).
     """
-    K, Z = codebook_KZ.shape
-    chunks_JZ = codebook_KZ.reshape(-1, min(K, chunk), Z)
+    chunks_CJZ = _chunks(codebook_KZ, chunk)
+    kind = jnp.result_type(z_NZ, codebook_KZ)
 
     def normaliser(total_N, chunk_JZ):
         logits_NJ = _similarity(z_NZ, chunk_JZ) / temperature
@@ -214,9 +246,9 @@ def entropy_loss(
         return carry + sample - batch, None
 
     # Recomputed in the backward pass: otherwise the scans would keep every chunk's [N, J], which is [N, K] after all.
-    start_N = jnp.full(z_NZ.shape[0], -jnp.inf)
-    normaliser_N, _ = lax.scan(jax.checkpoint(normaliser), start_N, chunks_JZ)
-    loss, _ = lax.scan(jax.checkpoint(entropies), jnp.zeros(()), chunks_JZ)
+    start_N = jnp.full(z_NZ.shape[0], -jnp.inf, kind)
+    normaliser_N, _ = lax.scan(jax.checkpoint(normaliser), start_N, chunks_CJZ)
+    loss, _ = lax.scan(jax.checkpoint(entropies), jnp.zeros((), kind), chunks_CJZ)
     return loss
 
 
@@ -242,5 +274,6 @@ def revive(
     # The r-th dead code takes the r-th vector of a random order: no two take the same while there are enough vectors.
     order_N = jax.random.permutation(key, z_NZ.shape[0])
     rank_K = (jnp.cumsum(dead_K) - 1) % z_NZ.shape[0]
-    codebook_KZ = jnp.where(dead_K[:, None], z_NZ[order_N[rank_K]], codebook_KZ)
+    drawn_KZ = sharding.constrain(z_NZ[order_N[rank_K]], ("codes", None))
+    codebook_KZ = jnp.where(dead_K[:, None], drawn_KZ, codebook_KZ)
     return codebook_KZ, stats._replace(age_K=jnp.where(dead_K, 0, stats.age_K)), dead_K

@@ -9,14 +9,13 @@ import functools
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.models import conv
-from imagegpt_jax.models.quantizers import Quantized, Quantizer, QuantizerConfig, QuantizerStats
+from imagegpt_jax.models import conv, layers
+from imagegpt_jax.models.quantizers import Quantized, Quantizer, QuantizerConfig
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -38,7 +37,7 @@ class VQConfig:
       norm_groups: groups of every group normalisation.
       conv_impl: "auto", "xla" or "winograd"; see `conv.Conv`.
       remat: whether to recompute each block in the backward pass instead of keeping its activations.
-      dtype: of the computation; norms' statistics and the quantizer stay in float32.
+      dtype: of the computation; norms' statistics and the quantizer stay in float32 (float64 if this is float64).
       param_dtype: of the parameters.
       quantizer: the vector quantizer.
     """
@@ -61,6 +60,8 @@ class VQConfig:
 
     def __post_init__(self):
         conv.check_conv_impl(self.conv_impl)
+        for name in (self.dtype, self.param_dtype):
+            layers.as_dtype(name)
         levels = len(self.width_mults)
         outside = [i for i in self.attention_levels if not 0 <= i < levels]
         if not levels or outside:
@@ -200,18 +201,18 @@ class Decoder(nnx.Module):
     def to_pixels(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """The last convolution, and depth-to-space."""
         pixels = self.conv_out(features_BHWC)
-        return conv.depth_to_space(pixels, self.config.stem_patch).astype(jnp.float32)
+        return conv.depth_to_space(pixels, self.config.stem_patch).astype(layers.wide(pixels.dtype))
 
 
 class VQModel(nnx.Module):
-    """Image tokenizer; nothing mutates in a forward pass, statistics of code use go in and out."""
+    """Image tokenizer; nothing mutates in a forward pass."""
 
     def __init__(self, config: VQConfig, *, key: jax.Array):
         make_conv, _, _, _ = _layers(config)
         keys = jax.random.split(key, 5)
         self.encoder = Encoder(config, key=keys[0])
         self.quant_conv = make_conv(config.z_channels, config.quantizer.code_dim, 1, key=keys[1])
-        self.quantize = Quantizer(config.quantizer, key=keys[2])
+        self.quantize = Quantizer(config.quantizer, param_dtype=layers.wide(config.param_dtype), key=keys[2])
         self.post_quant_conv = make_conv(config.quantizer.code_dim, config.z_channels, 1, key=keys[3])
         self.decoder = Decoder(config, key=keys[4])
         self.config = config
@@ -236,7 +237,7 @@ class VQModel(nnx.Module):
         return self.decoder.features(self.post_quant_conv(zq_BhwZ))
 
     def to_pixels(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """The decoder's last layer: features -> images, float32, not clipped to [-1, 1]."""
+        """The decoder's last layer: features -> images, float32 (float64 in float64), not clipped to [-1, 1]."""
         return self.decoder.to_pixels(features_BHWC)
 
     def decode(self, zq_BhwZ: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
@@ -251,9 +252,7 @@ class VQModel(nnx.Module):
         """Code indices -> images."""
         return self.decode(self.quantize.lookup(codes_Bhw))
 
-    def reconstruct(
-        self, images_BHWC: Float[Array, "B H W C"], stats: QuantizerStats
-    ) -> tuple[Float[Array, "B H W C"], Quantized, QuantizerStats]:
-        """Images -> (reconstructions, the quantizer's result with its losses, new statistics of code use)."""
-        quantized, stats = self.quantize(self.encode(images_BHWC), stats)
-        return self.decode(quantized.zq), quantized, stats
+    def reconstruct(self, images_BHWC: Float[Array, "B H W C"]) -> tuple[Float[Array, "B H W C"], Quantized]:
+        """Images -> (reconstructions, the quantizer's result with its losses and counts)."""
+        quantized = self.quantize(self.encode(images_BHWC))
+        return self.decode(quantized.zq), quantized

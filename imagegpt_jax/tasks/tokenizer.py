@@ -1,6 +1,7 @@
 """Stage 1: an image becomes a small grid of discrete codes and back (VQ-GAN; Esser et al. 2021, Yu et al. 2022).
 
-Two compiled steps, before and after the discriminator's start, chosen by the host's step number.
+Two compiled steps, before and after the discriminator's start, chosen by the host's step number; `gan.py` has their
+losses.
 
 Shapes: B batch, H W C image, h w code grid, V codebook.
 """
@@ -17,70 +18,47 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from imagegpt_jax import losses, metrics, optim, sharding
+from imagegpt_jax import gan, metrics, optim, sharding
 from imagegpt_jax import state as state_lib
+from imagegpt_jax.accumulate import accumulate
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.config import Config, choose, to_dataclass
+from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.data import ops, pipeline, sources
 from imagegpt_jax.evals import reconstruction
-from imagegpt_jax.models import discriminator, quantizers, vq
+from imagegpt_jax.models import discriminator, layers, quantizers, vq
+from imagegpt_jax.models.pretrained import lpips
 from imagegpt_jax.state import Network, TrainState
 
 # Shown beside the progress bar.
 SHOWN = ("reconstruction", "psnr", "codebook_usage")
 
 
-# Kind -> (generator's loss of fake logits, discriminator's loss of real and fake logits).
-GAN_LOSSES = {
-    "hinge": (losses.hinge_generator, losses.hinge_discriminator),
-    "non_saturating": (losses.nonsaturating_generator, losses.nonsaturating_discriminator),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights of the tokenizer's losses.
-
-    Attributes:
-      l1: weight of the mean absolute error.
-      l2: weight of the mean squared error.
-      lpips: weight of the perceptual distance; 0 = off.
-      lpips_weights: safetensors file made by `tools/convert_lpips.py`, needed if `lpips` > 0.
-      gan: weight of the adversarial loss on the generator.
-      gan_kind: "hinge" or "non_saturating".
-      gan_start: step from which the discriminator takes part; negative = never.
-      adaptive: scale the adversarial loss by the ratio of gradient norms at the last layer (arXiv:2012.09841, eq. 7).
-    """
-
-    l1: float
-    l2: float
-    lpips: float
-    lpips_weights: str
-    gan: float
-    gan_kind: str
-    gan_start: int
-    adaptive: bool
-
-    def __post_init__(self):
-        choose("gan_kind", self.gan_kind, GAN_LOSSES)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """The static part of the stage: configs, network structures and optimizers, no arrays of a run."""
+    """The static part of the stage: configs, network structures and optimizers, no arrays of a run.
+
+    Attributes:
+      config: the run's config.
+      model: shape of the tokenizer.
+      loss: weights of the losses.
+      networks: "generator"; where they take part, "discriminator" and the frozen "perceptual".
+      optimizers: of the networks that are trained.
+      perceptual: the weights of "perceptual" on the host; None where there is no such loss, or nothing is trained.
+      sources: split -> opened source; empty for inference.
+    """
 
     config: Config
     model: vq.VQConfig
-    loss: LossConfig
+    loss: gan.LossConfig
     networks: dict[str, Network]
     optimizers: dict[str, optax.GradientTransformation]
-    perceptual: Any
+    perceptual: state_lib.Params | None
     sources: dict[str, Any]
 
 
-def _build(config: Config, opened: dict[str, Any], perceptual: Any) -> Setup:
+def _build(config: Config, opened: dict[str, Any], perceptual: lpips.LPIPS | None) -> Setup:
     model = to_dataclass(vq.VQConfig, config.model)
-    loss = to_dataclass(LossConfig, config.loss)
+    loss = to_dataclass(gan.LossConfig, config.loss)
     networks = {"generator": state_lib.network(lambda key: vq.VQModel(model, key=key))}
     optimizers = {"generator": optim.make(config.optim, config.steps, networks["generator"].axes)}
     if loss.gan_start >= 0:
@@ -89,7 +67,12 @@ def _build(config: Config, opened: dict[str, Any], perceptual: Any) -> Setup:
         optimizers["discriminator"] = optim.make(
             config.discriminator_optim, config.steps, networks["discriminator"].axes
         )
-    return Setup(config, model, loss, networks, optimizers, perceptual, opened)
+    weights = None
+    if perceptual is not None:
+        kind, dtype = perceptual.network, layers.wide(config.model.dtype)
+        networks["perceptual"] = state_lib.network(lambda key: lpips.LPIPS(kind, dtype=dtype, key=key))
+        weights = jax.device_get(state_lib.split(perceptual)[1])
+    return Setup(config, model, loss, networks, optimizers, weights, opened)
 
 
 def setup(config: Config) -> Setup:
@@ -100,6 +83,10 @@ def setup(config: Config) -> Setup:
     """
     for split in ("train_ops", "eval_ops"):
         ops.parse(config.data[split])
+    if config.accumulate < 1 or config.batch_size % config.accumulate:
+        raise UserError(
+            f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}: use a divisor of it."
+        )
     opened = {split: sources.open_source(config.data[split]) for split in ("train", "validation")}
     perceptual = None
     if config.loss.lpips:
@@ -108,8 +95,6 @@ def setup(config: Config) -> Setup:
                 "config.loss.lpips > 0 needs config.loss.lpips_weights=FILE.safetensors: make it with"
                 " `python tools/convert_lpips.py --network=vgg16 --output=FILE.safetensors`."
             )
-        from imagegpt_jax.models.pretrained import lpips
-
         perceptual = lpips.LPIPS.load(config.loss.lpips_weights)
     return _build(config, opened, perceptual)
 
@@ -131,15 +116,27 @@ def phase(setup: Setup, step: int) -> str:
 
 
 def init_state(setup: Setup, key: jax.Array) -> TrainState:
-    """The first TrainState; pure."""
+    """The first TrainState; pure. The perceptual network's weights are put in by `load_frozen`."""
     return state_lib.init(
         setup.networks,
         setup.optimizers,
         {"quantizer": quantizers.init_stats(setup.model.quantizer)},
         key,
         frozen=setup.config.frozen,
+        frozen_networks=("perceptual",),
         ema=("generator",) if setup.config.ema_decay else (),
     )
+
+
+def load_frozen(setup: Setup, state: TrainState, layout: TrainState) -> TrainState:
+    """Puts the perceptual network's weights into a new state.
+
+    There, and not in the program, where they would be constants that every device holds whole.
+    """
+    if setup.perceptual is None:
+        return state
+    weights = jax.device_put(setup.perceptual, layout.frozen["perceptual"])
+    return dataclasses.replace(state, frozen={**state.frozen, "perceptual": weights})
 
 
 def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: slice | None = None) -> Any:
@@ -170,79 +167,36 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     Returns:
       (state after the step, metrics)
     """
-    loss_config, images_BHWC = setup.loss, batch["image"]
-    key = jax.random.fold_in(jax.random.key(setup.config.seed), state.step)
+    config = setup.config
     adversarial = phase == "adversarial"
-    net, frozen = setup.networks["generator"], state.frozen["generator"]
+    differentiate = functools.partial(gan.gradients, setup.networks, setup.loss, state, adversarial=adversarial)
+    sums, values, z_BhwZ = accumulate(differentiate, batch["image"], config.accumulate)
 
-    # --- Generator forward. Its vjp is kept: the losses' cotangents at the image are combined before one backward pass.
-    def forward(params: state_lib.Params) -> Any:
-        model: Any = net.module(state_lib.join(params, frozen))
-        z = model.encode(images_BHWC)
-        quantized, stats = model.quantize(z, state.stats["quantizer"])
-        features = model.decode_features(quantized.zq)
-        return (model.to_pixels(features), quantized.loss), (quantized, stats, features)
+    # --- Optimizers.
+    trainable: dict[str, Any] = dict(state.trainable)
+    opts = dict(state.opt)
+    for name, total in sums.gradients.items():
+        grads = jax.tree.map(lambda x: x / config.accumulate, total)
+        updates, opts[name] = setup.optimizers[name].update(grads, state.opt[name], state.trainable[name])
+        trainable[name] = optax.apply_updates(state.trainable[name], updates)
+        if name == "generator":
+            values["gradient_norm"] = metrics.mean(optax.global_norm(grads))
 
-    params = state.trainable["generator"]
-    (recon_BHWC, quantizer_loss), pullback, (quantized, stats, features) = jax.vjp(forward, params, has_aux=True)
-
-    def reconstruction_loss(recon: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        parts = {"l1": losses.l1(recon, images_BHWC), "l2": losses.l2(recon, images_BHWC)}
-        total = loss_config.l1 * parts["l1"] + loss_config.l2 * parts["l2"]
-        if setup.perceptual is not None:
-            parts["lpips"] = setup.perceptual(recon, images_BHWC).mean()
-            total = total + loss_config.lpips * parts["lpips"]
-        return total, parts
-
-    (rec_loss, parts), cotangent = jax.value_and_grad(reconstruction_loss, has_aux=True)(recon_BHWC)
-    values = {
-        "reconstruction": metrics.mean(rec_loss),
-        "psnr": metrics.mean(_psnr(recon_BHWC, images_BHWC)),
-        **{name: metrics.mean(value) for name, value in (parts | quantized.losses).items()},
-    }
-
-    # --- Adversarial part of the generator's loss.
-    if adversarial:
-        critic = _critic(setup, state)
-        generator_loss, discriminator_loss = GAN_LOSSES[loss_config.gan_kind]
-        gan_loss, gan_cotangent = jax.value_and_grad(
-            lambda recon: generator_loss(critic(state.trainable["discriminator"], recon))
-        )(recon_BHWC)
-        weight = jnp.asarray(loss_config.gan, jnp.float32)
-        if loss_config.adaptive:
-            weight = weight * losses.adaptive_weight(
-                _last_layer_gradient(net, state, features, cotangent),
-                _last_layer_gradient(net, state, features, gan_cotangent),
-            )
-        cotangent = cotangent + weight * gan_cotangent
-        values |= {"gan_generator": metrics.mean(gan_loss), "gan_weight": metrics.mean(weight)}
-
-    (grads,) = pullback((cotangent, jnp.ones_like(quantizer_loss)))
-    params, opt, norm = _update(setup, state, "generator", grads)
+    # --- Codes that nobody uses.
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     codebook, stats, revived_K = quantizers.revive(
-        setup.model.quantizer, params["quantize"]["embedding"], stats, quantized.z, key
+        setup.model.quantizer,
+        trainable["generator"]["quantize"]["embedding"],
+        quantizers.update_stats(state.stats["quantizer"], sums.counts_K),
+        z_BhwZ,
+        key,
     )
-    params = {**params, "quantize": {"embedding": codebook}}
-    values |= {
-        "gradient_norm": metrics.mean(norm),
-        "codebook_usage": metrics.used_share(quantized.counts_K),
-        "code_entropy_bits": metrics.entropy(quantized.counts_K),
-        "revived_codes": metrics.mean(revived_K.sum()),
-    }
-    trainable, opts = {**state.trainable, "generator": params}, {**state.opt, "generator": opt}
-
-    # --- Discriminator step on the same reconstructions; real and fake go through in separate calls.
-    if adversarial:
-        fake_BHWC = jax.lax.stop_gradient(recon_BHWC)
-        d_loss, d_grads = jax.value_and_grad(
-            lambda p: discriminator_loss(critic(p, images_BHWC), critic(p, fake_BHWC))
-        )(state.trainable["discriminator"])
-        trainable["discriminator"], opts["discriminator"], _ = _update(setup, state, "discriminator", d_grads)
-        values["gan_discriminator"] = metrics.mean(d_loss)
+    trainable["generator"] = {**trainable["generator"], "quantize": {"embedding": codebook}}
+    values["revived_codes"] = metrics.mean(revived_K.sum())
 
     ema = dict(state.ema)
     if "generator" in ema:
-        ema["generator"] = optim.update_ema(ema["generator"], params, setup.config.ema_decay, state.step)
+        ema["generator"] = optim.update_ema(ema["generator"], trainable["generator"], config.ema_decay, state.step)
         # The average of a code before and after its revival is neither.
         average = ema["generator"]["quantize"]["embedding"]
         ema["generator"]["quantize"]["embedding"] = jnp.where(revived_K[:, None], codebook, average)
@@ -250,41 +204,6 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
         state, step=state.step + 1, trainable=trainable, opt=opts, ema=ema, stats={"quantizer": stats}
     )
     return state, values
-
-
-def _psnr(x_BHWC: jax.Array, target_BHWC: jax.Array) -> jax.Array:
-    """Per-image PSNR in dB of images in [-1, 1], clipped to that range."""
-    mse_B = jnp.mean(jnp.square(jnp.clip(x_BHWC, -1, 1) - target_BHWC), axis=(1, 2, 3))
-    return 10 * jnp.log10(4.0 / jnp.maximum(mse_B, 1e-10))
-
-
-def _critic(setup: Setup, state: TrainState) -> Callable[[state_lib.Params, jax.Array], jax.Array]:
-    net, frozen = setup.networks["discriminator"], state.frozen["discriminator"]
-
-    def logits(params: state_lib.Params, images_BHWC: jax.Array) -> jax.Array:
-        module: Any = net.module(state_lib.join(params, frozen))
-        return module(images_BHWC)
-
-    return logits
-
-
-def _last_layer_gradient(net: Network, state: TrainState, features: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """Gradient of a loss with respect to the last layer's kernel, from its cotangent at the image."""
-    params = jax.lax.stop_gradient(state.params("generator"))
-
-    def pixels(kernel: jax.Array) -> jax.Array:
-        model: Any = net.module(params)
-        model.decoder.conv_out.kernel[...] = kernel
-        return model.to_pixels(jax.lax.stop_gradient(features))
-
-    module: Any = net.module(params)
-    _, pull = jax.vjp(pixels, module.decoder.conv_out.kernel[...])
-    return pull(cotangent)[0]
-
-
-def _update(setup: Setup, state: TrainState, name: str, grads: state_lib.Params) -> tuple[Any, Any, jax.Array]:
-    updates, opt = setup.optimizers[name].update(grads, state.opt[name], state.trainable[name])
-    return optax.apply_updates(state.trainable[name], updates), opt, optax.global_norm(grads)
 
 
 def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:

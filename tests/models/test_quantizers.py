@@ -10,7 +10,7 @@ from flax import nnx
 
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.models import quantizers
-from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig, init_stats
+from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig, init_stats, update_stats
 
 CONFIG = QuantizerConfig(num_codes=24, code_dim=3, revival_steps=3)
 
@@ -38,7 +38,7 @@ def test_codes_are_the_nearest(normalize, chunk):
     if normalize:
         rows, codebook = unit(rows), unit(codebook)
     expected = squared_distances(rows, codebook).argmin(-1).reshape(2, 4, 5)
-    quantized, _ = quantizer(z, init_stats(config))
+    quantized = quantizer(z)
     np.testing.assert_array_equal(quantized.codes, expected)
     np.testing.assert_array_equal(quantizer.nearest(z), expected)
     np.testing.assert_array_equal(quantized.zq, quantizer.lookup(quantized.codes))  # to the last bit
@@ -50,7 +50,7 @@ def losses_and_gradients(config, term):
     graphdef, params = nnx.split(Quantizer(config, key=key()))
 
     def loss(z, params):
-        quantized, _ = nnx.merge(graphdef, params)(z, init_stats(config))
+        quantized = nnx.merge(graphdef, params)(z)
         return term(quantized), quantized
 
     z = jax.random.normal(key(1), (7, 3))
@@ -132,7 +132,8 @@ def test_entropy_loss_is_least_when_sure_codes_are_evenly_used():
 def test_first_revival_sets_the_whole_codebook_from_the_batch():
     quantizer = Quantizer(CONFIG, key=key())
     z = jax.random.normal(key(1), (30, 3))
-    quantized, stats = quantizer(z, init_stats(CONFIG))
+    quantized = quantizer(z)
+    stats = update_stats(init_stats(CONFIG), quantized.counts_K)
     codebook, stats, revived = quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.z, key(2))
     assert bool(revived.all())
     rows = {tuple(r) for r in unit(np.asarray(z)).round(4).tolist()}
@@ -147,13 +148,15 @@ def test_only_codes_unused_for_revival_steps_are_replaced():
     quantizer.embedding[...] = jax.random.normal(key(1), (24, 3))
     z = quantizer.lookup(jnp.arange(4))  # chooses codes 0 to 3 only
     stats = init_stats(CONFIG)
-    quantized, stats = quantizer(z, stats)
+    quantized = quantizer(z)
+    stats = update_stats(stats, quantized.counts_K)
     before = quantizer.embedding[...]
     stats = stats._replace(age_K=jnp.zeros_like(stats.age_K))  # as after the first revival
     for step in range(CONFIG.revival_steps):
         _, _, revived = quantizers.revive(CONFIG, before, stats, quantized.z, key(step))
         assert not bool(revived.any())
-        quantized, stats = quantizer(z, stats)
+        quantized = quantizer(z)
+        stats = update_stats(stats, quantized.counts_K)
     codebook, stats, revived = quantizers.revive(CONFIG, before, stats, quantized.z, key(9))
     np.testing.assert_array_equal(revived, np.arange(24) >= 4)
     np.testing.assert_array_equal(codebook[:4], before[:4])
@@ -163,7 +166,8 @@ def test_only_codes_unused_for_revival_steps_are_replaced():
 
 def test_revival_is_a_function_of_the_key():
     quantizer, z = Quantizer(CONFIG, key=key()), jax.random.normal(key(1), (40, 3))
-    quantized, stats = quantizer(z, init_stats(CONFIG))
+    quantized = quantizer(z)
+    stats = update_stats(init_stats(CONFIG), quantized.counts_K)
     first, again, other = (
         quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.z, key(i))[0] for i in (3, 3, 4)
     )
@@ -173,7 +177,8 @@ def test_revival_is_a_function_of_the_key():
 
 def test_revival_can_be_off_and_draws_again_when_vectors_are_few():
     quantizer, z = Quantizer(CONFIG, key=key()), jax.random.normal(key(1), (5, 3))
-    quantized, stats = quantizer(z, init_stats(CONFIG))
+    quantized = quantizer(z)
+    stats = update_stats(init_stats(CONFIG), quantized.counts_K)
     codebook, _, _ = quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.z, key(2))
     assert len(np.unique(np.asarray(codebook), axis=0)) == 5
     off = dataclasses.replace(CONFIG, revival_steps=0)

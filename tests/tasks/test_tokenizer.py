@@ -44,7 +44,7 @@ def updates(setup, phase):
 
 def generator_loss(setup, made, params, weight):
     model = setup.networks["generator"].module(params)
-    recon, quantized, _ = model.reconstruct(IMAGES, made.stats["quantizer"])
+    recon, quantized = model.reconstruct(IMAGES)
     loss = losses.l2(recon, IMAGES) + quantized.loss
     if weight is not None:
         critic = setup.networks["discriminator"].module(made.trainable["discriminator"])
@@ -99,7 +99,7 @@ def test_discriminator_sees_real_and_fake_apart():
     _, setup = make(**{"loss.adaptive": False})
     made, update, values = updates(setup, "adversarial")
     model = setup.networks["generator"].module(made.trainable["generator"])
-    fake, _, _ = model.reconstruct(IMAGES, made.stats["quantizer"])
+    fake, _ = model.reconstruct(IMAGES)
 
     def loss(params):
         critic = setup.networks["discriminator"].module(params)

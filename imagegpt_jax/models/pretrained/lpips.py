@@ -70,8 +70,8 @@ MIN_SIZE = {"alexnet": 31, "vgg16": 16}  # smaller images have no pixel left at 
 class LPIPS(nnx.Module):
     """Perceptual distance by the features of a frozen classifier; gradients reach the images only."""
 
-    def __init__(self, network: str = "vgg16", *, key: jax.Array):
-        """Makes the network with random weights; `load` makes the trained one."""
+    def __init__(self, network: str = "vgg16", *, dtype: Any = "float32", key: jax.Array):
+        """Makes the network with random float32 weights, to compute in `dtype`; `load` makes the trained one."""
         layers = choose("LPIPS network", network, NETWORKS)
         keys = jax.random.split(key, len(layers))
         widths = [3, *(layer.width for layer in layers)]
@@ -82,14 +82,17 @@ class LPIPS(nnx.Module):
                 layer.kernel_size,
                 stride=layer.stride,
                 padding=(layer.padding, layer.padding),
+                dtype=dtype,
                 key=keys[i],
             )
             for i, layer in enumerate(layers)
         )
         self.heads = nnx.List(
-            nnx.Param(jnp.full(layer.width, 1 / layer.width), axes=(None,)) for layer in layers if layer.tap
+            nnx.Param(jnp.full(layer.width, 1 / layer.width, jnp.float32), axes=(None,))
+            for layer in layers
+            if layer.tap
         )
-        self.network = network
+        self.network, self.dtype = network, dtype
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "LPIPS":
@@ -161,7 +164,7 @@ class LPIPS(nnx.Module):
 
     def _features(self, x_BHWC: Array) -> list[Array]:
         taps = []
-        x = (x_BHWC.astype(jnp.float32) - SHIFT) / SCALE
+        x = (x_BHWC.astype(self.dtype) - SHIFT) / SCALE
         for layer, conv in zip(NETWORKS[self.network], self.convs, strict=True):
             if layer.pool:
                 x = nnx.max_pool(x, (layer.pool, layer.pool), (2, 2))

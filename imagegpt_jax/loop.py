@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from etils import epath
 from tqdm import tqdm
 
-from imagegpt_jax import checkpoint, metrics, sharding
+from imagegpt_jax import checkpoint, distributed, metrics, sharding, storage
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.config import Config
@@ -42,13 +42,17 @@ def run(task: ModuleType, config: Config, workdir: epath.PathLike) -> state_lib.
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh)
     sharding.check_batch_size(config.eval_batch_size, mesh)
+    distributed.agree(config=config_lib.to_dict(config), workdir=str(workdir), **_made_of(setup))
 
     with jax.set_mesh(mesh):
         # --- State: born sharded, or restored onto the same shardings.
         make = functools.partial(task.init_state, setup)
         state, layout = state_lib.init_sharded(make, setup.networks, mesh, config.seed)
-        config_lib.save(config, workdir)
-        task.save_assets(setup, workdir)
+        if distributed.is_first():
+            with storage.writing(workdir):
+                config_lib.save(config, workdir)
+                task.save_assets(setup, workdir)
+        distributed.meet_at(epath.Path(workdir) / "config.json")
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
         position = 0
         restored = checkpoints.restore(state)
@@ -59,11 +63,19 @@ def run(task: ModuleType, config: Config, workdir: epath.PathLike) -> state_lib.
         first = int(state.step)
         writer = metrics.Writer(workdir, first)
         try:
-            state = _train(task, setup, mesh, state, layout, first, position, checkpoints, writer)
+            with distributed.failing_together():
+                state = _train(task, setup, mesh, state, layout, first, position, checkpoints, writer)
         finally:
             checkpoints.close()
             writer.close()
     return state
+
+
+def _made_of(setup: Any) -> dict[str, Any]:
+    """What a run is made of beside its config: the same on every process."""
+    facts = {"data": [source.fingerprint for source in setup.sources.values()]}
+    text = getattr(setup, "text", None)
+    return facts if text is None else {**facts, "text_tokenizer": text.fingerprint}
 
 
 def _train(

@@ -28,10 +28,16 @@ def main() -> None:
     if config.task not in TASKS:
         raise cli.UserError(f"config.task={config.task!r} is no task.{cli.suggest(config.task, TASKS)}")
 
-    from imagegpt_jax import loop  # JAX and the rest start only once the flags are right
+    # JAX and the rest start only once the flags are right.
+    from imagegpt_jax import distributed, storage
 
-    loop.run(importlib.import_module(f"imagegpt_jax.tasks.{config.task}"), config, WORKDIR.value)
-    print(f"Finished {config.steps} steps: {WORKDIR.value}", file=sys.stderr)
+    storage.check(config.to_dict(), workdir=WORKDIR.value)
+    with distributed.together():
+        from imagegpt_jax import loop
+
+        loop.run(importlib.import_module(f"imagegpt_jax.tasks.{config.task}"), config, WORKDIR.value)
+        if distributed.is_first():
+            print(f"Finished {config.steps} steps: {WORKDIR.value}", file=sys.stderr)
 
 
 if __name__ == "__main__":

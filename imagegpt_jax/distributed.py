@@ -1,0 +1,422 @@
+"""One program in many processes: they find each other, agree before anything is written, and fail together.
+
+Whether this process is one of many is what the environment says: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID where they are set, else what JAX recognises by itself (Cloud TPU, GKE, SLURM, Open MPI). Alone, every
+function here does nothing. `jax.distributed` lets a process whose peer failed wait in a collective, or ends it by an
+abort that names no cause; so the one that fails leaves the cause with the coordinator, where the others look for it.
+
+Settings, in seconds: IMAGEGPT_JAX_START_SECONDS, how long to wait for all processes at the start; and
+IMAGEGPT_JAX_HEARTBEAT_SECONDS, how long a process may be silent before it counts as dead.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from imagegpt_jax.cli import EXIT_FAILURE, UserError
+
+_ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_START_SECONDS, _HEARTBEAT_SECONDS = 300, 60
+_SHUTDOWN_SECONDS = 300
+# Variables of launchers that start many processes, by which a launch that JAX does not recognise is noticed.
+_PEERS = {"OMPI_COMM_WORLD_SIZE": "Open MPI", "JOB_COMPLETION_INDEX": "an indexed Kubernetes job"}
+_KEY = "imagegpt_jax"
+_POLL_SECONDS = 1.0
+_DAY_MS = 24 * 3600 * 1000
+# What a collective says when a peer is gone: a consequence, of which the cause may yet arrive.
+_LOST = re.compile(r"gloo|nccl|connection|socket closed|peer|coordination|heartbeat|UNAVAILABLE", re.IGNORECASE)
+_PATIENCE_SECONDS = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What a process must know to find the others.
+
+    Attributes:
+      address: "host:port" of process 0.
+      count: number of processes.
+      index: number of this one.
+      local_devices: accelerators of this host that are this process's; None = all.
+    """
+
+    address: str
+    count: int
+    index: int
+    local_devices: tuple[int, ...] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def find() -> Cluster | None:
+    """Which of how many processes this is; None for one that runs alone.
+
+    Raises:
+      UserError: if the environment says that there are others, and not where.
+    """
+    address, count, index = os.environ.get(_ADDRESS) or None, _number(_COUNT), _number(_INDEX)
+    if count == 1:
+        return None
+    local: Any = None
+    if None in (address, count, index):
+        given = [name for name in (_ADDRESS, _COUNT, _INDEX) if os.environ.get(name)]
+        address, count, index, local = _detect(address, count, index)
+        if None in (address, count, index):
+            launcher = next((name for variable, name in _PEERS.items() if _has_peers(variable)), None)
+            if not given and launcher is None:
+                return None
+            why = f"{', '.join(given)} is set without the rest" if given else f"this is a process of {launcher}"
+            raise UserError(
+                f"{why}, and where the other processes are is not known: set {_ADDRESS}=host:port, {_COUNT} and"
+                f" {_INDEX}, or {_COUNT}=1 to run alone."
+            )
+    assert address is not None
+    assert count is not None
+    assert index is not None
+    if count == 1:
+        return None
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"{_ADDRESS}={address!r} is no address: write host:port, such as 10.0.0.1:8476.")
+    if count < 1 or not 0 <= index < count:
+        raise UserError(f"process {index} of {count} is not possible: {_INDEX} is from 0 to {_COUNT} - 1.")
+    return Cluster(address, count, index, tuple(local) if local else None)
+
+
+def _detect(address: str | None, count: int | None, index: int | None) -> tuple[Any, Any, Any, Any]:
+    """JAX's own detection of a cluster, for what is not given."""
+    from jax._src.clusters import ClusterEnv  # the public `jax.distributed.initialize` does not say what it found
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # in any pod without the package `kubernetes`, which our recipe does not need
+            return ClusterEnv.auto_detect_unset_distributed_params(address, count, index, None, None, _start_seconds())
+    except Exception as e:  # metadata servers, name servers and the Kubernetes API fail in many ways
+        if "KUBERNETES_SERVICE_HOST" in os.environ and not _has_peers("JOB_COMPLETION_INDEX"):
+            return address, count, index, None  # a pod by itself
+        raise UserError(
+            f"the other processes of this launch were not found ({_first_line(e)}): set {_ADDRESS}=host:port, {_COUNT}"
+            f" and {_INDEX}, or {_COUNT}=1 to run alone."
+        ) from e
+
+
+def _has_peers(variable: str) -> bool:
+    value = os.environ.get(variable, "")
+    return value.isdecimal() and (variable != "OMPI_COMM_WORLD_SIZE" or int(value) > 1)
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} is not a number.")
+    return int(text)
+
+
+def _start_seconds() -> int:
+    return _number("IMAGEGPT_JAX_START_SECONDS") or _START_SECONDS
+
+
+# ------------------------------------------------------------------------------------------------------------- joining
+
+
+class _Group:
+    """The processes of a run, once they have found each other."""
+
+    def __init__(self, cluster: Cluster, client: Any):
+        self.cluster, self.client = cluster, client
+        self.name = f"process {cluster.index} of {cluster.count} on {socket.gethostname()}"
+        self._ended = threading.Event()
+        self._meetings = 0
+        threading.Thread(target=self._watch, daemon=True, name="watch for failures").start()
+
+    def meet(self) -> None:
+        """Waits for all; ends when one of them fails."""
+        self._meetings += 1
+        # A peer that fails ends this process: no limit on the patience with slow ones is needed.
+        self.client.wait_at_barrier(f"{_KEY}/meeting/{self._meetings}", _DAY_MS)
+
+    def cause(self) -> str | None:
+        """Why a process failed, once one has."""
+        try:
+            return json.loads(self.client.key_value_try_get(f"{_KEY}/failure"))
+        except Exception as e:
+            if "NOT_FOUND" in str(e):
+                return None
+            raise
+
+    def fail(self, cause: str) -> None:
+        """Tells the others why this process fails, unless another was first or the coordinator is gone."""
+        with contextlib.suppress(Exception):
+            self.client.key_value_set(f"{_KEY}/failure", json.dumps(f"{self.name}: {cause}"))
+
+    def leave(self, code: int = EXIT_FAILURE) -> None:
+        """Ends this process at once: whatever waits for the others on the way out of Python would wait for ever.
+
+        Process 0 is the coordinator: it stays until the others have read the cause, for a few seconds at most.
+        """
+        with contextlib.suppress(Exception):
+            self.client.key_value_set(f"{_KEY}/read/{self.cluster.index}", "1", allow_overwrite=True)
+            until = time.monotonic() + 5
+            while self.cluster.index == 0 and time.monotonic() < until:
+                if len(self.client.key_value_dir_get(f"{_KEY}/read/")) == self.cluster.count:
+                    break
+                time.sleep(0.1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_POLL_SECONDS):
+            try:
+                cause = self.cause()
+            except Exception as e:
+                if self._ended.is_set():
+                    return
+                cause = f"lost process 0 at {self.cluster.address} ({_first_line(e)}): see its output"
+            if cause:
+                _say_last(f"{self.name} ends, because of {cause}")
+                self.leave()
+
+    def stop_watching(self) -> None:
+        """From here on, what other processes do does not end this one."""
+        self._ended.set()
+
+    def end(self) -> None:
+        """Parts from the others when all are done."""
+        import jax
+
+        self.meet()
+        self.stop_watching()
+        jax.distributed.shutdown()
+
+
+_group: _Group | None = None
+
+
+def initialize() -> None:
+    """Joins the other processes, if there are any; before anything touches a device.
+
+    Processes other than the first are silent from here on, except when they fail.
+
+    Raises:
+      UserError: if the others are not found within IMAGEGPT_JAX_START_SECONDS.
+    """
+    global _group
+    cluster = find()
+    if cluster is None or _group is not None:
+        return
+    if cluster.index:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    import jax
+    from jax._src import distributed  # the key-value store of the coordinator has no public name
+
+    seconds = _start_seconds()
+    # JAX would take SIGTERM for itself, as the notice of a preemption that somebody has to ask about.
+    jax.config.update("jax_enable_preemption_service", False)
+    started = time.monotonic()
+    if cluster.index:
+        _wait_for_coordinator(cluster, seconds)
+    # Past its own limit JAX aborts the process, so ours comes first.
+    timer = threading.Timer(max(1.0, seconds - (time.monotonic() - started)), _not_all_came, [cluster, seconds])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            cluster.address,
+            cluster.count,
+            cluster.index,
+            cluster.local_devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=seconds + 60,
+            heartbeat_timeout_seconds=_number("IMAGEGPT_JAX_HEARTBEAT_SECONDS") or _HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
+    except Exception as e:
+        raise UserError(
+            f"process {cluster.index} of {cluster.count} could not join the others at {cluster.address}"
+            f" ({_first_line(e)}): check that the port is free on the first host and open to the others."
+        ) from e
+    finally:
+        timer.cancel()
+    _group = _Group(cluster, distributed.global_state.client)
+
+
+def _wait_for_coordinator(cluster: Cluster, seconds: float) -> None:
+    """Waits until process 0 listens: JAX itself would abort at the end of its patience."""
+    host, _, port = cluster.address.rpartition(":")
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=min(10.0, seconds)):
+                return
+        except OSError as e:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"process {cluster.index} of {cluster.count} on {socket.gethostname()} did not reach process 0 at"
+                    f" {cluster.address} within {seconds:.0f} s ({e.strerror or e}): check that it runs, and that this"
+                    " host can reach that port."
+                ) from e
+            time.sleep(min(0.5, seconds / 10))
+
+
+def _not_all_came(cluster: Cluster, seconds: float) -> None:
+    _say_last(
+        f"process {cluster.index} of {cluster.count} on {socket.gethostname()}: not all {cluster.count} processes came"
+        f" to {cluster.address} within {seconds:.0f} s: check that every one runs, each with its own number ({_INDEX}),"
+        " and that its host can reach that port."
+    )
+    os._exit(EXIT_FAILURE)
+
+
+# ---------------------------------------------------------------------------------------------------- failing together
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around a program's work: joins the other processes before, parts from them after, and ends all if one fails."""
+    global _group
+    initialize()
+    if _group is None:
+        yield
+        return
+    with failing_together():
+        yield
+        _group.end()
+        _group = None
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Around work that waits for other processes: if it fails here, all processes end, each naming the cause.
+
+    The process ends inside, without running what is further out: cleaning up would wait for processes that are gone.
+    """
+    if _group is None:
+        yield
+        return
+    try:
+        yield
+    except BaseException as e:
+        _fail(_group, e)
+
+
+def _fail(group: _Group, error: BaseException) -> None:
+    from jax.errors import JaxRuntimeError
+
+    code = EXIT_FAILURE
+    if isinstance(error, UserError):
+        cause = " ".join(str(error).split())
+    elif isinstance(error, KeyboardInterrupt):
+        cause, code = "stopped by a signal before the end.", 130
+    elif isinstance(error, SystemExit):
+        cause = f"ended with status {error.code}."
+    elif isinstance(error, JaxRuntimeError) and _LOST.search(_first_line(error)):
+        known = _wait_for_cause(group)
+        if known:
+            _say_last(f"{group.name} ends, because of {known}")
+            group.leave()
+        cause = f"lost another process, which says more itself if it could ({_first_line(error)})."
+    else:
+        cause = f"{type(error).__name__}: {_first_line(error)}"
+        traceback.print_exception(error)
+    group.stop_watching()
+    _say_last(f"{group.name}: {cause}")
+    group.fail(cause)
+    group.leave(code)
+
+
+def _wait_for_cause(group: _Group) -> str | None:
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < until:
+        with contextlib.suppress(Exception):
+            if cause := group.cause():
+                return cause
+        time.sleep(0.1)
+    return None
+
+
+_last_words = threading.Lock()
+
+
+def _say_last(text: str) -> None:
+    """Prints the one sentence with which a process ends; the watching thread and the failing one do not both speak."""
+    if _last_words.acquire(blocking=False):
+        print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# ------------------------------------------------------------------------------------------------------------ agreeing
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes for all."""
+    return _group is None or _group.cluster.index == 0
+
+
+def meet() -> None:
+    """Waits until all processes are here."""
+    if _group is not None:
+        _group.meet()
+
+
+def meet_at(path: epath.Path) -> None:
+    """Waits for all processes, and checks that each of them sees the file that the first one wrote.
+
+    Raises:
+      UserError: if it is not there: the processes have no file system in common.
+    """
+    if _group is None:
+        return
+    meet()
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while not path.exists():  # a network file system may lag behind
+        if time.monotonic() > until:
+            raise UserError(
+                f"{path}, which process 0 wrote, is not there: with several hosts the folder must be on gs:// or on a"
+                " file system that all of them share."
+            )
+        time.sleep(0.2)
+
+
+def agree(**facts: Any) -> None:
+    """Waits for all processes, and checks that they work on the same thing.
+
+    Args:
+      facts: name -> value that JSON can write, the same everywhere.
+
+    Raises:
+      UserError: if a value of this process differs from process 0's.
+    """
+    if _group is None:
+        return
+    mine = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
+    key = f"{_KEY}/facts/{','.join(mine)}"
+    if is_first():
+        _group.client.key_value_set(key, json.dumps(mine))
+    first = json.loads(_group.client.blocking_key_value_get(key, _DAY_MS))
+    different = [name.replace("_", " ") for name in mine if mine[name] != first[name]]
+    if different:
+        raise UserError(
+            f"this process has another {' and another '.join(different)} than process 0: start every process with the"
+            " same command, on the same files and library versions."
+        )
+    meet()

@@ -22,7 +22,8 @@ Totals = dict[str, clu_metrics.Metric]
 
 def mean(values: jax.Array, weights: jax.Array | None = None) -> clu_metrics.Average:
     """The (weighted) mean of an array, over everything it is merged with."""
-    values = jnp.asarray(values, jnp.float32)
+    values = jnp.asarray(values)
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if weights is None:
         weights = jnp.ones_like(values)
     total, count = (values * weights).sum(), weights.sum().astype(jnp.float32)

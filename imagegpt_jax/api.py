@@ -73,7 +73,7 @@ class Tokenizer:
           step: checkpoint.
           rows: images that each device runs at once.
         """
-        mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
+        self._mesh = mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
         self.config = setup.model
         self.path, self.step = path, step
         self.downsample, self.num_codes = self.config.downsample, self.config.quantizer.num_codes
@@ -152,7 +152,8 @@ class Tokenizer:
         for start in range(0, len(inputs), self.tile):
             tile = inputs[start : start + self.tile]
             tile = np.concatenate([tile, np.repeat(tile[-1:], self.tile - len(tile), axis=0)])
-            dispatched = fn(self._params, jax.device_put(tile, self._sharding))
+            with jax.set_mesh(self._mesh):  # the caller may be at work on a mesh of all processes' devices
+                dispatched = fn(self._params, jax.device_put(tile, self._sharding))
             if running is not None:
                 outputs.append(np.asarray(running))
             running = dispatched

@@ -36,7 +36,10 @@ _KEY = "imagegpt_jax"
 _POLL_SECONDS = 1.0
 _DAY_MS = 24 * 3600 * 1000
 # What a collective says when a peer is gone: a consequence, of which the cause may yet arrive.
-_LOST = re.compile(r"gloo|nccl|connection|socket closed|peer|coordination|heartbeat|UNAVAILABLE", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo|nccl|connection (reset|closed|refused)|socket closed|coordination ?service|distributed service",
+    re.IGNORECASE,
+)
 _PATIENCE_SECONDS = 3.0
 
 
@@ -326,7 +329,7 @@ def _fail(group: _Group, error: BaseException) -> None:
         cause, code = "stopped by a signal before the end.", 130
     elif isinstance(error, SystemExit):
         cause = f"ended with status {error.code}."
-    elif isinstance(error, JaxRuntimeError) and _LOST.search(_first_line(error)):
+    elif isinstance(error, JaxRuntimeError | ValueError) and _LOST.search(_first_line(error)):
         known = _wait_for_cause(group)
         if known:
             _say_last(f"{group.name} ends, because of {known}")

@@ -108,10 +108,12 @@ def write(
     """Writes those of `shards` that are not finished, with a progress bar."""
     from tqdm import tqdm
 
+    from imagegpt_jax import distributed
+
     missing = [shard for shard in shards if not writer.is_finished(shard)]
     planned = sum(stop - start for start, stop in writer.ranges)
     total = sum(stop - start for start, stop in (writer.ranges[shard] for shard in missing))
-    if total < planned:
+    if total < planned and distributed.is_first():
         print(f"{planned - total} of {planned} images are finished or another process's.", file=sys.stderr)
     grids = set()
     with tqdm(total=total, desc="encode", unit="image", mininterval=1.0) as bar:
@@ -137,6 +139,15 @@ def _counted(stream: Iterator[dict[str, Any]], bar: Any, grids: set[tuple[int, i
 
 def main() -> None:
     """Encodes the data set that the flags describe."""
+    from imagegpt_jax import distributed, storage
+
+    storage.check(TOKENIZER.value, DATA.value, OUTPUT.value)
+    with distributed.together():
+        encode()
+
+
+def encode() -> None:
+    """Does this process's part of the work, together with the others."""
     from etils import epath
 
     from imagegpt_jax import config as config_lib
@@ -151,27 +162,28 @@ def main() -> None:
     source = sources.open_source(DATA.value, require="image")
 
     import jax
-    from jax.experimental import multihost_utils
 
-    from imagegpt_jax import api
+    from imagegpt_jax import api, distributed
 
     tok = api.load_tokenizer(TOKENIZER.value, STEP.value, rows=BATCH_SIZE.value)
     made_from = {"source": source.fingerprint, "ops": ops, "seed": SEED.value, "tokenizer": tok.fingerprint}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = epath.Path(OUTPUT.value)
+    distributed.agree(output=str(folder), data_and_tokenizer=digest)
     about = folder / shards_lib.SIDECAR
     if about.exists() and json.loads(about.read_text()).get("made_from") == digest:
-        print(f"Already encoded: tokens:{folder}", file=sys.stderr)
+        if distributed.is_first():
+            print(f"Already encoded: tokens:{folder}", file=sys.stderr)
         return
 
     # --- Each process writes a consecutive part of the shards.
     ranges = shards_lib.shard_ranges(len(source), SHARD_SIZE.value)
     count, index = jax.process_count(), jax.process_index()
     if index:
-        multihost_utils.sync_global_devices("the first process has written the plan")
+        distributed.meet()  # the first one has written the plan
     writer = shards_lib.ShardWriter(folder, "tokens", ranges, kind="tokens", made_from=digest)
-    if count > 1 and not index:
-        multihost_utils.sync_global_devices("the first process has written the plan")
+    if not index:
+        distributed.meet()
     mine = range(len(ranges) * index // count, len(ranges) * (index + 1) // count)
     try:
         write(tok, source, ops, writer, mine, SEED.value)
@@ -182,8 +194,7 @@ def main() -> None:
             with contextlib.suppress(OSError):  # the folder may hold other things
                 folder.rmdir()
         raise
-    if count > 1:
-        multihost_utils.sync_global_devices("all shards are written")
+    distributed.meet()  # all shards are written
 
     # --- The description of the whole, which makes it a data set.
     if index == 0:

@@ -128,19 +128,18 @@ def score_tokenizer(path: str, data: "Data", mesh: "Mesh") -> tuple[Scores, np.n
 
     from imagegpt_jax import api, sharding
     from imagegpt_jax.data import pipeline
-    from imagegpt_jax.evals import reconstruction
+    from imagegpt_jax.evals import common, reconstruction
     from imagegpt_jax.tasks import tokenizer as task
 
     setup, params, step = api.read_tokenizer(path, STEP.value)
     config: Any = setup.config
     batch_size = _batch_size(config.eval_batch_size, mesh)
-    batches = pipeline.Batches(
-        data.source, ops=config.data.eval_ops, batch_size=batch_size, shuffle=False, epochs=1, columns=("image",)
-    )
+    one_pass = {"rows": sharding.host_rows(mesh, batch_size), "shuffle": False, "epochs": 1, "columns": ("image",)}
+    batches = pipeline.Batches(data.source, ops=config.data.eval_ops, batch_size=batch_size, **one_pass)
     with jax.set_mesh(mesh):
         scores, grid = reconstruction.evaluate(
             task.predict_fns(setup)["reconstruct"],
-            jax.device_put(params, sharding.replicated(mesh)),
+            jax.device_put(common.to_host(params), sharding.replicated(mesh)),
             progress(batches, "tokenizer", len(data.source), batch_size),
             setup.model.quantizer.num_codes,
             mesh,
@@ -162,7 +161,7 @@ def score_decoder(decoder: "Decoder", tok: "Tokenizer", data: "Data", mesh: "Mes
 
     from imagegpt_jax import sharding, state
     from imagegpt_jax.data import pipeline
-    from imagegpt_jax.evals import likelihood
+    from imagegpt_jax.evals import common, likelihood
     from imagegpt_jax.tasks import decoder as task
 
     config, source = decoder.config, data.source
@@ -173,7 +172,8 @@ def score_decoder(decoder: "Decoder", tok: "Tokenizer", data: "Data", mesh: "Mes
             f" ({tok.fingerprint}): encode them again, or name their tokenizer by --tokenizer."
         )
     batch_size = _batch_size(config.eval_batch_size, mesh)
-    batches = pipeline.Batches(source, ops=config.data.eval_ops, batch_size=batch_size, shuffle=False, epochs=1)
+    one_pass = {"rows": sharding.host_rows(mesh, batch_size), "shuffle": False, "epochs": 1}
+    batches = pipeline.Batches(source, ops=config.data.eval_ops, batch_size=batch_size, **one_pass)
     nll = task.predict_fns(decoder.setup)["nll"]
 
     def packed() -> Iterator[dict[str, np.ndarray]]:
@@ -186,7 +186,7 @@ def score_decoder(decoder: "Decoder", tok: "Tokenizer", data: "Data", mesh: "Mes
     with jax.set_mesh(mesh):
         scores = likelihood.evaluate(
             lambda params, batch: (nll(params, batch), batch["targets"]),
-            jax.device_put(params, sharding.replicated(mesh)),
+            jax.device_put(common.to_host(params), sharding.replicated(mesh)),
             packed(),
             decoder.setup.space.vocab_size,
             mesh,
@@ -346,6 +346,15 @@ def write(path: "epath.Path", data: bytes) -> None:
 
 def main() -> None:
     """Scores what the flags name."""
+    from imagegpt_jax import distributed, storage
+
+    storage.check(CHECKPOINT.value, OUTPUT.value, DATA.value, TOKENIZER.value, GENERATION_DATA.value, IMAGES_DIR.value)
+    with distributed.together():
+        score()
+
+
+def score() -> None:
+    """Scores together with the other processes, the first of which writes."""
     from etils import epath
 
     output = epath.Path(OUTPUT.value)
@@ -355,7 +364,7 @@ def main() -> None:
 
     import jax
 
-    from imagegpt_jax import api, images, sharding
+    from imagegpt_jax import api, distributed, images, sharding
 
     opened = open_data(found)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
@@ -372,6 +381,8 @@ def main() -> None:
             values, shown["generations"] = score_generation(decoder, tok, opened["generation"])
             scores |= values
 
+    if not distributed.is_first():
+        return
     write(output, (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode())
     for name, picture in shown.items() if IMAGES_DIR.value else ():
         write(epath.Path(IMAGES_DIR.value) / f"{name}.png", images.png_bytes(picture, {"checkpoints": found}))

@@ -118,7 +118,7 @@ while [ ${#running[@]} -gt 0 ]; do
       continue
     fi
     code=0
-    wait "${pids[$i]}" || code=$?
+    { wait "${pids[$i]}" || code=$?; } 2>/dev/null # the shell would report the signal, with the whole command
     if [ "$code" != 0 ] && [ "$status" = 0 ]; then
       status=$code deadline=$((SECONDS + patience))
       [ "$code" -lt 128 ] || [ -n "$stopped" ] || echo "error: process $i ended by signal $((code - 128))." >&2

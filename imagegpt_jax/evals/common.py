@@ -4,12 +4,12 @@ The last batch of a split is padded to the size of the others and carries `mask`
 the whole split and no example is dropped or counted twice. Statistics are summed on the host in float64.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from imagegpt_jax import sharding
@@ -51,13 +51,17 @@ def entropy_bits(counts: np.ndarray) -> float:
 
 def to_host(tree: Any) -> Any:
     """Global arrays -> NumPy arrays, whole on every process."""
+    meshes = {x.sharding.mesh for x in jax.tree.leaves(tree) if not (x.is_fully_addressable or x.is_fully_replicated)}
+    for mesh in meshes:  # at most one: the mesh of the training, which need not be the one in force
+        with jax.set_mesh(mesh):
+            tree = _gather(mesh)(tree)
+    return jax.tree.map(np.asarray, tree)
 
-    def fetch(x: jax.Array) -> np.ndarray:
-        if x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
-    return jax.tree.map(fetch, tree)
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    """One program that gives every device the whole of each array of a tree."""
+    return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
 
 
 def outputs(

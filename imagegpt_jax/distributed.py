@@ -1,16 +1,14 @@
 """One program in many processes: they find each other, agree before anything is written, and fail together.
 
-Whether this process is one of many is what the environment says: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-JAX_PROCESS_ID where they are set, else what JAX recognises by itself (Cloud TPU, GKE, SLURM, Open MPI). Alone, every
-function here does nothing. `jax.distributed` lets a process whose peer failed wait in a collective, or ends it by an
-abort that names no cause; so the one that fails leaves the cause with the coordinator, where the others look for it.
+In a process that runs alone (`cluster.find`), every function here does nothing. `jax.distributed` lets a process whose
+peer failed wait in a collective, or ends it by an abort that names no cause; so the one that fails leaves the cause
+with the coordinator, where the others look for it.
 
 Settings, in seconds: IMAGEGPT_JAX_START_SECONDS, how long to wait for all processes at the start; and
 IMAGEGPT_JAX_HEARTBEAT_SECONDS, how long a process may be silent before it counts as dead.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -19,19 +17,16 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from imagegpt_jax.cli import EXIT_FAILURE, UserError
+from imagegpt_jax.cluster import INDEX, Cluster, find, first_line, number, start_seconds
 
-_ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-_START_SECONDS, _HEARTBEAT_SECONDS = 300, 60
+_HEARTBEAT_SECONDS = 60
 _SHUTDOWN_SECONDS = 300
-# Variables of launchers that start many processes, by which a launch that JAX does not recognise is noticed.
-_PEERS = {"OMPI_COMM_WORLD_SIZE": "Open MPI", "JOB_COMPLETION_INDEX": "an indexed Kubernetes job"}
 _KEY = "imagegpt_jax"
 _POLL_SECONDS = 1.0
 _DAY_MS = 24 * 3600 * 1000
@@ -41,98 +36,6 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _PATIENCE_SECONDS = 3.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """What a process must know to find the others.
-
-    Attributes:
-      address: "host:port" of process 0.
-      count: number of processes.
-      index: number of this one.
-      local_devices: accelerators of this host that are this process's; None = all.
-    """
-
-    address: str
-    count: int
-    index: int
-    local_devices: tuple[int, ...] | None = None
-
-
-# ------------------------------------------------------------------------------------------------------------- finding
-
-
-def find() -> Cluster | None:
-    """Which of how many processes this is; None for one that runs alone.
-
-    Raises:
-      UserError: if the environment says that there are others, and not where.
-    """
-    address, count, index = os.environ.get(_ADDRESS) or None, _number(_COUNT), _number(_INDEX)
-    if count == 1:
-        return None
-    local: Any = None
-    if None in (address, count, index):
-        given = [name for name in (_ADDRESS, _COUNT, _INDEX) if os.environ.get(name)]
-        address, count, index, local = _detect(address, count, index)
-        if None in (address, count, index):
-            launcher = next((name for variable, name in _PEERS.items() if _has_peers(variable)), None)
-            if not given and launcher is None:
-                return None
-            why = f"{', '.join(given)} is set without the rest" if given else f"this is a process of {launcher}"
-            raise UserError(
-                f"{why}, and where the other processes are is not known: set {_ADDRESS}=host:port, {_COUNT} and"
-                f" {_INDEX}, or {_COUNT}=1 to run alone."
-            )
-    assert address is not None
-    assert count is not None
-    assert index is not None
-    if count == 1:
-        return None
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"{_ADDRESS}={address!r} is no address: write host:port, such as 10.0.0.1:8476.")
-    if count < 1 or not 0 <= index < count:
-        raise UserError(f"process {index} of {count} is not possible: {_INDEX} is from 0 to {_COUNT} - 1.")
-    return Cluster(address, count, index, tuple(local) if local else None)
-
-
-def _detect(address: str | None, count: int | None, index: int | None) -> tuple[Any, Any, Any, Any]:
-    """JAX's own detection of a cluster, for what is not given."""
-    from jax._src.clusters import ClusterEnv  # the public `jax.distributed.initialize` does not say what it found
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # in any pod without the package `kubernetes`, which our recipe does not need
-            return ClusterEnv.auto_detect_unset_distributed_params(address, count, index, None, None, _start_seconds())
-    except Exception as e:  # metadata servers, name servers and the Kubernetes API fail in many ways
-        if "KUBERNETES_SERVICE_HOST" in os.environ and not _has_peers("JOB_COMPLETION_INDEX"):
-            return address, count, index, None  # a pod by itself
-        raise UserError(
-            f"the other processes of this launch were not found ({_first_line(e)}): set {_ADDRESS}=host:port, {_COUNT}"
-            f" and {_INDEX}, or {_COUNT}=1 to run alone."
-        ) from e
-
-
-def _has_peers(variable: str) -> bool:
-    value = os.environ.get(variable, "")
-    return value.isdecimal() and (variable != "OMPI_COMM_WORLD_SIZE" or int(value) > 1)
-
-
-def _number(name: str) -> int | None:
-    text = os.environ.get(name, "")
-    if not text:
-        return None
-    if not text.isdecimal():
-        raise UserError(f"{name}={text!r} is not a number.")
-    return int(text)
-
-
-def _start_seconds() -> int:
-    return _number("IMAGEGPT_JAX_START_SECONDS") or _START_SECONDS
 
 
 # ------------------------------------------------------------------------------------------------------------- joining
@@ -191,7 +94,7 @@ class _Group:
             except Exception as e:
                 if self._ended.is_set():
                     return
-                cause = f"lost process 0 at {self.cluster.address} ({_first_line(e)}): see its output"
+                cause = f"lost process 0 at {self.cluster.address} ({first_line(e)}): see its output"
             if cause:
                 _say_last(f"{self.name} ends, because of {cause}")
                 self.leave()
@@ -229,7 +132,7 @@ def initialize() -> None:
     import jax
     from jax._src import distributed  # the key-value store of the coordinator has no public name
 
-    seconds = _start_seconds()
+    seconds = start_seconds()
     # JAX would take SIGTERM for itself, as the notice of a preemption that somebody has to ask about.
     jax.config.update("jax_enable_preemption_service", False)
     started = time.monotonic()
@@ -247,13 +150,13 @@ def initialize() -> None:
             cluster.local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=seconds + 60,
-            heartbeat_timeout_seconds=_number("IMAGEGPT_JAX_HEARTBEAT_SECONDS") or _HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=number("IMAGEGPT_JAX_HEARTBEAT_SECONDS") or _HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except Exception as e:
         raise UserError(
             f"process {cluster.index} of {cluster.count} could not join the others at {cluster.address}"
-            f" ({_first_line(e)}): check that the port is free on the first host and open to the others."
+            f" ({first_line(e)}): check that the port is free on the first host and open to the others."
         ) from e
     finally:
         timer.cancel()
@@ -281,7 +184,7 @@ def _wait_for_coordinator(cluster: Cluster, seconds: float) -> None:
 def _not_all_came(cluster: Cluster, seconds: float) -> None:
     _say_last(
         f"process {cluster.index} of {cluster.count} on {socket.gethostname()}: not all {cluster.count} processes came"
-        f" to {cluster.address} within {seconds:.0f} s: check that every one runs, each with its own number ({_INDEX}),"
+        f" to {cluster.address} within {seconds:.0f} s: check that every one runs, each with its own number ({INDEX}),"
         " and that its host can reach that port."
     )
     os._exit(EXIT_FAILURE)
@@ -329,14 +232,14 @@ def _fail(group: _Group, error: BaseException) -> None:
         cause, code = "stopped by a signal before the end.", 130
     elif isinstance(error, SystemExit):
         cause = f"ended with status {error.code}."
-    elif isinstance(error, JaxRuntimeError | ValueError) and _LOST.search(_first_line(error)):
+    elif isinstance(error, JaxRuntimeError | ValueError) and _LOST.search(first_line(error)):
         known = _wait_for_cause(group)
         if known:
             _say_last(f"{group.name} ends, because of {known}")
             group.leave()
-        cause = f"lost another process, which says more itself if it could ({_first_line(error)})."
+        cause = f"lost another process, which says more itself if it could ({first_line(error)})."
     else:
-        cause = f"{type(error).__name__}: {_first_line(error)}"
+        cause = f"{type(error).__name__}: {first_line(error)}"
         traceback.print_exception(error)
     group.stop_watching()
     _say_last(f"{group.name}: {cause}")
@@ -361,10 +264,6 @@ def _say_last(text: str) -> None:
     """Prints the one sentence with which a process ends; the watching thread and the failing one do not both speak."""
     if _last_words.acquire(blocking=False):
         print(f"error: {text}", file=sys.stderr, flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 # ------------------------------------------------------------------------------------------------------------ agreeing

@@ -108,6 +108,9 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
 done
 
+# The shell itself is silent from here on: it would report each process that a signal ends, with the whole command.
+exec 3>&2 2>/dev/null
+
 # Waits for all; at the first failure the others have `patience` to end.
 status=0 running=("${!pids[@]}") deadline=
 while [ ${#running[@]} -gt 0 ]; do
@@ -118,10 +121,10 @@ while [ ${#running[@]} -gt 0 ]; do
       continue
     fi
     code=0
-    { wait "${pids[$i]}" || code=$?; } 2>/dev/null # the shell would report the signal, with the whole command
+    wait "${pids[$i]}" || code=$?
     if [ "$code" != 0 ] && [ "$status" = 0 ]; then
       status=$code deadline=$((SECONDS + patience))
-      [ "$code" -lt 128 ] || [ -n "$stopped" ] || echo "error: process $i ended by signal $((code - 128))." >&2
+      [ "$code" -lt 128 ] || [ -n "$stopped" ] || echo "error: process $i ended by signal $((code - 128))." >&3
     fi
   done
   running=(${left[@]+"${left[@]}"})

@@ -25,6 +25,18 @@ fail() {
   exit 2
 }
 
+# Words as they could be typed.
+quote() {
+  local word line=''
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=@%+,~-]*) line+=" '${word//\'/\'\\\'\'}'" ;;
+      *) line+=" $word" ;;
+    esac
+  done
+  echo "${line# }"
+}
+
 processes=2 devices=1 binary=train dry_run=false
 while [ $# -gt 0 ]; do
   case $1 in
@@ -69,8 +81,7 @@ environment() {
 if $dry_run; then
   for ((i = 0; i < processes; i++)); do
     # shellcheck disable=SC2046 # none of the values has a space
-    printf '%q ' env $(environment "$i") "$python" -m "imagegpt_jax.$binary" "$@"
-    echo
+    quote env $(environment "$i") "$python" -m "imagegpt_jax.$binary" "$@"
   done
   exit 0
 fi

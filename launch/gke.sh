@@ -1,0 +1,162 @@
+#!/usr/bin/env bash
+# Google Kubernetes Engine: submits a JobSet, shows its logs, deletes it. See --help.
+set -euo pipefail
+
+usage() {
+  cat <<'EOF'
+Trains on a GKE cluster that has the JobSet controller, by kubectl.
+
+  launch/gke.sh submit --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=16x16 [--slices=2] \
+      -- --config=configs/decoder.py:size=L --workdir=gs://BUCKET/L
+  launch/gke.sh submit --gpu --name=NAME --image=IMAGE --accelerator=nvidia-h100-80gb --hosts=2 -- ...
+  launch/gke.sh status --name=NAME
+  launch/gke.sh logs   --name=NAME
+  launch/gke.sh delete --name=NAME
+
+  --name=NAME            of the JobSet
+  --image=IMAGE          made by launch/Dockerfile, in a registry that the cluster reads
+  --accelerator=LABEL    value of the node label cloud.google.com/gke-tpu-accelerator, or gke-accelerator with --gpu
+  --topology=AxB[xC]     chips of a slice, as in the node label cloud.google.com/gke-tpu-topology
+  --chips=N              chips or GPUs of a host (default: 4, with --gpu 8)
+  --hosts=N              hosts; for TPUs it follows from --topology and --chips
+  --slices=N             so many slices, which train together (default 1)
+  --gpu                  GPU nodes instead of TPU slices
+  --restarts=N           starts again so often after a failure, from the newest checkpoint (default 3)
+  --service_account=SA   Kubernetes service account that may use the buckets (default: default)
+  --mount=BUCKET         mount the bucket at /data, read-only, by the cluster's Cloud Storage FUSE driver
+  --namespace=NS         default: kubectl's own
+  --binary=NAME          train (default), encode or evaluate
+  --dry_run              print the commands and the JobSet, run none
+EOF
+}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# Words as they could be typed.
+quote() {
+  local word line=''
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=@%+,~-]*) line+=" '${word//\'/\'\\\'\'}'" ;;
+      *) line+=" $word" ;;
+    esac
+  done
+  echo "${line# }"
+}
+
+# Prints a command, and runs it unless this is a dry run.
+run() {
+  quote "$@"
+  $dry_run || "$@"
+}
+
+case ${1:-} in
+  submit | status | logs | delete) action=$1 && shift ;;
+  --help | -h) usage && exit 0 ;;
+  *) fail "'${1:-}' is none of submit, status, logs and delete. See --help." ;;
+esac
+
+name='' image='' accelerator='' topology='' chips='' hosts='' slices=1 gpu=false restarts=3 service_account=default
+mount='' namespace='' binary=train dry_run=false
+while [ $# -gt 0 ]; do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --image=*) image=${1#*=} ;;
+    --accelerator=*) accelerator=${1#*=} ;;
+    --topology=*) topology=${1#*=} ;;
+    --chips=*) chips=${1#*=} ;;
+    --hosts=*) hosts=${1#*=} ;;
+    --slices=*) slices=${1#*=} ;;
+    --gpu) gpu=true ;;
+    --restarts=*) restarts=${1#*=} ;;
+    --service_account=*) service_account=${1#*=} ;;
+    --mount=*) mount=${1#*=} ;;
+    --namespace=*) namespace=${1#*=} ;;
+    --binary=*) binary=${1#*=} ;;
+    --dry_run) dry_run=true ;;
+    --help | -h) usage && exit 0 ;;
+    --) shift && break ;;
+    *) fail "unknown argument '$1'. See --help." ;;
+  esac
+  shift
+done
+[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name='$name' is no name: lower-case letters, digits and '-'."
+case $binary in
+  train | encode | evaluate) ;;
+  *) fail "--binary=$binary is none of train, encode and evaluate." ;;
+esac
+$dry_run || command -v kubectl > /dev/null || fail "kubectl is not installed: install it, and connect it to the cluster."
+
+kubectl=(kubectl)
+[ -z "$namespace" ] || kubectl+=("--namespace=$namespace")
+
+# Arguments as a JSON array, which is YAML too. Kubernetes would replace $(NAME).
+json() {
+  local word line=''
+  for word in "$@"; do
+    word=${word//\\/\\\\} word=${word//'$('/'$$('}
+    line+=", \"${word//\"/\\\"}\""
+  done
+  echo "[${line#, }]"
+}
+
+# The JobSet, with ${NAME} and the like replaced.
+render() {
+  local line done key
+  while IFS= read -r line; do
+    [[ $line != *'# mount' || -n $mount ]] || continue
+    line=${line%' # mount'} done=''
+    while [[ $line =~ ^([^\$]*)\$\{([A-Z_]+)\}(.*)$ ]]; do
+      key=value_${BASH_REMATCH[2]}
+      done+=${BASH_REMATCH[1]}${!key} line=${BASH_REMATCH[3]}
+    done
+    printf '%s\n' "$done$line"
+  done < "$1"
+}
+
+case $action in
+  submit)
+    [ $# -gt 0 ] || fail "nothing to run: give the arguments of imagegpt_jax.$binary after --. See --help."
+    [ -n "$image" ] || fail "--image is missing: give the container image, see launch/README.md."
+    [ -n "$accelerator" ] || fail "--accelerator is missing: give the value of the node label, such as tpu-v5-lite-podslice."
+    template=jobset.yaml
+    if $gpu; then
+      template=jobset_gpu.yaml chips=${chips:-8}
+      [[ $hosts =~ ^[1-9][0-9]*$ ]] || fail "--hosts='$hosts' is not a number from 1: say how many GPU nodes."
+      [ "$slices" = 1 ] || fail "--slices is for TPUs: give more --hosts."
+    else
+      chips=${chips:-4}
+      [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "--topology='$topology' is none: write it like 16x16 or 4x4x8."
+      [[ $chips =~ ^[1-9][0-9]*$ ]] || fail "--chips=$chips is not a number from 1."
+      all=$((${topology//x/*}))
+      [ $((all % chips)) = 0 ] || fail "--topology=$topology has $all chips, which do not divide over hosts of $chips."
+      [ -z "$hosts" ] || [ "$hosts" = $((all / chips)) ] || fail "--topology=$topology has $((all / chips)) hosts of $chips chips, not $hosts."
+      hosts=$((all / chips))
+    fi
+    for number in "$slices" "$restarts" "$chips"; do
+      [[ $number =~ ^[0-9]+$ ]] || fail "'$number' is not a number."
+    done
+    # shellcheck disable=SC2034 # read by `render`
+    value_NAME=$name value_IMAGE=$image value_ACCELERATOR=$accelerator value_TOPOLOGY=$topology value_CHIPS=$chips \
+      value_HOSTS=$hosts value_SLICES=$slices value_RESTARTS=$restarts value_SERVICE_ACCOUNT=$service_account \
+      value_BUCKET=${mount#gs://} value_ARGS=$(json "imagegpt_jax.$binary" "$@")
+    jobset=$(render "$(dirname "${BASH_SOURCE[0]}")/gke/$template")
+    quote "${kubectl[@]}" apply --filename=-
+    if $dry_run; then
+      echo "$jobset"
+    else
+      "${kubectl[@]}" apply --filename=- <<< "$jobset"
+    fi
+    ;;
+  status)
+    run "${kubectl[@]}" get jobset "$name"
+    run "${kubectl[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$name"
+    ;;
+  # The first pod of the first job speaks for all, and every one that fails for itself.
+  logs) run "${kubectl[@]}" logs --follow --prefix --tail=100 --max-log-requests=1000 \
+    "--selector=jobset.sigs.k8s.io/jobset-name=$name" ;;
+  delete) run "${kubectl[@]}" delete jobset "$name" ;;
+esac

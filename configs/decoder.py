@@ -45,6 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.steps = run["steps"]
     config.batch_size = run["batch_size"]
     config.eval_batch_size = run["batch_size"]
+    config.accumulate = 1  # parts that a batch goes through in, one after another, to save memory
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
 
     # --- Image tokenizer: workdir of stage 1; "" is an untrained one, drawn with `seed`, of the shape below.
@@ -60,6 +61,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "eval_ops": config.untrained_tokenizer.data.eval_ops,
         "grid": (res // downsample, res // downsample),  # rows and columns of codes
         "use_labels": not small,  # whether the class is a token before the text
+        "num_classes": 0 if small else 1000,  # 0 = as many as the data have
+        "vocab_multiple": 1 if small else 128,  # rows are added to the token table to fill a multiple of this
         "text_tokenizer": "",  # folder of a tokenizer; "" trains one on the captions of `train`
         "text_vocab_size": 4096 if args.size == "emoji" else 1024,
         "text_tokenizer_examples": 100_000,  # captions it is trained on
@@ -93,11 +96,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "feature_width": 0,
         "feature_length": 0,
         "conditioning": "prefix",
+        "attention": "auto",
         "remat": "none" if small else "full",
         "scan": not small,
         "dtype": "float32" if small else "bfloat16",
         "param_dtype": "float32",
     }
+    config.logit_chunk = 8192 if small else 4096  # ids scored at a time: bounds the memory of the loss
     config.frozen = ()  # patterns of parameter paths that are not trained
 
     # --- Optimizer.

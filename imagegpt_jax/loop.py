@@ -1,9 +1,9 @@
 """The only training loop, shared by all stages.
 
-It knows a stage by the names its task module has: `setup`, `phase`, `init_state`, `train_step`, `batches`, `evaluate`,
-`save_assets`, `SHOWN`; where a batch must be made on the device first, `prepare_batch`; and where frozen networks come
-from another run, `load_frozen`. One compiled step per phase; metrics stay on the
-device and those of an interval are fetched after the next step has been dispatched.
+It knows a stage by the names of its task module: `setup`, `check_mesh`, `phase`, `init_state`, `train_step`, `batches`,
+`evaluate`, `save_assets`, `SHOWN`; where a batch must be made on the device first, `prepare_batch`; and where frozen
+networks come from another run, `load_frozen`. One compiled step per phase; metrics stay on the device and those of an
+interval are fetched after the next step has been dispatched.
 """
 
 import functools
@@ -40,8 +40,9 @@ def run(task: ModuleType, config: Config, workdir: epath.PathLike) -> state_lib.
     config_lib.check_workdir(config, workdir)
     setup = task.setup(config)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.batch_size, mesh)
-    sharding.check_batch_size(config.eval_batch_size, mesh)
+    sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
+    sharding.check_batch_size(config.eval_batch_size, mesh, key="eval_batch_size")
+    task.check_mesh(setup, mesh)
     distributed.agree(config=config_lib.to_dict(config), workdir=str(workdir), **_made_of(setup))
 
     with jax.set_mesh(mesh):
@@ -184,9 +185,16 @@ class Steps:
     ) -> tuple[state_lib.TrainState, metrics.Totals]:
         """Runs one step; the state and the totals given in are donated."""
         if phase not in self.compiled:
-            self.compiled[phase] = jax.jit(
-                functools.partial(self._step, phase),
-                donate_argnums=(0, 1),
-                out_shardings=(self._layout, self._whole),
-            )
+            self.compiled[phase] = self._jit(phase)
         return self.compiled[phase](state, totals, batch)
+
+    def _jit(self, phase: str) -> Any:
+        return jax.jit(
+            functools.partial(self._step, phase), donate_argnums=(0, 1), out_shardings=(self._layout, self._whole)
+        )
+
+    def lower(self, phase: str, state: state_lib.TrainState, batch: Any) -> Any:
+        """The step of a phase, lowered for abstract arguments that carry their shardings."""
+        _, totals = jax.eval_shape(functools.partial(self._values, phase), state, batch)
+        totals = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._whole), totals)
+        return self._jit(phase).lower(state, totals, batch)

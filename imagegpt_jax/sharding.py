@@ -5,91 +5,182 @@ the batch with them), `tensor` (heads, mlp, vocab, codebook). Models name *logic
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagegpt_jax.cli import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+CONFIG_AXES = ("data", "fsdp", "tensor")
+# `fsdp` of a config becomes two axes of the mesh, each along axes of a TPU's torus (see `fsdp.py`).
+FSDP = ("fsdp", "fsdp_minor")
+MESH_AXES = ("data", *FSDP, "tensor")
 
 # Logical axis -> mesh axes. An axis that is not here is not sharded.
-RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "embed": "fsdp",
-    "mlp": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "vocab": "tensor",
-    "codebook": ("tensor", "fsdp"),
-    "codes": "tensor",  # of the codebook in use: gathered over `fsdp`
-    "conv_in": "fsdp",
-    "conv_out": "fsdp",  # where `conv_in` does not divide
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", *FSDP),
+    "embed": FSDP,
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "vocab": ("tensor",),
+    "codebook": ("tensor", *FSDP),
+    "codes": ("tensor",),  # of the codebook in use: gathered over `fsdp`
+    "conv_in": FSDP,
+    "conv_out": FSDP,  # where `conv_in` does not divide
 }
 # Of activations only these are sharded: `embed` of an activation is whole on every device.
 ACTIVATION_AXES = ("batch", "mlp", "heads", "kv_heads", "vocab", "codes")
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes the device mesh of a config such as `{"data": -1, "fsdp": 1, "tensor": 1}`; one -1 takes what is left.
+def mesh_shape(shape: Mapping[str, int], count: int) -> dict[str, int]:
+    """The sizes of a config's mesh such as `{"data": -1, "fsdp": 1, "tensor": 1}`; one -1 takes what is left.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
     """
-    devices = list(jax.devices()) if devices is None else list(devices)
-    sizes = [int(shape[a]) for a in MESH_AXES]
-    text = " x ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+    sizes = [int(shape[a]) for a in CONFIG_AXES]
+    text = " x ".join(f"{a}={s}" for a, s in zip(CONFIG_AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(f"mesh {text} is not possible: sizes are positive, and one of them may be -1.")
     known = math.prod(s for s in sizes if s != -1)
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    if count % known or (-1 not in sizes and known != count):
         raise UserError(
-            f"mesh {text} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}"
-            " (config.mesh.data=-1 fills)."
+            f"mesh {text} does not fit {count} devices: the sizes must multiply to {count} (config.mesh.data=-1 fills)."
         )
-    sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return {a: count // known if s == -1 else s for a, s in zip(CONFIG_AXES, sizes, strict=True)}
 
 
-def batch_shards(mesh: Mesh) -> int:
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Makes the device mesh of a config. Over several TPU slices, `data` spans the slices.
+
+    Raises:
+      UserError: if the sizes do not multiply to the number of devices, or `data` not to a multiple of the slices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    sizes = mesh_shape(shape, len(devices))
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh.data={sizes['data']} does not divide over {slices} slices: `data` is the axis between slices, so it"
+            f" must be a multiple of {slices}."
+        )
+    data, fsdp, tensor = (sizes[a] for a in CONFIG_AXES)
+    # The most even cut along whole axes of the torus, else the most even one. GPUs have no torus.
+    minors = [m for m in range(math.isqrt(fsdp), 0, -1) if fsdp % m == 0] if devices[0].platform != "gpu" else [1]
+    for minor, split in [(m, False) for m in minors] + [(minors[0], True)]:
+        inner = (data // slices, fsdp // minor, minor, tensor)
+        try:
+            if slices > 1:
+                grid = mesh_utils.create_hybrid_device_mesh(
+                    inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=split
+                )
+            else:
+                grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=split)
+        except NotImplementedError:  # axes of the torus do not multiply to these sizes
+            continue
+        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    raise UserError(f"no mesh of {sizes} can be laid over these {len(devices)} devices: try other sizes.")
+
+
+def batch_axes(mesh: Any) -> tuple[str, ...]:
+    """The mesh axes that cut a batch and are the compiler's: within a `shard_map` over them there are none."""
+    return _auto(RULES["batch"], mesh)
+
+
+def batch_shards(mesh: Any) -> int:
     """Into how many parts a batch is cut."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return _parts(RULES["batch"], mesh)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError if a batch cannot be cut evenly over the mesh."""
-    parts = batch_shards(mesh)
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is not possible: use 1 or more.")
+def cuts_parameters(mesh: Any) -> bool:
+    """Whether parameters are sharded over `fsdp`."""
+    return _parts(FSDP, mesh) > 1
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str = "batch_size") -> None:
+    """Raises UserError if a batch cannot be cut evenly over the mesh and into `accumulate` parts, one after another."""
+    parts = batch_shards(mesh) * accumulate
+    for name, value in ((key, batch_size), ("accumulate", accumulate)):
+        if value < 1:
+            raise UserError(f"{name}={value} is not possible: use 1 or more.")
     if batch_size % parts:
         near = sorted({max(1, batch_size // parts) * parts, (batch_size // parts + 1) * parts})
+        what = f"data x fsdp = {batch_shards(mesh)} devices" + (f" x accumulate={accumulate}" if accumulate > 1 else "")
         raise UserError(
-            f"batch_size={batch_size} does not divide over data x fsdp = {parts} devices:"
-            f" use {' or '.join(map(str, near))}."
+            f"{key}={batch_size} does not divide over {what}: use {' or '.join(map(str, near))}"
+            + (f", or at most {batch_size} devices for data x fsdp." if batch_size < batch_shards(mesh) else ".")
         )
 
 
-def spec_for(shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh) -> P:
-    """The PartitionSpec of a parameter with logical `axes`; a dimension that does not divide stays whole."""
+def check_divides(sizes: Mapping[str, int], axis: str, mesh: Any) -> None:
+    """Checks that sizes divide over a mesh axis of the config.
+
+    Args:
+      sizes: config key -> number of heads, columns, ...
+      axis: "fsdp" or "tensor".
+      mesh: the mesh.
+
+    Raises:
+      UserError: for the first that does not; it names the sizes of that axis that would do.
+    """
+    parts = _parts(FSDP if axis == "fsdp" else (axis,), mesh)
+    for key, size in sizes.items():
+        if size % parts:
+            legal = [n for n in range(1, size + 1) if size % n == 0]
+            below, above = [n for n in legal if n < parts][-2:], [n for n in legal if n > parts][:2]
+            raise UserError(
+                f"{key}={size} does not divide over mesh.{axis}={parts}: use mesh.{axis}="
+                f"{' or '.join(map(str, below + above))}, or a {key} that is a multiple of {parts}."
+            )
+
+
+def as_tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """An entry of a PartitionSpec as a tuple of mesh axes."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _parts(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
+    return math.prod(mesh.shape.get(n, 1) for n in as_tuple(entry))
+
+
+def _auto(names: Sequence[str], mesh: Any) -> tuple[str, ...]:
+    """Those of some mesh axes that are the compiler's."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(n for n in names if kinds.get(n) == AxisType.Auto)
+
+
+def spec_for(shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Any) -> P:
+    """The PartitionSpec of a parameter with logical `axes` (without the stacked layers' axis).
+
+    A mesh axis that does not divide the dimension its rule names is left out there; parts of `fsdp` that are left over
+    go to the largest dimension that they divide.
+    """
     axes = tuple(axes or ())
-    axes = ("layers",) * (len(shape) - len(axes)) + axes if axes else (None,) * len(shape)
-    taken: set[str] = set()
-    spec: list[Any] = []
-    for size, axis in zip(shape, axes, strict=True):
-        names = RULES.get(axis or "", ())
-        names = (names,) if isinstance(names, str) else names
-        free = [n for n in names if n not in taken and mesh.shape[n] > 1]
-        if free and size % math.prod(mesh.shape[n] for n in free) == 0:
-            taken.update(free)
-            spec.append(tuple(free) if len(free) > 1 else free[0])
-        else:
-            spec.append(None)
-    return P(*spec)
+    spec: list[tuple[str, ...]] = [()] * len(shape)
+    first = len(shape) - len(axes)
+    rest = list(shape)  # of each dimension, what a device holds
+
+    def cut(dim: int, name: str) -> bool:
+        parts = mesh.shape.get(name, 1)
+        if parts == 1 or rest[dim] % parts or any(name in entry for entry in spec):
+            return False
+        spec[dim], rest[dim] = (*spec[dim], name), rest[dim] // parts
+        return True
+
+    for dim, axis in enumerate(axes, first):
+        for name in RULES.get(axis or "", ()):
+            cut(dim, name)
+    for name in FSDP:
+        if any(name in RULES.get(axis or "", ()) for axis in axes):
+            any(cut(dim, name) for dim in sorted(range(first, len(shape)), key=lambda d: -rest[d]))
+    return P(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in spec))
 
 
 def module_specs(abstract_module: nnx.Module, mesh: Mesh) -> Any:
@@ -103,51 +194,82 @@ def module_specs(abstract_module: nnx.Module, mesh: Mesh) -> Any:
     return nnx.to_pure_dict(specs)
 
 
-def tree_specs(tree: Any, param_specs: Any) -> Any:
+def tree_specs(tree: Any, params: Any, param_specs: Any) -> Any:
     """Specs for a state tree (optimizer, EMA, ...): a leaf whose path ends in a parameter's path is laid out like it.
+
+    A leaf with some of the parameter's dimensions, such as a factored second moment, is cut along those.
 
     Args:
       tree: abstract tree, such as an optimizer state.
-      param_specs: tree of PartitionSpecs of the parameters.
+      params: abstract parameters.
+      param_specs: tree of their PartitionSpecs.
     """
+    specs = jax.tree.leaves(param_specs, is_leaf=lambda x: isinstance(x, P))
     by_path = {
-        tuple(map(str, path)): spec
-        for path, spec in jax.tree_util.tree_leaves_with_path(param_specs, is_leaf=lambda x: isinstance(x, P))
+        tuple(map(str, path)): (leaf.shape, spec)
+        for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True)
     }
 
     def find(path: Any, leaf: Any) -> P:
         names = tuple(map(str, path))
         for start in range(len(names)):
-            spec = by_path.get(names[start:])
-            if spec is not None and len(spec) == len(leaf.shape):
-                return spec
+            if names[start:] in by_path:
+                return _subset(leaf.shape, *by_path[names[start:]])
         return P()
 
     return jax.tree_util.tree_map_with_path(find, tree)
 
 
+def _subset(shape: Sequence[int], whole: Sequence[int], spec: P) -> P:
+    """The spec of an array whose dimensions are some of those of `whole`, in order; else of a replicated one."""
+    entries, dims = [], iter(zip(whole, spec, strict=True))
+    for size in shape:
+        entry = next((e for s, e in dims if s == size), ...)
+        if entry is ...:
+            return P()
+        entries.append(entry)
+    return P(*entries)
+
+
+def platform() -> str:
+    """The platform that is compiled for: that of the mesh in force, which ahead of time need not be this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def activation_spec(axes: Sequence[str | None], mesh: Any) -> P:
+    """The PartitionSpec of an activation with logical `axes`, as far as the compiler has the say."""
+    return P(*(_auto(RULES[a], mesh) or None if a in ACTIVATION_AXES else None for a in axes))
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Lays an activation out by logical axes under the mesh in force (`jax.set_mesh`); without one it is a no-op."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or not _auto(mesh.axis_names, mesh):
         return x
-    spec = []
-    for size, axis in zip(x.shape, axes, strict=True):
-        names = RULES.get(axis, ()) if axis in ACTIVATION_AXES else ()
-        names = (names,) if isinstance(names, str) else names
-        spec.append(names if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None)
+    spec = [
+        e if size % _parts(e, mesh) == 0 else None for size, e in zip(x.shape, activation_spec(axes, mesh), strict=True)
+    ]
     return jax.lax.with_sharding_constraint(x, P(*spec))
-
-
-def _parts(names: str | tuple[str, ...] | None, mesh: Any) -> int:
-    names = (names,) if isinstance(names, str) else names or ()
-    return math.prod(mesh.shape[n] for n in names)
 
 
 def axis_parts(axis: str) -> int:
     """Into how many parts the mesh in force cuts a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _parts(RULES[axis], mesh)
+
+
+def map_shards(
+    function: Callable[..., Any], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]
+) -> Callable[..., Any]:
+    """Runs a function on every device's part of its arguments, which are laid out by logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = _auto(mesh.axis_names, mesh)
+    if mesh.empty or mesh.size == 1 or not names:
+        return function
+    specs = tuple(activation_spec(axes, mesh) for axes in in_axes)
+    out = activation_spec(out_axes, mesh)
+    return jax.shard_map(function, in_specs=specs, out_specs=out, axis_names=set(names), check_vma=False)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -160,15 +282,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def host_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The global rows that this process loads: those that its addressable devices hold."""
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The global rows that this process loads, ascending: those that its devices hold, neighbours or not."""
     index = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    starts = [i[0].start or 0 for i in index.values() if i is not None]
-    stops = [i[0].stop or batch_size for i in index.values() if i is not None]
-    return slice(min(starts), max(stops))
+    return np.unique(np.concatenate([np.arange(batch_size)[i[0]] for i in index.values() if i is not None]))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays (this process's rows) -> global arrays sharded over the batch axis. Arrays of text stay behind."""
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items() if v.dtype.kind in "biuf"}
+    """Host arrays (the rows of `host_rows`) -> global arrays cut over the batch axis. Arrays of text stay behind."""
+    parts, layout = batch_shards(mesh), batch_sharding(mesh)
+    held = len(host_rows(mesh, parts))  # of `parts` parts, how many are here
+
+    def put(local: np.ndarray) -> jax.Array:
+        size = local.shape[0] // held * parts
+        rows = host_rows(mesh, size)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = np.searchsorted(rows, start)
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((size, *local.shape[1:]), layout, part, dtype=local.dtype)
+
+    return {k: put(v) for k, v in batch.items() if v.dtype.kind in "biuf"}

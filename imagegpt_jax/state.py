@@ -6,6 +6,7 @@ they get no gradients, moments or EMA.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,8 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagegpt_jax import sharding
+from imagegpt_jax.cli import UserError
 
 Params = dict[Any, Any]
+MIB = 1 << 20
 Constructor = Callable[[jax.Array], nnx.Module]
 
 
@@ -173,12 +176,41 @@ def shardings(state: TrainState, networks: Mapping[str, Network], mesh: Mesh) ->
         state,
         step=P(),
         **{
-            field: {name: sharding.tree_specs(value, specs[name]) for name, value in getattr(state, field).items()}
+            field: {
+                name: sharding.tree_specs(value, nnx.to_pure_dict(nnx.state(networks[name].abstract)), specs[name])
+                for name, value in getattr(state, field).items()
+            }
             for field in ("trainable", "frozen", "opt", "ema")
         },
         stats=jax.tree.map(lambda _: P(), state.stats),
     )
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, P))
+
+
+def check_layout(networks: Mapping[str, Network], mesh: Mesh) -> None:
+    """Checks that every parameter of more than 1 MiB is cut into as many parts as `fsdp` has.
+
+    Raises:
+      UserError: for the first that is not.
+    """
+    parts = mesh.shape["fsdp"] * mesh.shape["fsdp_minor"]
+    for name, net in networks.items():
+        specs = sharding.module_specs(net.abstract, mesh)
+        params = nnx.to_pure_dict(nnx.state(net.abstract))
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P)),
+            strict=True,
+        )
+        for (path, leaf), spec in pairs:
+            held = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+            if leaf.size * leaf.dtype.itemsize > MIB and math.prod(leaf.shape) < math.prod(held) * parts:
+                key = "/".join(str(getattr(p, "key", p)) for p in path)
+                largest = max(n for n in range(1, parts) if parts % n == 0 and any(s % n == 0 for s in leaf.shape))
+                raise UserError(
+                    f"{key} of the {name}, of shape {leaf.shape}, does not divide over mesh.fsdp={parts}: use"
+                    f" mesh.fsdp={largest} and put the rest of the devices into mesh.data."
+                )
 
 
 def init_sharded(

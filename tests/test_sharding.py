@@ -36,7 +36,8 @@ def test_specs_follow_the_rules_and_leave_what_does_not_divide():
     mesh = mesh_of(data=2, fsdp=4, tensor=2)
     assert sharding.spec_for((8, 16), ("embed", "mlp"), mesh) == P("fsdp", "tensor")
     assert sharding.spec_for((3, 8, 16), ("embed", "mlp"), mesh) == P(None, "fsdp", "tensor")  # stacked layers
-    assert sharding.spec_for((6, 16), ("embed", "mlp"), mesh) == P(None, "tensor")
+    assert sharding.spec_for((6, 16), ("embed", "mlp"), mesh) == P(None, ("tensor", "fsdp"))  # 6 does not divide by 4
+    assert sharding.spec_for((6, 6), ("embed", "mlp"), mesh) == P(None, "tensor")
     assert sharding.spec_for((5,), None, mesh) == P(None)
     assert sharding.spec_for((8, 8), ("mlp", "vocab"), mesh) == P("tensor", None)  # one mesh axis is used once
 

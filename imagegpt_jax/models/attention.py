@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from imagegpt_jax import sharding
 from imagegpt_jax.models import layers
+from imagegpt_jax.models.flash import flash_attention, resolve
 
 if TYPE_CHECKING:
     from imagegpt_jax.models.gpt_config import GPTConfig
 
+# Who attends to whom: a mask, or, where a flash kernel makes its own, the segments.
+Visible = Bool[Array, "B L S"] | Int[Array, "B L"]
 LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 # What a masked score becomes: finite, so that no row of padding turns into NaN.
 MASKED = -1e30
@@ -74,6 +78,12 @@ def write(old: jax.Array, new: jax.Array, length: Int[Array, "*B"]) -> jax.Array
     return update(old, new, length) if length.ndim == 0 else jax.vmap(update)(old, new, length)
 
 
+def visible(segments_BL: Int[Array, "B L"], config: "GPTConfig") -> Visible:
+    """What the attention of whole sequences needs to know of who attends to whom."""
+    xla = resolve(config.attention, config.attention_dropout) == "xla"
+    return causal_mask(segments_BL) if xla else segments_BL
+
+
 def causal_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
     """Who attends to whom: earlier tokens, and oneself, of the same segment."""
     length = segments_BL.shape[1]
@@ -97,11 +107,11 @@ def attend(
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> Float[Array, "B L N H"]:
-    """Scaled dot-product attention with an fp32 softmax; `order` of keys and values is "bskh" or "bksh"."""
+    """Scaled dot-product attention with a softmax in fp32 or wider; `order` of keys and values is "bskh" or "bksh"."""
     batch, length, heads, head_dim = q_BLNH.shape
     kv_heads = k.shape[order.index("k")]
     q_BLKGH = q_BLNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) / math.sqrt(head_dim)
-    scores_BKGLS = jnp.einsum(f"blkgh,{order}->bkgls", q_BLKGH, k, preferred_element_type=jnp.float32)
+    scores_BKGLS = jnp.einsum(f"blkgh,{order}->bkgls", q_BLKGH, k, preferred_element_type=layers.wide(k.dtype))
     scores_BKGLS = jnp.where(mask_BLS[:, None, None], scores_BKGLS, MASKED)
     weights_BKGLS = layers.dropout(jax.nn.softmax(scores_BKGLS, axis=-1), dropout, key)
     return jnp.einsum(f"bkgls,{order}->blkgh", weights_BKGLS.astype(v.dtype), v).reshape(q_BLNH.shape)
@@ -133,7 +143,7 @@ class Attention(nnx.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         rotary: tuple[jax.Array, jax.Array] | None,
-        mask_BLS: Bool[Array, "B L S"],
+        visible: Visible,
         cache: LayerCache | None = None,
         length: Int[Array, "*B"] | None = None,
         key: jax.Array | None = None,
@@ -151,8 +161,12 @@ class Attention(nnx.Module):
             q_BLNH, k_BLKH = self.query_norm(q_BLNH), self.key_norm(k_BLKH)
         if rotary is not None:
             q_BLNH, k_BLKH = layers.rotate(q_BLNH, rotary), layers.rotate(k_BLKH, rotary)
-        if cache is None:
-            y_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, mask_BLS, order="bskh", dropout=config.attention_dropout, key=key)
+        if cache is None and visible.ndim == 2:
+            y_BLNH = flash_attention(
+                q_BLNH, k_BLKH, v_BLKH, visible, resolve(config.attention, config.attention_dropout)
+            )
+        elif cache is None:
+            y_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, visible, order="bskh", dropout=config.attention_dropout, key=key)
         else:
             assert length is not None
             # Cached keys lie [B, K, S, H]: a step's products then read them where they are, without a transpose.
@@ -160,5 +174,6 @@ class Attention(nnx.Module):
                 write(cache[0], k_BLKH.swapaxes(1, 2), length),
                 write(cache[1], v_BLKH.swapaxes(1, 2), length),
             )
-            y_BLNH = attend(q_BLNH, *cache, mask_BLS, order="bksh")
+            y_BLNH = attend(q_BLNH, *cache, visible, order="bksh")
+        y_BLNH = checkpoint_name(y_BLNH, "attention")
         return self.out(y_BLNH.reshape(batch, new, -1)), cache

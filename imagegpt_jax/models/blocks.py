@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from imagegpt_jax import sharding
 from imagegpt_jax.models import layers
-from imagegpt_jax.models.attention import Attention, LayerCache
+from imagegpt_jax.models.attention import Attention, LayerCache, Visible
 from imagegpt_jax.models.gpt_config import GPTConfig
 
 
@@ -58,7 +58,7 @@ class Block(nnx.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         rotary: tuple[jax.Array, jax.Array] | None,
-        mask_BLS: Bool[Array, "B L S"],
+        visible: Visible,
         condition_BD: Float[Array, "B D"] | None,
         cache: LayerCache | None = None,
         length: Int[Array, "*B"] | None = None,
@@ -66,13 +66,13 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
         """Returns the new residual stream and the layer's new cache."""
         config = self.config
-        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+        keys = (None,) * 3 if key is None else tuple(jax.vmap(lambda k: jax.random.split(k, 3))(key).T)
         if self.modulation is None or condition_BD is None:
             shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = modulate(self.modulation, condition_BD, 6)
         y_BLD, cache = self.attention(
-            adapt(self.attention_norm(x_BLD), shift1, scale1), rotary, mask_BLS, cache, length, keys[0]
+            adapt(self.attention_norm(x_BLD), shift1, scale1), rotary, visible, cache, length, keys[0]
         )
         x_BLD = x_BLD + gated(layers.dropout(y_BLD, config.residual_dropout, keys[1]), gate1)
         y_BLD = self.mlp(adapt(self.mlp_norm(x_BLD), shift2, scale2))

@@ -16,13 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from imagegpt_jax import sharding
+from imagegpt_jax import fsdp, sharding
 from imagegpt_jax.models import layers
-from imagegpt_jax.models.attention import EMPTY, Cache, cache_mask, causal_mask, write
+from imagegpt_jax.models.attention import EMPTY, Cache, cache_mask, visible, write
 from imagegpt_jax.models.blocks import Block, FeatureProjection, adapt, make_modulation, modulate
 from imagegpt_jax.models.gpt_config import GPTConfig, check, split_dims
 
 EMBED_STD = 0.02
+# What the backward pass finds saved of each block, beside its input; see `GPTConfig.remat`.
+REMAT = {
+    "full": None,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @jax.tree_util.register_dataclass
@@ -107,18 +113,18 @@ class GPT(nnx.Module):
         Args:
           sequence: tokens, or with a cache the tokens that follow those in it.
           cache: what `init_cache` or an earlier call returned; it must have room for the tokens.
-          key: turns dropout on.
+          key: turns dropout on; one key, or one for each row.
 
         Raises:
           UserError: if the sequence has fields the config does not provide for, or lacks some that it needs.
         """
         self._check(sequence, cache)
         x_BLD, rotary, segments_BL, condition_BD = self._embed(sequence)
-        embed_key, blocks_key = (None, None) if key is None else tuple(jax.random.split(key))
-        x_BLD = layers.dropout(x_BLD, self.config.token_dropout, embed_key)
+        embed_keys, block_keys = (None, None) if key is None else _row_keys(key, x_BLD.shape[0])
+        x_BLD = layers.dropout(x_BLD, self.config.token_dropout, embed_keys)
         x_BLD = sharding.constrain(x_BLD, ("batch", "length", "embed"))
         if cache is None:
-            x_BLD = self._run(x_BLD, rotary, causal_mask(segments_BL), condition_BD, blocks_key)
+            x_BLD = self._run(x_BLD, rotary, visible(segments_BL, self.config), condition_BD, block_keys)
         else:
             x_BLD, cache = self._run_cached(x_BLD, rotary, segments_BL, condition_BD, cache)
         hidden_BLD = self.norm(x_BLD[:, x_BLD.shape[1] - sequence.tokens.shape[1] :])
@@ -155,17 +161,8 @@ class GPT(nnx.Module):
         """The same decoder with its blocks in a list: made once before a decoding loop, it keeps the loop from cutting
         every layer's parameters out of the stacked ones at each step. It has no use for `scan`."""
         gpt = jax.tree.map(lambda x: x, self)
-        gpt.blocks = nnx.List(self.unstacked_blocks())
+        gpt.blocks = nnx.List(unstack(self.blocks, self.config.depth))
         return gpt
-
-    def unstacked_blocks(self) -> list[Block]:
-        """The blocks one by one. The gradient of the split is one concatenation, not a sum of padded slices."""
-        if isinstance(self.blocks, nnx.List):
-            return list(self.blocks)
-        parts = jax.tree.map(lambda x: jax.lax.split(x, (1,) * self.config.depth), self.blocks)
-        leaves, treedef = jax.tree.flatten(self.blocks)
-        columns = zip(*treedef.flatten_up_to(parts), strict=True) if leaves else ()
-        return [jax.tree.unflatten(treedef, [x[0] for x in column]) for column in columns]
 
     # ------------------------------------------------------------------------------------------------------- parts
 
@@ -234,22 +231,28 @@ class GPT(nnx.Module):
             x_BLD = x_BLD + self.position[axis].at[index_BL3[..., axis]].get(mode="clip").astype(x_BLD.dtype)
         return x_BLD, None, segments_BL, condition_BD
 
-    def _run(self, x_BLD, rotary, mask_BLL, condition_BD, key) -> Float[Array, "B L D"]:
+    def _run(self, x_BLD, rotary, seen, condition_BD, keys_B) -> Float[Array, "B L D"]:
         """All blocks, without a cache."""
         config = self.config
-        keys = None if key is None else jax.random.split(key, config.depth)
 
-        def apply(x_BLD, block, key):
-            return block(x_BLD, rotary, mask_BLL, condition_BD, key=key)[0]
+        def blocks_of_rows(x_BLD, blocks, batch, gather):
+            rotary, seen, condition_BD, keys_B = batch
 
-        if config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-            apply = jax.checkpoint(apply, policy=policy, prevent_cse=not config.scan)
-        if config.scan:
-            return jax.lax.scan(lambda x, layer: (apply(x, *layer), None), x_BLD, (self.blocks, keys))[0]
-        for i, block in enumerate(self.unstacked_blocks()):
-            x_BLD = apply(x_BLD, block, None if keys is None else keys[i])
-        return x_BLD
+            def apply(x_BLD, index, block):
+                keys = None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
+                return gather(block)(x_BLD, rotary, seen, condition_BD, key=keys)[0]
+
+            if config.remat != "none":
+                apply = jax.checkpoint(apply, policy=REMAT[config.remat], prevent_cse=not config.scan)
+            if config.scan:
+                layers_ = (jnp.arange(config.depth), blocks)
+                return jax.lax.scan(lambda x, layer: (apply(x, *layer), None), x_BLD, layers_)[0]
+            for i, block in enumerate(unstack(blocks, config.depth)):
+                x_BLD = apply(x_BLD, i, block)
+            return x_BLD
+
+        batch = (rotary, seen, condition_BD, keys_B)
+        return fsdp.run(blocks_of_rows, x_BLD, self.blocks, batch, layers.as_dtype(config.dtype))
 
     def _run_cached(self, x_BLD, rotary, segments_BL, condition_BD, cache: Cache) -> tuple[jax.Array, Cache]:
         """All blocks, unrolled: scanning would copy the whole cache twice per step."""
@@ -258,11 +261,28 @@ class GPT(nnx.Module):
         cache = dataclasses.replace(cache, segments_BS=segments_BS)
         mask_BLS = cache_mask(cache, segments_BL)
         pairs = []
-        for block, keys, values in zip(self.unstacked_blocks(), cache.keys, cache.values, strict=True):
+        for block, keys, values in zip(unstack(self.blocks, self.config.depth), cache.keys, cache.values, strict=True):
             x_BLD, pair = block(x_BLD, rotary, mask_BLS, condition_BD, (keys, values), length)
             pairs.append(pair)
         keys, values = zip(*pairs, strict=True)
         return x_BLD, Cache(keys, values, segments_BS, length + x_BLD.shape[1])
+
+
+def _row_keys(key: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
+    """Keys for the dropout of embeddings and of blocks, one for each row: draws then do not depend on who holds it."""
+    keys_B = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    pairs_B2 = jax.vmap(jax.random.split)(keys_B)
+    return pairs_B2[:, 0], pairs_B2[:, 1]
+
+
+def unstack(blocks: Any, depth: int) -> list[Block]:
+    """Stacked blocks one by one. The gradient of the split is one concatenation, not a sum of padded slices."""
+    if isinstance(blocks, nnx.List):
+        return list(blocks)
+    parts = jax.tree.map(lambda x: jax.lax.split(x, (1,) * depth), blocks)
+    leaves, treedef = jax.tree.flatten(blocks)
+    columns = zip(*treedef.flatten_up_to(parts), strict=True) if leaves else ()
+    return [jax.tree.unflatten(treedef, [x[0] for x in column]) for column in columns]
 
 
 def plain_sequence(ids_BL: Int[Array, "B L"]) -> Sequence:

@@ -4,14 +4,15 @@ import dataclasses
 import math
 
 from imagegpt_jax.cli import UserError, suggest
-from imagegpt_jax.models import layers
+from imagegpt_jax.models import flash, layers
 
 CHOICES = {
     "norm": layers.NORMS,
     "mlp": ("swiglu", "gelu"),
     "position": ("rope", "learned"),
     "conditioning": ("prefix", "adaptive_norm"),
-    "remat": ("none", "full", "dots"),
+    "remat": ("none", "full", "attention", "dots"),
+    "attention": flash.IMPLEMENTATIONS,
 }
 DROPOUTS = ("token_dropout", "residual_dropout", "mlp_dropout", "attention_dropout")
 
@@ -48,7 +49,9 @@ class GPTConfig:
       feature_length: P, number of features per example.
       conditioning: "prefix" (features are put before the tokens), or "adaptive_norm": each block is modulated by the
         embedding of `Sequence.condition_B` and the mean of the features (adaLN-zero, arXiv:2212.09748).
-      remat: what the backward pass recomputes: "none", "full" (everything but block inputs), "dots" (all but matmuls).
+      attention: how whole sequences are attended to: "xla" (any platform), "splash" (TPU), "cudnn" (GPU), or "auto".
+      remat: what the backward pass recomputes, from most to least: "full" (everything but block inputs), "attention"
+        (also keeps attention outputs), "dots" (all but products with weights), "none".
       scan: apply blocks by `lax.scan` (compile time does not grow with depth), else unrolled (no copies of slices).
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
@@ -79,6 +82,7 @@ class GPTConfig:
     feature_width: int = 0
     feature_length: int = 0
     conditioning: str = "prefix"
+    attention: str = "auto"
     remat: str = "none"
     scan: bool = True
     dtype: str = "float32"
@@ -116,6 +120,10 @@ class GPTConfig:
         check(
             (self.feature_width > 0) == (self.feature_length > 0) and min(self.feature_width, self.feature_length) >= 0,
             f"feature_width={self.feature_width} and feature_length={self.feature_length} must be both 0 or both > 0",
+        )
+        check(
+            not self.attention_dropout or self.attention in ("auto", "xla"),
+            f"attention_dropout={self.attention_dropout} needs attention='xla': flash kernels have no dropout",
         )
         check(not self.target_positions or self.width % 2 == 0, "target_positions needs an even width")
 

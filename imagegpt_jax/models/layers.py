@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError, suggest
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "float64": jnp.float64}
@@ -95,7 +96,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*_"]) -> Float[Array, "*_ D"]:
         """Looks ids up; an id outside the table is clamped to it."""
-        return self.weight[...].at[ids].get(mode="clip").astype(self.dtype)
+        table_VD = sharding.constrain(self.weight[...].astype(self.dtype), ("vocab", None))
+        return table_VD.at[ids].get(mode="clip")
 
     def rows(self, start: int = 0, size: int | None = None) -> Float[Array, "V D"]:
         """Rows `start : start + size` of the table (`None`: to the end), in the compute dtype."""
@@ -160,11 +162,20 @@ def dropout(x: Float[Array, "*_"], rate: float, key: jax.Array | None) -> Float[
     """Zeroes a fraction `rate` of x and scales up the rest; without a key, or at rate 0, x is returned as it is.
 
     Sixteen random bits decide each element, which halves the cost of drawing them and keeps the rate to 1e-5.
+
+    Args:
+      x: any array.
+      rate: probability of a zero.
+      key: one key, or one for each row of x.
     """
     if key is None or rate == 0.0:
         return x
     threshold = round(rate * 65536)
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= jnp.uint16(threshold)
+    if key.ndim:
+        bits = jax.vmap(lambda k: jax.random.bits(k, x.shape[1:], jnp.uint16))(key)
+    else:
+        bits = jax.random.bits(key, x.shape, jnp.uint16)
+    keep = bits >= jnp.uint16(threshold)
     return jnp.where(keep, x / (1.0 - threshold / 65536), jnp.zeros_like(x))
 
 

@@ -8,6 +8,7 @@ Shapes: B batch, T text region, N image codes, L sequence, D model width, V voca
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,10 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imagegpt_jax import checkpoint, losses, metrics, optim, sharding
+from imagegpt_jax import checkpoint, metrics, optim, sharding, token_loss
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
+from imagegpt_jax.accumulate import accumulate
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.data import ops as ops_lib
@@ -30,7 +32,7 @@ from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.evals import common, likelihood
 from imagegpt_jax.generate import Sampling, generate_codes
 from imagegpt_jax.images import Tile, grid, to_uint8
-from imagegpt_jax.models import gpt
+from imagegpt_jax.models import gpt, layers
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.state import Network, TrainState
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
@@ -49,7 +51,7 @@ class Setup:
       config: the run's config.
       model: shape of the decoder.
       layout: token space and sequence layout.
-      text: text tokenizer.
+      text: text tokenizer; None where the setup is abstract.
       labels: class names, may be empty.
       networks: "decoder", and "tokenizer" where images are encoded within the step.
       optimizers: of "decoder".
@@ -60,7 +62,7 @@ class Setup:
     config: Config
     model: GPTConfig
     layout: packing.Layout
-    text: text_lib.TextTokenizer
+    text: Any
     labels: tuple[str, ...]
     networks: dict[str, Network]
     optimizers: dict[str, optax.GradientTransformation]
@@ -86,13 +88,18 @@ def tokenizer_config(config: Config) -> Config:
 
 
 def _build(
-    config: Config, text: text_lib.TextTokenizer, labels: tuple[str, ...], opened: dict[str, Any], encode: bool
+    config: Config,
+    text: text_lib.TextTokenizer | None,
+    labels: tuple[str, ...],
+    opened: dict[str, Any],
+    encode: bool,
+    num_classes: int,
 ) -> Setup:
     data = config.data
     image_tokenizer = tokenizer_task.setup_for_inference(tokenizer_config(config), config.tokenizer)
     space = packing.TokenSpace(
-        text_vocab=text.vocab_size,
-        num_classes=len(labels) if data.use_labels else 0,
+        text_vocab=data.text_vocab_size if text is None else text.vocab_size,
+        num_classes=num_classes if data.use_labels else 0,
         num_codes=image_tokenizer.model.quantizer.num_codes,
     )
     layout = packing.Layout(
@@ -102,7 +109,8 @@ def _build(
         text_weight=data.text_weight,
         image_weight=data.image_weight,
     )
-    model = to_dataclass(GPTConfig, {**config.model.to_dict(), "vocab_size": space.vocab_size})
+    rows = math.ceil(space.vocab_size / data.vocab_multiple) * data.vocab_multiple
+    model = to_dataclass(GPTConfig, {**config.model.to_dict(), "vocab_size": rows})
     networks = {"decoder": state_lib.network(lambda key: gpt.GPT(model, key=key))}
     optimizers = {"decoder": optim.make(config.optim, config.steps, networks["decoder"].axes)}
     if encode:
@@ -127,7 +135,13 @@ def setup(config: Config) -> Setup:
     else:
         text = text_lib.train_tokenizer(_captions(opened["train"], data.text_tokenizer_examples), data.text_vocab_size)
     encode = "codes" not in opened["train"].__getitems__([0])[0]
-    built = _build(config, text, opened["train"].label_names, opened, encode)
+    labels = opened["train"].label_names
+    if data.use_labels and data.num_classes not in (0, len(labels)):
+        raise UserError(
+            f"config.data.num_classes={data.num_classes}, and {data.train} has {len(labels)} classes: set"
+            f" --config.data.num_classes={len(labels)}, or 0 to take what the data have."
+        )
+    built = _build(config, text, labels, opened, encode, len(labels))
     for split, source in opened.items():
         _check_codes(built, split, source)
     return built
@@ -138,7 +152,19 @@ def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
     folder = epath.Path(workdir)
     text = text_lib.load_tokenizer(folder / "text_tokenizer")
     labels = tuple(json.loads((folder / "labels.json").read_text()))
-    return _build(config, text, labels, {}, encode=False)
+    return _build(config, text, labels, {}, False, len(labels))
+
+
+def setup_abstract(config: Config) -> Setup:
+    """Like `setup` from the config alone, for token shards: enough to compile, not to run."""
+    return _build(config, None, (), {}, False, config.data.num_classes)
+
+
+def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what `batches` gives and the devices see."""
+    packed = setup.layout.pack(None, None, np.zeros((1, setup.layout.num_codes), np.int32))
+    packed["position"] = np.zeros(1, np.int64)
+    return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in packed.items()}
 
 
 def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
@@ -177,6 +203,19 @@ def _check_codes(setup: Setup, split: str, source: Any) -> None:
             f"the token shards {source.name} hold codes of a codebook of {made_with}, and config.tokenizer ="
             f" {setup.config.tokenizer!r} has {setup.space.num_codes}: give the tokenizer that made them."
         )
+
+
+def check_mesh(setup: Setup, mesh: Mesh) -> None:
+    """Raises UserError if the network cannot be cut over the mesh: it names the numbers and what would do."""
+    model = setup.model
+    heads = {"model.heads": model.heads, "model.kv_heads": model.num_kv_heads, "model.mlp_width": model.mlp_width}
+    sharding.check_divides(heads, "tensor", mesh)
+    if model.vocab_size % mesh.shape["tensor"]:
+        raise UserError(
+            f"a vocabulary of {model.vocab_size} ids does not divide over mesh.tensor={mesh.shape['tensor']}: set"
+            " --config.data.vocab_multiple=128, which fills it up."
+        )
+    state_lib.check_layout(setup.networks, mesh)
 
 
 def phase(setup: Setup, step: int) -> str:
@@ -269,6 +308,27 @@ def pack(setup: Setup, batch: dict[str, np.ndarray], *, train: bool) -> dict[str
     return packed | keep
 
 
+def _parts(setup: Setup, tokens_BL: jax.Array) -> list[tuple[int, int | jax.Array, int, tuple[int, int]]]:
+    """Where the targets of each kind are: (kind, first place of each sequence, number of places, ids it can have).
+
+    Where no sequence of the run is turned around, the first place is a plain number, and no gather is needed.
+    """
+    layout = setup.layout
+    image, text = (layout.text_length, 0) if not setup.config.data.image_to_text else _starts(layout, tokens_BL)
+    parts = [(packing.IMAGE, image, layout.num_codes, layout.image_ids)]
+    if layout.text_length:
+        parts.append((packing.TEXT, text, layout.text_length + 1, layout.text_ids))
+    return parts
+
+
+def _places(x_BL: jax.Array, start: int | jax.Array, count: int) -> jax.Array:
+    """`count` places of each sequence from `start` on."""
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(x_BL, start, start + count, axis=1)
+    index_BM = start[:, None] + jnp.arange(count)
+    return jnp.take_along_axis(x_BL, index_BM.reshape(*index_BM.shape, *(1,) * (x_BL.ndim - 2)), axis=1)
+
+
 def _starts(layout: packing.Layout, tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Where the first image target and the first text target of each sequence are (they differ by direction)."""
     reverse_B = tokens_BL[:, 0] == layout.space.boi
@@ -309,22 +369,21 @@ def token_nll(setup: Setup, module: Any, batch: dict[str, jax.Array], key: jax.A
     among the codebook, a word among everything else. Only the places of that kind are multiplied with that
     part of the table.
     """
-    layout = setup.layout
+    chunk = setup.config.logit_chunk
     hidden_BLD = module(gpt.Sequence.from_batch(batch), key=key).hidden
-    image_B, text_B = _starts(layout, batch["tokens"])
-    nll_BL = jnp.zeros(batch["tokens"].shape, jnp.float32)
-    parts = [(packing.IMAGE, image_B, layout.num_codes, layout.image_ids)]
-    if layout.text_length:
-        parts.append((packing.TEXT, text_B, layout.text_length + 1, layout.text_ids))
-    for kind, start_B, count, (first_id, num_ids) in parts:
-        index_BM = start_B[:, None] + jnp.arange(count)
-        hidden_BMD = jnp.take_along_axis(hidden_BLD, index_BM[..., None], axis=1)
-        targets_BM = jnp.take_along_axis(batch["targets"], index_BM, axis=1) - first_id
-        scored_BM = jnp.take_along_axis(batch["kind"], index_BM, axis=1) == kind
-        logits_BMV = module.unembed(hidden_BMD, first_id, num_ids)
-        nll_BM, _ = losses.token_nll(logits_BMV, jnp.clip(targets_BM, 0, num_ids - 1))
-        nll_BM = jnp.where(scored_BM, nll_BM, 0.0)
-        nll_BL = jax.vmap(lambda row, index, nll: row.at[index].add(nll))(nll_BL, index_BM, nll_BM)
+    nll_BL = jnp.zeros(batch["tokens"].shape, layers.wide(hidden_BLD.dtype))
+    for kind, start, count, (first_id, num_ids) in _parts(setup, batch["tokens"]):
+        hidden_BMD, targets_BM, kind_BM = (
+            _places(x, start, count) for x in (hidden_BLD, batch["targets"], batch["kind"])
+        )
+        targets_BM = jnp.clip(targets_BM - first_id, 0, num_ids - 1)
+        nll_BM = token_loss.token_nll(hidden_BMD, module.output_table(first_id, num_ids), targets_BM, chunk=chunk)
+        nll_BM = jnp.where(kind_BM == kind, nll_BM, 0.0)
+        if isinstance(start, int):
+            nll_BL = nll_BL.at[:, start : start + count].add(nll_BM)
+        else:
+            index_BM = start[:, None] + jnp.arange(count)
+            nll_BL = jax.vmap(lambda row, index, nll: row.at[index].add(nll))(nll_BL, index_BM, nll_BM)
     return nll_BL
 
 
@@ -342,24 +401,31 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     """
     del phase
     config, net, frozen = setup.config, setup.networks["decoder"], state.frozen["decoder"]
-    key = None
+    params = state.trainable["decoder"]
+    total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
+    keys_B = None
     if any(config.model[f"{name}_dropout"] for name in ("token", "residual", "mlp", "attention")):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch["tokens"].shape[0]))
 
-    def loss_fn(params: state_lib.Params) -> tuple[jax.Array, jax.Array]:
-        nll_BL = token_nll(setup, net.module(state_lib.join(params, frozen)), batch, key)
-        weights_BL = batch["weights"]
-        return (nll_BL * weights_BL).sum() / jnp.maximum(weights_BL.sum(), 1.0), nll_BL
+    def part(rows: tuple[dict[str, jax.Array], Any]) -> tuple[Any, metrics.Totals, jax.Array]:
+        batch, keys_B = rows
 
-    params = state.trainable["decoder"]
-    (loss, nll_BL), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        def loss_fn(params: state_lib.Params) -> tuple[jax.Array, jax.Array]:
+            nll_BL = token_nll(setup, net.module(state_lib.join(params, frozen)), batch, keys_B)
+            return (nll_BL * batch["weights"]).sum() / total_weight, nll_BL
+
+        (loss, nll_BL), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return (loss, grads), {}, nll_BL
+
+    (loss, grads), _, nll_BL = accumulate(part, (batch, keys_B), config.accumulate)
     updates, opt = setup.optimizers["decoder"].update(grads, state.opt["decoder"], params)
     params = optax.apply_updates(params, updates)
 
     values: metrics.Totals = {"loss": metrics.mean(loss), "gradient_norm": metrics.mean(optax.global_norm(grads))}
     for name, kind in (("image", packing.IMAGE), ("text", packing.TEXT)):
         scored_BL = (batch["kind"] == kind).astype(jnp.float32)
-        counts_V = jnp.zeros(setup.space.vocab_size).at[batch["targets"]].add(scored_BL)
+        counts_V = _count(batch["targets"], scored_BL, setup.space.vocab_size)
         values[f"{name}_bits_per_token"] = metrics.mean(nll_BL / jnp.log(2.0), scored_BL)
         values[f"unigram_{name}_bits_per_token"] = metrics.entropy(counts_V)
     ema = {name: optim.update_ema(old, params, config.ema_decay, state.step) for name, old in state.ema.items()}
@@ -371,6 +437,16 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
         ema=ema,
     )
     return state, values
+
+
+def _count(ids_BL: jax.Array, weights_BL: jax.Array, size: int) -> jax.Array:
+    """Sum of the weights of each id. Each device counts its own rows: a scatter of all rows would gather all ids."""
+
+    def count(ids_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+        return jnp.zeros((1, size), weights_BL.dtype).at[0, ids_BL].add(weights_BL)
+
+    rows = ("batch", None)
+    return sharding.map_shards(count, (rows, rows), rows)(ids_BL, weights_BL).sum(axis=0)
 
 
 def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:

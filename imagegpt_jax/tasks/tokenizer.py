@@ -109,6 +109,12 @@ def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
     """A tokenizer needs nothing in its workdir but config and checkpoints."""
 
 
+def check_mesh(setup: Setup, mesh: Mesh) -> None:
+    """Raises UserError if the networks cannot be cut over the mesh: it names the numbers and what would do."""
+    sharding.check_divides({"model.quantizer.num_codes": setup.model.quantizer.num_codes}, "tensor", mesh)
+    state_lib.check_layout(setup.networks, mesh)
+
+
 def phase(setup: Setup, step: int) -> str:
     """ "reconstruction" before the discriminator's start, "adversarial" from then on."""
     start = setup.loss.gan_start

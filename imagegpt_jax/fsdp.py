@@ -1,0 +1,67 @@
+"""Fully sharded data parallelism written out: blocks gather their parameters just before use, and scatter gradients.
+
+Arrays are what automatic partitioning would make them (ZeRO stage 3, arXiv:1910.02054). But left to itself the TPU
+compiler sums gradients over a whole slice by all-reduce, twice the bytes of a reduce-scatter, and on some chips gathers
+parameters by all-reduce as well. Asked for one axis of the torus at a time, it emits the collectives that are meant.
+Mesh axes other than those of the batch (`tensor`) stay with the compiler.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from imagegpt_jax import sharding
+
+Gather = Callable[[Any], Any]
+
+
+def run(
+    function: Callable[[Any, Any, Any, Gather], jax.Array], x: jax.Array, blocks: Any, batch: Any, dtype: Any
+) -> Any:
+    """Calls `function(x, blocks, batch, gather)` on every device's rows and parts of parameters.
+
+    Args:
+      function: gets the rows that a device holds, and must pass each single block through `gather` before use.
+      x: array of B rows; so is the result.
+      blocks: module of stacked (or single) blocks, whose parameters carry logical `axes`.
+      batch: tree of arrays of B rows.
+      dtype: parameters of two and more dimensions are gathered in this dtype, that of the computation.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = sharding.batch_axes(mesh)
+    if not names or not sharding.cuts_parameters(mesh) or x.shape[0] % sharding.batch_shards(mesh):
+        return function(x, blocks, batch, lambda block: block)
+    leaves, treedef = jax.tree.flatten(blocks)
+    variables = jax.tree.leaves(blocks, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    specs = [_only(sharding.spec_for(v.shape, v.axes, mesh), names) for v in variables]
+
+    def gather(block: Any) -> Any:
+        parts, structure = jax.tree.flatten(block)
+        return jax.tree.unflatten(structure, [_whole(x, spec, dtype) for x, spec in zip(parts, specs, strict=True)])
+
+    def local(x: jax.Array, leaves: list[jax.Array], batch: Any) -> jax.Array:
+        return function(x, jax.tree.unflatten(treedef, leaves), batch, gather)
+
+    rows = P(names)
+    # Axes of one device are given up too: kernels that the compiler cannot cut ask for that.
+    manual = {*names, *(name for name, size in mesh.shape.items() if size == 1)}
+    return jax.shard_map(local, in_specs=(rows, specs, rows), out_specs=rows, axis_names=manual, check_vma=False)(
+        x, leaves, batch
+    )
+
+
+def _only(spec: P, names: tuple[str, ...]) -> P:
+    """The part of a PartitionSpec about some mesh axes."""
+    return P(*(tuple(n for n in sharding.as_tuple(entry) if n in names) or None for entry in spec))
+
+
+def _whole(x: jax.Array, spec: P, dtype: Any) -> jax.Array:
+    """Gathers one parameter of a block, of which `spec` describes the last dimensions, axis by axis."""
+    x = x.astype(dtype) if x.ndim >= 2 else x
+    for dim, entry in enumerate(tuple(spec)[len(spec) - x.ndim :]):
+        for name in reversed(sharding.as_tuple(entry)):
+            x = jax.lax.all_gather(x, name, axis=dim, tiled=True)
+    return x

@@ -1,0 +1,87 @@
+"""Flash attention gives what plain attention gives; the TPU's kernel runs in interpret mode here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.models import attention, flash, gpt
+from imagegpt_jax.models.gpt_config import GPTConfig
+
+RNG = np.random.default_rng(0)
+
+
+def arrays(length, heads, kv_heads, head_dim, batch=2):
+    def draw(count):
+        return jnp.asarray(RNG.normal(size=(batch, length, count, head_dim)), jnp.float32)
+
+    segments = np.ones((batch, length), np.int32)
+    segments[0, 3:7] = 0  # padding within
+    segments[1, length // 2 :] = 2
+    return draw(heads), draw(kv_heads), draw(kv_heads), jnp.asarray(segments)
+
+
+def plain(q, k, v, segments):
+    return attention.attend(q, k, v, attention.causal_mask(segments), order="bskh")
+
+
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(128, 2, 2), (130, 4, 2)])  # aligned and not; grouped
+def test_splash_attention_equals_plain_attention(length, heads, kv_heads):
+    q, k, v, segments = arrays(length, heads, kv_heads, 64)
+    weights = jnp.asarray(RNG.normal(size=q.shape), jnp.float32)
+
+    def value(function, q, k, v):
+        y = function(q, k, v)
+        return (y * weights).sum(), y
+
+    def run(function):
+        return jax.jit(jax.value_and_grad(lambda *qkv: value(function, *qkv), argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, y), grads = run(lambda q, k, v: flash.flash_attention(q, k, v, segments, "splash"))
+    (_, expected_y), expected_grads = run(lambda q, k, v: plain(q, k, v, segments))
+    assert y is not expected_y
+    np.testing.assert_allclose(y, expected_y, atol=1e-5)
+    for gradient, expected in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=1e-4)
+
+
+def test_cudnn_gets_the_same_definition():
+    """There is no cuDNN here: its arguments, given to XLA's implementation of the same function, mean the same."""
+    q, k, v, segments = arrays(24, 4, 2, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        original = jax.nn.dot_product_attention
+        patch.setattr(
+            jax.nn, "dot_product_attention", lambda *a, implementation, **kw: original(*a, implementation="xla", **kw)
+        )
+        y = flash.flash_attention(q, k, v, segments, "cudnn")
+    np.testing.assert_allclose(y, plain(q, k, v, segments), atol=1e-5)
+
+
+def test_auto_follows_the_platform_and_dropout():
+    assert flash.resolve("auto", 0.0) == "xla"  # these tests run on CPU
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash.sharding, "platform", lambda: "tpu")
+        assert flash.resolve("auto", 0.0) == "splash"
+        assert flash.resolve("auto", 0.1) == "xla"
+    assert flash.resolve("cudnn", 0.0) == "cudnn"
+
+
+@pytest.mark.parametrize(("length", "block"), [(128, 128), (1280, 640), (2048, 1024), (1152, 384)])
+def test_blocks_divide_the_length(length, block):
+    assert flash.block_size(length) == block
+
+
+def test_a_decoder_with_splash_attention_is_the_same_decoder():
+    config = {"vocab_size": 40, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
+    ids = jnp.asarray(RNG.integers(0, 40, (2, 9)))
+    logits = []
+    for implementation in ("xla", "splash"):
+        decoder = gpt.GPT(GPTConfig(**config, attention=implementation), key=jax.random.key(0))
+        logits.append(jax.jit(lambda g: g.logits(ids))(decoder))
+    np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+def test_dropout_of_attention_weights_needs_plain_attention():
+    with pytest.raises(UserError, match="attention='xla'"):
+        GPTConfig(vocab_size=8, width=8, depth=1, heads=1, mlp_width=8, attention_dropout=0.1, attention="splash")

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.models import layers, winograd
 
@@ -74,7 +75,10 @@ class Conv(nnx.Module):
 
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 O"]:
         """Convolves."""
-        x_BHWC, w_kkCO = x_BHWC.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        x_BHWC = x_BHWC.astype(self.dtype)
+        # Gathered once, in the compute dtype: otherwise the compiler cuts some convolutions over channels and sends
+        # activations around instead.
+        w_kkCO = sharding.constrain(self.kernel[...].astype(self.dtype), (None,) * 4)
         if self.kernel_size == 1 and self.stride == 1:
             y_BHWO = x_BHWC @ w_kkCO[0, 0]
         elif self._use_winograd(x_BHWC):

@@ -97,7 +97,7 @@ kubectl=(kubectl)
 json() {
   local word line=''
   for word in "$@"; do
-    word=${word//\\/\\\\} word=${word//'$('/'$$('}
+    word=${word//\\/\\\\} word=${word//"\$("/"\$\$("}
     line+=", \"${word//\"/\\\"}\""
   done
   echo "[${line#, }]"
@@ -105,15 +105,15 @@ json() {
 
 # The JobSet, with ${NAME} and the like replaced.
 render() {
-  local line done key
+  local line text key
   while IFS= read -r line; do
     [[ $line != *'# mount' || -n $mount ]] || continue
-    line=${line%' # mount'} done=''
+    line=${line%' # mount'} text=''
     while [[ $line =~ ^([^\$]*)\$\{([A-Z_]+)\}(.*)$ ]]; do
       key=value_${BASH_REMATCH[2]}
-      done+=${BASH_REMATCH[1]}${!key} line=${BASH_REMATCH[3]}
+      text+=${BASH_REMATCH[1]}${!key} line=${BASH_REMATCH[3]}
     done
-    printf '%s\n' "$done$line"
+    printf '%s\n' "$text$line"
   done < "$1"
 }
 

@@ -84,8 +84,10 @@ def _detect(address: str | None, count: int | None, index: int | None) -> tuple[
             warnings.simplefilter("ignore")
             return ClusterEnv.auto_detect_unset_distributed_params(address, count, index, None, None, start_seconds())
     except Exception as e:  # metadata servers, name servers and the Kubernetes API fail in many ways
-        if "KUBERNETES_SERVICE_HOST" in os.environ and not _has_peers("JOB_COMPLETION_INDEX"):
-            return address, count, index, None  # a pod by itself
+        by_itself = "KUBERNETES_SERVICE_HOST" in os.environ and not _has_peers("JOB_COMPLETION_INDEX")
+        # A machine with TPU chips and without Google's metadata server, such as a hosted notebook, is no part of a pod.
+        if by_itself or type(e).__module__.startswith("requests"):
+            return address, count, index, None
         raise UserError(
             f"the other processes of this launch were not found ({first_line(e)}): set {ADDRESS}=host:port, {COUNT}"
             f" and {INDEX}, or {COUNT}=1 to run alone."

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,6 +130,7 @@ def initialize() -> None:
         return
     if cluster.index:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+        warnings.simplefilter("ignore")  # process 0 warns of the same
     import jax
     from jax._src import distributed  # the key-value store of the coordinator has no public name
 

@@ -1,0 +1,337 @@
+"""Many processes: real ones on this machine, started by launch/local.sh. They train as one, and fail as one."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from imagegpt_jax import cluster, distributed, storage
+from imagegpt_jax.cli import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DATA = "--config.data.validation=emoji:validation,res=16,styles=noto"
+TOKENIZER = ("--config=configs/tokenizer.py:size=test", "--config.loss.gan_start=-1", DATA)
+DECODER = ("--config=configs/decoder.py:size=test", "--config.eval_every=0", "--config.mesh.fsdp=2", DATA)
+
+
+def environment(**more):
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_", "OMPI_"))}
+    return alone | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"} | more
+
+
+def start(*arguments, **more):
+    """Two processes of two devices each."""
+    return subprocess.Popen(
+        ["bash", "launch/local.sh", "--processes=2", "--devices=2", "--", *arguments],
+        cwd=ROOT,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(launched, timeout=150):
+    output, error = launched.communicate(timeout=timeout)
+    return launched.returncode, output, error
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def process_of(workdir, index):
+    """The id of a process of a run, by what /proc says of its command and environment."""
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        wanted = {f"--workdir={workdir}".encode(), b"imagegpt_jax.train"} <= set(command) and b"bash" not in command
+        if wanted and f"JAX_PROCESS_ID={index}".encode() in variables:
+            return int(folder.name)
+    raise AssertionError(f"process {index} of {workdir} does not run")
+
+
+def stand_in(tmp_path, body):
+    """An interpreter that is Python, after what `body` does in each process."""
+    path = tmp_path / "python"
+    path.write_text(f'#!/usr/bin/env bash\n{body}\nexec "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- real runs
+
+
+def test_a_tokenizer_trains_in_two_processes_and_the_first_speaks_for_both(tmp_path):
+    workdir = tmp_path / "run"
+    status, output, error = end(start(*TOKENIZER, "--config.steps=4", f"--workdir={workdir}"))
+    assert status == 0, error
+    assert error.rstrip().endswith(f"Finished 4 steps: {workdir}")
+    assert "[1]" not in output + error
+    assert [line["step"] for line in lines(workdir)] == [2, 4, 4]
+    assert "validation/psnr" in lines(workdir)[-1]
+    assert len(list(workdir.glob("events.*"))) == 1
+    state = workdir / "checkpoints" / "4" / "state"
+    assert sorted(p.name for p in state.glob("ocdbt.process_*")) == ["ocdbt.process_0", "ocdbt.process_1"]
+
+
+def test_a_decoder_whose_process_is_killed_ends_and_continues(tmp_path):
+    workdir = tmp_path / "run"
+    arguments = (*DECODER, "--config.steps=60", f"--workdir={workdir}")
+    launched = start(*arguments, "--config.checkpoint.every=2", IMAGEGPT_JAX_HEARTBEAT_SECONDS="20")
+    until = time.monotonic() + 120
+    while not (workdir / "checkpoints" / "2").exists():
+        assert launched.poll() is None, end(launched)
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    os.kill(process_of(workdir, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    status, _, error = end(launched, timeout=60)
+    assert time.monotonic() - killed < 20 + 15
+    assert status == 128 + signal.SIGKILL
+    assert "error: process 1 ended by signal 9." in error
+    assert "process 0 of 2" in error
+    before = [line["step"] for line in lines(workdir)]
+    assert before[0] == 2
+    assert before[-1] < 60
+
+    status, _, error = end(start(*arguments, "--config.checkpoint.every=0"))
+    assert status == 0, error
+    written = lines(workdir)
+    assert [line["step"] for line in written] == [*range(2, 62, 2), 60]
+    assert "validation/image_bits_per_token" in written[-1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("--config.data.train=folder:/no/such/folder", "there is no folder /no/such/folder"),
+        ("--config.seed=5", "another config than process 0"),
+    ],
+)
+def test_what_is_wrong_with_one_process_ends_all_and_writes_nothing(extra, words, tmp_path):
+    python = stand_in(tmp_path, f'[ "${{JAX_PROCESS_ID:-0}}" = 0 ] || set -- "$@" {extra}')
+    launched = start(*TOKENIZER, f"--workdir={tmp_path / 'run'}", PYTHON=python)
+    status, output, error = end(launched, timeout=60)
+    assert status == 1
+    host = socket.gethostname()
+    last = [line for line in (output + error).splitlines() if "error: " in line]
+    assert f"[1] error: process 1 of 2 on {host}: " in error
+    assert f"error: process 0 of 2 on {host} ends, because of process 1 of 2 on {host}: " in error
+    assert len(last) == 2
+    assert all(words in line for line in last)
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_to_the_launcher_ends_all(tmp_path):
+    workdir = tmp_path / "run"
+    python = stand_in(tmp_path, f'[ -z "${{JAX_PROCESS_ID:-}}" ] || touch "{tmp_path}/started.$JAX_PROCESS_ID"')
+    launched = start(*TOKENIZER, f"--workdir={workdir}", PYTHON=python)
+    while len(list(tmp_path.glob("started.*"))) < 2:
+        time.sleep(0.05)
+    pids = [process_of(workdir, index) for index in (0, 1)]
+    launched.send_signal(signal.SIGTERM)
+    status, _, _ = end(launched, timeout=40)
+    assert status == 130
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def alone(*arguments, **more):
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "imagegpt_jax.train", *arguments],
+        cwd=ROOT,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done, time.monotonic() - started
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_others_that_do_not_come_are_not_waited_for_for_ever(index, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    done, _ = alone(
+        *TOKENIZER,
+        f"--workdir={tmp_path / 'run'}",
+        JAX_COORDINATOR_ADDRESS=address,
+        JAX_NUM_PROCESSES="2",
+        JAX_PROCESS_ID=str(index),
+        IMAGEGPT_JAX_START_SECONDS="2",
+    )
+    assert done.returncode == 1
+    (last,) = done.stderr.splitlines()
+    assert last.startswith("error: ")
+    assert address in last
+    assert "within 2 s" in last
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- buckets
+
+
+def test_a_bucket_that_cannot_be_reached_is_told_within_ten_seconds(tmp_path):
+    # A proxy that answers no one stands for a network that swallows everything; the tests must not ask the real one.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done, seconds = alone(*TOKENIZER, "--workdir=gs://no-such-bucket/x", https_proxy=proxy, http_proxy=proxy)
+    assert done.returncode == 1
+    (last,) = done.stderr.splitlines()
+    assert last.startswith("error: gs://no-such-bucket/x did not answer")
+    assert all(word in last for word in ("bucket's name", "network", "credentials"))
+    assert seconds < 10
+
+
+def test_a_bucket_that_is_refused_is_told_with_the_reason(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{free.getsockname()[1]}"
+    data = "--config.data.train=folder:gs://no-such-bucket/x"
+    done, seconds = alone(*TOKENIZER, data, f"--workdir={tmp_path / 'run'}", https_proxy=proxy, http_proxy=proxy)
+    assert done.returncode == 1
+    (last,) = done.stderr.splitlines()
+    assert last.startswith("error: gs://no-such-bucket/x ")
+    assert "credentials" in last
+    assert seconds < 10
+    assert not (tmp_path / "run").exists()
+
+
+def test_buckets_are_found_in_flags_and_configs():
+    config = {"data": {"train": "0.7*folder:gs://a/x + array_record:gs://b/y,split=train"}, "list": ["gs://a/z", 3]}
+    assert storage.paths("gs://c/run", "/local", config) == ["gs://c/run", "gs://a/x", "gs://b/y"]
+    storage.check("/local", config["list"][1:], workdir="runs/x")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "run"
+    words = r"cannot be written \(Not a directory\): choose another folder"
+    with pytest.raises(UserError, match=words), storage.writing(folder):
+        folder.mkdir()
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets the environment of a launcher, without what this machine's may have."""
+    for name in os.environ:
+        if name.startswith(("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_")):
+            monkeypatch.delenv(name)
+
+    def use(**values):
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return use
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4100",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
+EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, None),
+        (EXPLICIT, cluster.Cluster("10.0.0.1:8476", 4, 3)),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "1"}, None),
+        (SLURM, cluster.Cluster("node07:61444", 16, 11, (3,))),
+        (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        # The only process of a node has all of its devices.
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x16)"}, cluster.Cluster("node07:61444", 16, 11)),
+        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, cluster.Cluster("node07:61444", 16, 11)),
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "a:1"}, cluster.Cluster("a:1", 16, 11, (3,))),
+        (
+            OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"},
+            cluster.Cluster("10.96.0.1:62624", 4, 1, (1,)),
+        ),
+        (OPEN_MPI | EXPLICIT, cluster.Cluster("10.0.0.1:8476", 4, 3)),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+    ],
+)
+def test_the_environment_says_which_process_this_is(values, expected, variables):
+    variables(**values)
+    assert cluster.find() == expected
+
+
+def test_hosts_of_tpu_slices_are_found_as_jax_does(variables, monkeypatch):
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr("jax._src.clusters.cluster.running_in_cloud_tpu_vm", True)
+    assert cluster.find() is None  # chips, and no metadata server
+    slices = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
+    variables(TPU_SKIP_MDS_QUERY="true", TPU_WORKER_HOSTNAMES="a,b,c,d", TPU_WORKER_ID="2", **slices)
+    assert cluster.find() == cluster.Cluster("localhost:8482", 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_COORDINATOR_ADDRESS is set without the rest"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID is set without"),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' is not a number"),
+        (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "process 4 of 4 is not possible"),
+        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "write host:port"),
+        (OPEN_MPI, "a process of Open MPI"),
+        ({"JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "an indexed Kubernetes job"),
+    ],
+)
+def test_half_an_environment_is_an_error_that_says_what_to_set(values, words, variables):
+    variables(**values)
+    with pytest.raises(UserError, match=words) as error:
+        cluster.find()
+    assert "JAX_" in str(error.value)
+
+
+def test_alone_nothing_happens(variables, tmp_path):
+    with distributed.together(), distributed.failing_together():
+        distributed.agree(config={"a": 1})
+        distributed.meet_at(tmp_path / "not there")
+        assert distributed.is_first()
+    with pytest.raises(UserError, match="as it is"), distributed.together():
+        raise UserError("as it is")
+
+
+def test_a_text_tokenizer_is_the_same_on_every_host():
+    program = (
+        "from imagegpt_jax.data import text\n"
+        "captions = [f'{a} emoji of {b}' for a in ('noto', 'twemoji') for b in ('cat', 'cats', 'act', 'tac')]\n"
+        "print(text.train_tokenizer(captions, 300).fingerprint)"
+    )
+    prints = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=environment(PYTHONHASHSEED=str(seed), RAYON_NUM_THREADS=str(threads)),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed, threads in ((1, 1), (2, 4), (3, 7))
+    }
+    assert len(prints) == 1
+    assert len(prints.pop().strip()) == 16

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -87,7 +88,7 @@ def test_a_tokenizer_trains_in_two_processes_and_the_first_speaks_for_both(tmp_p
 def test_a_decoder_whose_process_is_killed_ends_and_continues(tmp_path):
     workdir = tmp_path / "run"
     arguments = (*DECODER, "--config.steps=60", f"--workdir={workdir}")
-    launched = start(*arguments, "--config.checkpoint.every=2", IMAGEGPT_JAX_HEARTBEAT_SECONDS="20")
+    launched = start(*arguments, "--config.checkpoint.every=2", IMAGEGPT_JAX_HEARTBEAT_SECONDS="10")
     until = time.monotonic() + 120
     while not (workdir / "checkpoints" / "2").exists():
         assert launched.poll() is None, end(launched)
@@ -96,10 +97,11 @@ def test_a_decoder_whose_process_is_killed_ends_and_continues(tmp_path):
     os.kill(process_of(workdir, 1), signal.SIGKILL)
     killed = time.monotonic()
     status, _, error = end(launched, timeout=60)
-    assert time.monotonic() - killed < 20 + 15
+    assert time.monotonic() - killed < 10 + 15
     assert status == 128 + signal.SIGKILL
     assert "error: process 1 ended by signal 9." in error
-    assert "process 0 of 2" in error
+    # Process 0 says so itself where a collective fails, or JAX does where the heartbeat is first.
+    assert re.search(r"process 0 of 2 on .* lost another process|tasks are unhealthy .*\n1\n", error)
     before = [line["step"] for line in lines(workdir)]
     assert before[0] == 2
     assert before[-1] < 60

@@ -4,6 +4,9 @@ Sizes:
   test             seconds on a laptop: for tests; encodes images with an untrained tokenizer
   emoji            the demo: captions to 32 px emoji on two CPU cores
   B L XL XXL 3B    LlamaGen's class-conditional shapes (arXiv:2406.06525): ImageNet at 256 px, 256 codes of 16384
+  7B               LlamaGen's largest text-conditional shape, on classes like the others
+  20B              text to image after Parti (arXiv:2206.10789): 128 words, 1024 codes of 8192, Adafactor. Parti is an
+                   encoder-decoder; this is a decoder of about its size
 """
 
 from typing import Any
@@ -21,23 +24,39 @@ MODELS = {
     "XL": {"depth": 36, "heads": 20, "width": 1280, "mlp_width": 3584},
     "XXL": {"depth": 48, "heads": 24, "width": 1536, "mlp_width": 4096},
     "3B": {"depth": 24, "heads": 32, "width": 3200, "mlp_width": 8704},
+    "7B": {"depth": 32, "heads": 32, "width": 4096, "mlp_width": 11008},
+    "20B": {"depth": 64, "heads": 40, "width": 5120, "mlp_width": 13824},
 }
 # Tokenizer size, resolution, run length and cadence of the small sizes.
 RUNS = {
     "test": {"tokenizer": "test", "res": 16, "steps": 8, "batch_size": 8, "log": 2, "evaluate": 4, "save": 2},
     "emoji": {"tokenizer": "emoji", "res": 32, "steps": 330, "batch_size": 32, "log": 10, "evaluate": 165, "save": 165},
 }
+# The slice that each size is laid out for, and what its backward pass recomputes there; on any other, `fsdp` fills.
+TOPOLOGIES = {
+    "B": ("v5e-16", "dots"),
+    "L": ("v5e-16", "full"),
+    "XL": ("v5e-16", "full"),
+    "XXL": ("v4-128", "full"),
+    "3B": ("v5e-256", "full"),
+    "7B": ("v5p-128", "full"),
+    "20B": ("v5p-512", "full"),
+}
 # 300 epochs of ImageNet at batch 256.
 LLAMAGEN = {"tokenizer": "vq16", "res": 256, "steps": 1_500_000, "batch_size": 256, "log": 100, "evaluate": 10_000,
             "save": 5_000}  # fmt: skip
+PARTI = {"tokenizer": "vq16", "res": 512, "steps": 450_000, "batch_size": 8192, "log": 100, "evaluate": 5_000,
+         "save": 2_500}  # fmt: skip
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config of a size; `res` = 0 takes the size's own resolution."""
     args = parse_arg(arg, size="emoji", res=0)
     model = choose("size", args.size, MODELS)
-    run = RUNS.get(args.size, LLAMAGEN)
+    run = {"20B": PARTI, **RUNS}.get(args.size, LLAMAGEN)
     small = args.size in RUNS
+    classes = run is LLAMAGEN  # else captions
+    topology, remat = TOPOLOGIES.get(args.size, ("", "none"))
     res = args.res or run["res"]
     config: Any = ConfigDict()
     config.task = "decoder"
@@ -46,28 +65,32 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.batch_size = run["batch_size"]
     config.eval_batch_size = run["batch_size"]
     config.accumulate = 1  # parts that a batch goes through in, one after another, to save memory
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1} if small else {"data": 1, "fsdp": -1, "tensor": 1}
+    config.topology = topology  # what mesh, batch and remat were chosen for; read by tools/compile_ahead.py alone
 
     # --- Image tokenizer: workdir of stage 1; "" is an untrained one, drawn with `seed`, of the shape below.
     config.tokenizer = ""
     config.untrained_tokenizer = sibling(__file__, "tokenizer.py").get_config(f"size={run['tokenizer']},res={res}")
+    if args.size == "20B":
+        config.untrained_tokenizer.model.quantizer.num_codes = 8192
     downsample = {"test": 4, "emoji": 4, "vq16": 16}[run["tokenizer"]]
 
+    source = "tfds:imagenet2012,split=" if classes else "tfds:coco_captions,split="
     # --- Data: images that are encoded within the step, or `tokens:DIR` made by `imagegpt_jax.encode`.
     config.data = {
-        "train": f"emoji:train,res={res}" if small else "tfds:imagenet2012,split=train",
-        "validation": f"emoji:validation,res={res}" if small else "tfds:imagenet2012,split=validation",
+        "train": f"emoji:train,res={res}" if small else source + "train",
+        "validation": f"emoji:validation,res={res}" if small else source + "validation",
         "train_ops": config.untrained_tokenizer.data.eval_ops,
         "eval_ops": config.untrained_tokenizer.data.eval_ops,
         "grid": (res // downsample, res // downsample),  # rows and columns of codes
-        "use_labels": not small,  # whether the class is a token before the text
-        "num_classes": 0 if small else 1000,  # 0 = as many as the data have
+        "use_labels": classes,  # whether the class is a token before the text
+        "num_classes": 1000 if classes else 0,  # 0 = as many as the data have
         "vocab_multiple": 1 if small else 128,  # rows are added to the token table to fill a multiple of this
         "text_tokenizer": "",  # folder of a tokenizer; "" trains one on the captions of `train`
-        "text_vocab_size": 4096 if args.size == "emoji" else 1024,
+        "text_vocab_size": {"emoji": 4096, "20B": 16384}.get(args.size, 1024),
         "text_tokenizer_examples": 100_000,  # captions it is trained on
-        "text_length": 12 if small else 1,  # length of the text region; longer captions are cut
-        "text_weight": 0.1 if small else 0.0,  # loss weights of text and image targets
+        "text_length": 1 if classes else 12 if small else 128,  # length of the text region; longer captions are cut
+        "text_weight": 0.0 if classes else 0.1,  # loss weights of text and image targets
         "image_weight": 1.0,
         "guidance_dropout": 0.1,  # share of sequences without their text, for classifier-free guidance
         "image_to_text": 0.0,  # share of sequences turned around: captioning
@@ -88,16 +111,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "max_length": 0,
         "qk_norm": small,
         "tie_embeddings": False,
-        "token_dropout": 0.0 if small else 0.1,
-        "residual_dropout": 0.0 if small else 0.1,
-        "mlp_dropout": 0.0 if small else 0.1,
+        "token_dropout": 0.1 if classes else 0.0,
+        "residual_dropout": 0.1 if classes else 0.0,
+        "mlp_dropout": 0.1 if classes else 0.0,
         "attention_dropout": 0.0,
         "target_positions": False,
         "feature_width": 0,
         "feature_length": 0,
         "conditioning": "prefix",
         "attention": "auto",
-        "remat": "none" if small else "full",
+        "remat": remat,
         "scan": not small,
         "dtype": "float32" if small else "bfloat16",
         "param_dtype": "float32",
@@ -107,16 +130,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # --- Optimizer.
     config.optim = {
-        "name": "muon" if args.size == "emoji" else "adamw",
-        "lr": 4e-3 if args.size == "emoji" else 1e-4,
-        "schedule": "cosine" if small else "constant",
-        "warmup_steps": 20 if args.size == "emoji" else 0,
+        "name": {"emoji": "muon", "20B": "adafactor"}.get(args.size, "adamw"),
+        "lr": {"emoji": 4e-3, "20B": 4.5e-5}.get(args.size, 1e-4),
+        "schedule": "constant" if classes else "cosine",
+        "warmup_steps": {"emoji": 20, "20B": 5000}.get(args.size, 0),
         "final_lr_ratio": 0.05,
         "b1": 0.9,
         "b2": 0.95,
         "eps": 1e-8,
-        "weight_decay": 0.05,
-        "clip_norm": 1.0,
+        "mu_dtype": "bfloat16" if args.size == "20B" else "float32",
+        "nu_dtype": "float32",
+        "weight_decay": 0.045 if args.size == "20B" else 0.05,
+        "clip_norm": 4.0 if args.size == "20B" else 1.0,
     }
     config.ema_decay = 0.99 if small else 0.0  # 0 = off
 

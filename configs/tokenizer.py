@@ -50,6 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config: Any = ConfigDict()
     config.task = "tokenizer"
     config.seed = 0
+    config.res = res  # side of the training images in pixels; data and ops below follow it
     config.steps = run["steps"]
     config.batch_size = run["batch_size"]
     # Parts of the batch that go through one after another, to save memory. The discriminator sees the difference: its
@@ -57,6 +58,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.accumulate = 1
     config.eval_batch_size = 64 if small else run["batch_size"]
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.topology = (
+        "" if small else "v5e-16"
+    )  # what mesh and batch were chosen for; read by tools/compile_ahead.py alone
 
     # --- Data: where from, and what is done to a picture, in order.
     train, evaluation = f"decode|random_resized_crop({res})|flip_lr", f"decode|resize_small({res})|central_crop({res})"
@@ -119,6 +123,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "b1": 0.9,
         "b2": 0.95,
         "eps": 1e-8,
+        "mu_dtype": "float32",
+        "nu_dtype": "float32",
         "weight_decay": 0.0,
         "clip_norm": 1.0,
     }

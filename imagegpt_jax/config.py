@@ -22,8 +22,8 @@ T = TypeVar("T")
 # A ConfigDict to a reader, and no type to a checker: which keys it has is known when the config file has run.
 Config: TypeAlias = Any
 
-# Keys that change what is shown or kept, never what is computed: they may differ when a run is continued.
-HARMLESS = ("log_every", "eval_every", "sample_every", "eval_batches", "sampling", "checkpoint")
+# Keys that change what is shown or kept, or only the order of sums: they may differ when a run is continued.
+HARMLESS = ("mesh", "topology", "log_every", "eval_every", "sample_every", "eval_batches", "sampling", "checkpoint")
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> Config:

@@ -11,11 +11,19 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from imagegpt_jax import sharding
 
 Gather = Callable[[Any], Any]
+# Name of gathered parameters for checkpoint policies: no policy should save them.
+GATHERED = "gathered_parameter"
+
+
+def keep(block: Any) -> Any:
+    """The `gather` of parameters that are whole."""
+    return block
 
 
 def run(
@@ -33,7 +41,7 @@ def run(
     mesh = jax.sharding.get_abstract_mesh()
     names = sharding.batch_axes(mesh)
     if not names or not sharding.cuts_parameters(mesh) or x.shape[0] % sharding.batch_shards(mesh):
-        return function(x, blocks, batch, lambda block: block)
+        return function(x, blocks, batch, keep)
     leaves, treedef = jax.tree.flatten(blocks)
     variables = jax.tree.leaves(blocks, is_leaf=lambda v: isinstance(v, nnx.Variable))
     specs = [_only(sharding.spec_for(v.shape, v.axes, mesh), names) for v in variables]
@@ -64,4 +72,4 @@ def _whole(x: jax.Array, spec: P, dtype: Any) -> jax.Array:
     for dim, entry in enumerate(tuple(spec)[len(spec) - x.ndim :]):
         for name in reversed(sharding.as_tuple(entry)):
             x = jax.lax.all_gather(x, name, axis=dim, tiled=True)
-    return x
+    return checkpoint_name(x, GATHERED)

@@ -8,6 +8,8 @@
     warmup_steps    linear warm-up from 0
     final_lr_ratio  see schedule
     b1, b2, eps     moments (Muon: of the Adam that trains vectors, embeddings and the output head)
+    mu_dtype        dtype in which Adam, Lion, Adafactor and Muon keep the first moment
+    nu_dtype        dtype in which Adam keeps the second; computed with in float32 either way
     weight_decay    decoupled, on parameters of two and more dimensions (stacked layers not counted)
     clip_norm       clip the gradient to this global L2 norm; 0 = off
 """
@@ -22,6 +24,7 @@ from optax import contrib
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
+from imagegpt_jax.models.layers import as_dtype
 
 Axes = tuple[str | None, ...]
 
@@ -69,7 +72,9 @@ def make(config: Config, steps: int, axes: Any) -> optax.GradientTransformation:
     """
     lr = schedule(config, steps)
     decay_mask = jax.tree.map(lambda a: len(a) >= 2, axes, is_leaf=_is_axes)
-    moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    mu_dtype, nu_dtype = as_dtype(config.mu_dtype), as_dtype(config.nu_dtype)
+    moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "mu_dtype": mu_dtype}
+    decay = {"weight_decay": config.weight_decay, "mask": decay_mask}
 
     def muon() -> optax.GradientTransformation:
         return contrib.muon(
@@ -80,6 +85,7 @@ def make(config: Config, steps: int, axes: Any) -> optax.GradientTransformation:
             weight_decay_mask=decay_mask,
             adam_b1=config.b1,
             adam_b2=config.b2,
+            mu_dtype=mu_dtype,
             consistent_rms=0.2,  # update RMS as Adam's: one learning rate serves both (arXiv:2502.16982, eq. 4)
             muon_weight_dimension_numbers=jax.tree.map(
                 lambda a: None if len(a) < 2 or NOT_MUON & set(a) else _muon_dims(len(a)), axes, is_leaf=_is_axes
@@ -90,21 +96,39 @@ def make(config: Config, steps: int, axes: Any) -> optax.GradientTransformation:
         "optimizer",
         config.name,
         {
-            "adam": lambda: optax.adam(lr, **moments),
-            "adamw": lambda: optax.adamw(lr, **moments, weight_decay=config.weight_decay, mask=decay_mask),
+            "adam": lambda: _keep_second_moment(optax.adam(lr, **moments), nu_dtype),
+            "adamw": lambda: _keep_second_moment(optax.adamw(lr, **moments, **decay), nu_dtype),
             "muon": muon,
-            "lion": lambda: optax.lion(lr, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay_mask),
+            "lion": lambda: optax.lion(lr, config.b1, config.b2, mu_dtype=mu_dtype, **decay),
             "adafactor": lambda: optax.adafactor(
                 lr,
                 momentum=config.b1 or None,
+                dtype_momentum=mu_dtype,
                 weight_decay_rate=config.weight_decay or None,
                 weight_decay_mask=decay_mask,
             ),
-            "sgd": lambda: optax.sgd(lr, config.b1),
+            "sgd": lambda: optax.sgd(lr, config.b1, accumulator_dtype=mu_dtype),
         },
     )()
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def _keep_second_moment(optimizer: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+    """Adam whose second moment is kept in a narrower dtype than it is computed in."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if dtype == wide:
+        return optimizer
+
+    def cast(state: Any, dtype: Any) -> Any:
+        adam, *rest = state
+        return (adam._replace(nu=optax.tree.cast(adam.nu, dtype)), *rest)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, cast(state, wide), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
 
 
 def _muon_dims(ndim: int) -> contrib.MuonDimensionNumbers:

@@ -29,6 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "residual": ("tensor",),  # columns of the stream between blocks, which a backward pass finds saved
     "vocab": ("tensor",),
     "codebook": ("tensor", *FSDP),
     "codes": ("tensor",),  # of the codebook in use: gathered over `fsdp`
@@ -36,7 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "conv_out": FSDP,  # where `conv_in` does not divide
 }
 # Of activations only these are sharded: `embed` of an activation is whole on every device.
-ACTIVATION_AXES = ("batch", "mlp", "heads", "kv_heads", "vocab", "codes")
+ACTIVATION_AXES = ("batch", "residual", "mlp", "heads", "kv_heads", "vocab", "codes")
 
 
 def mesh_shape(shape: Mapping[str, int], count: int) -> dict[str, int]:

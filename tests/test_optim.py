@@ -12,7 +12,7 @@ from imagegpt_jax.cli import UserError
 def config(**changes):
     base = {
         "name": "adamw", "lr": 0.1, "schedule": "cosine", "warmup_steps": 2, "final_lr_ratio": 0.1, "b1": 0.9,
-        "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0,
+        "b2": 0.95, "eps": 1e-8, "mu_dtype": "float32", "nu_dtype": "float32", "weight_decay": 0.0, "clip_norm": 0.0,
     }  # fmt: skip
     return ConfigDict({**base, **changes})
 
@@ -96,3 +96,17 @@ def test_average_warms_up():
     np.testing.assert_allclose(ema["w"], 0.9, rtol=1e-6)
     ema = optim.update_ema({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.5, jnp.asarray(10_000))
     np.testing.assert_allclose(ema["w"], 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("nu_dtype", ["float32", "bfloat16"])
+def test_adam_keeps_its_moments_in_the_dtypes_of_the_config(nu_dtype):
+    optimizer = optim.make(config(name="adamw", mu_dtype="bfloat16", nu_dtype=nu_dtype, warmup_steps=0), 12, AXES)
+    exact = optim.make(config(name="adamw", warmup_steps=0), 12, AXES)
+    grads = jax.tree.map(lambda x: 0.3 * x, PARAMS)
+    updates, state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    expected, _ = exact.update(grads, exact.init(PARAMS), PARAMS)
+    adam = optax.tree_utils.tree_get(state, "mu"), optax.tree_utils.tree_get(state, "nu")
+    assert {x.dtype for x in jax.tree.leaves(adam[0])} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(adam[1])} == {jnp.dtype(nu_dtype)}
+    # The first step is computed before anything is rounded but the first moment.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), updates, expected)

@@ -64,7 +64,7 @@ class Batches:
         batch_size: int,
         seed: int = 0,
         position: int = 0,
-        rows: slice | Sequence[int] | None = None,
+        rows: slice | Sequence[int] | np.ndarray | None = None,
         shuffle: bool = True,
         epochs: int | None = None,
         host_fn: Callable[[Batch], Any] | None = None,

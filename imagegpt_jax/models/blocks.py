@@ -77,7 +77,7 @@ class Block(nnx.Module):
         x_BLD = x_BLD + gated(layers.dropout(y_BLD, config.residual_dropout, keys[1]), gate1)
         y_BLD = self.mlp(adapt(self.mlp_norm(x_BLD), shift2, scale2))
         x_BLD = x_BLD + gated(layers.dropout(y_BLD, config.mlp_dropout, keys[2]), gate2)
-        return sharding.constrain(x_BLD, ("batch", "length", "embed")), cache
+        return sharding.constrain(x_BLD, ("batch", "length", "residual")), cache
 
 
 def make_modulation(config: GPTConfig, parts: int) -> layers.Linear:

@@ -25,6 +25,7 @@ from imagegpt_jax.models.gpt_config import GPTConfig, check, split_dims
 EMBED_STD = 0.02
 # What the backward pass finds saved of each block, beside its input; see `GPTConfig.remat`.
 REMAT = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(fsdp.GATHERED),
     "full": None,
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -58,6 +59,12 @@ class Sequence:
     def from_batch(cls, batch: Mapping[str, Any]) -> "Sequence":
         """Takes the fields it knows from a packed batch."""
         return cls(**{f.name: batch[f.name] for f in dataclasses.fields(cls) if f.name in batch})
+
+    def first(self, length: int) -> "Sequence":
+        """The same sequences, cut off after `length` tokens."""
+        names = ("tokens", "positions", "segments", "target_positions")
+        values = {name: getattr(self, name) for name in names}
+        return dataclasses.replace(self, **{k: None if v is None else v[:, :length] for k, v in values.items()})
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +129,7 @@ class GPT(nnx.Module):
         x_BLD, rotary, segments_BL, condition_BD = self._embed(sequence)
         embed_keys, block_keys = (None, None) if key is None else _row_keys(key, x_BLD.shape[0])
         x_BLD = layers.dropout(x_BLD, self.config.token_dropout, embed_keys)
-        x_BLD = sharding.constrain(x_BLD, ("batch", "length", "embed"))
+        x_BLD = sharding.constrain(x_BLD, ("batch", "length", "residual"))
         if cache is None:
             x_BLD = self._run(x_BLD, rotary, visible(segments_BL, self.config), condition_BD, block_keys)
         else:
@@ -242,7 +249,7 @@ class GPT(nnx.Module):
                 keys = None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
                 return gather(block)(x_BLD, rotary, seen, condition_BD, key=keys)[0]
 
-            if config.remat != "none":
+            if config.remat != "none" or gather is not fsdp.keep:
                 apply = jax.checkpoint(apply, policy=REMAT[config.remat], prevent_cse=not config.scan)
             if config.scan:
                 layers_ = (jnp.arange(config.depth), blocks)

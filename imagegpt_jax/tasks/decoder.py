@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imagegpt_jax import checkpoint, metrics, optim, sharding, token_loss
+from imagegpt_jax import checkpoint, flops, metrics, optim, sharding, token_loss
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.accumulate import accumulate
@@ -224,6 +224,28 @@ def phase(setup: Setup, step: int) -> str:
     return "train"
 
 
+def phases(setup: Setup) -> tuple[str, ...]:
+    """All values of `phase`."""
+    del setup
+    return ("train",)
+
+
+def step_flops(setup: Setup, phase: str, batch: Mapping[str, Any]) -> float:
+    """Model FLOPs of a training step: three forward passes. Encoding images within the step is not counted."""
+    del phase
+    layout = setup.layout
+    length = layout.length if setup.config.data.image_to_text else layout.text_length + layout.num_codes
+    scored = [(layout.image_ids[1], layout.num_codes)]
+    if layout.text_length:
+        scored.append((layout.text_ids[1], layout.text_length + 1))
+    return 3 * flops.decoder_forward(setup.model, batch["tokens"].shape[0], length, scored)
+
+
+def forward_flops(setup: Setup, batch_size: int, length: int, scored: int, context: int = 0) -> float:
+    """Model FLOPs of `length` tokens after `context` others, of which the last `scored` are scored as codes."""
+    return flops.decoder_forward(setup.model, batch_size, length, [(setup.layout.image_ids[1], scored)], context)
+
+
 def init_state(setup: Setup, key: jax.Array) -> TrainState:
     """The first TrainState; pure. An untrained tokenizer is drawn here, a trained one is read by `load_frozen`."""
     return state_lib.init(
@@ -265,7 +287,7 @@ def _untrained(setup: Setup) -> state_lib.Params:
     return jax.device_get(draw(jax.random.key(setup.tokenizer.config.seed)))
 
 
-def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: slice | None = None) -> Any:
+def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: np.ndarray | None = None) -> Any:
     """Packed batches of a split: shuffled and endless for "train", once and in order otherwise."""
     data = setup.config.data
     train = split == "train"
@@ -369,8 +391,11 @@ def token_nll(setup: Setup, module: Any, batch: dict[str, jax.Array], key: jax.A
     among the codebook, a word among everything else. Only the places of that kind are multiplied with that
     part of the table.
     """
-    chunk = setup.config.logit_chunk
-    hidden_BLD = module(gpt.Sequence.from_batch(batch), key=key).hidden
+    layout, chunk = setup.layout, setup.config.logit_chunk
+    sequence = gpt.Sequence.from_batch(batch)
+    if not setup.config.data.image_to_text:  # nothing is predicted from the last code and the end of the image
+        sequence = sequence.first(layout.text_length + layout.num_codes)
+    hidden_BLD = module(sequence, key=key).hidden
     nll_BL = jnp.zeros(batch["tokens"].shape, layers.wide(hidden_BLD.dtype))
     for kind, start, count, (first_id, num_ids) in _parts(setup, batch["tokens"]):
         hidden_BMD, targets_BM, kind_BM = (

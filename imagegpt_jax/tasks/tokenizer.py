@@ -8,7 +8,7 @@ Shapes: B batch, H W C image, h w code grid, V codebook.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from imagegpt_jax import gan, metrics, optim, sharding
+from imagegpt_jax import flops, gan, metrics, optim, sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.accumulate import accumulate
 from imagegpt_jax.cli import UserError
@@ -56,7 +57,10 @@ class Setup:
     sources: dict[str, Any]
 
 
-def _build(config: Config, opened: dict[str, Any], perceptual: lpips.LPIPS | None) -> Setup:
+def _build(
+    config: Config, opened: dict[str, Any], perceptual: str = "", weights: state_lib.Params | None = None
+) -> Setup:
+    """`perceptual` names the network of the perceptual loss, if there is one."""
     model = to_dataclass(vq.VQConfig, config.model)
     loss = to_dataclass(gan.LossConfig, config.loss)
     networks = {"generator": state_lib.network(lambda key: vq.VQModel(model, key=key))}
@@ -67,11 +71,9 @@ def _build(config: Config, opened: dict[str, Any], perceptual: lpips.LPIPS | Non
         optimizers["discriminator"] = optim.make(
             config.discriminator_optim, config.steps, networks["discriminator"].axes
         )
-    weights = None
-    if perceptual is not None:
-        kind, dtype = perceptual.network, layers.wide(config.model.dtype)
-        networks["perceptual"] = state_lib.network(lambda key: lpips.LPIPS(kind, dtype=dtype, key=key))
-        weights = jax.device_get(state_lib.split(perceptual)[1])
+    if perceptual:
+        dtype = layers.wide(config.model.dtype)
+        networks["perceptual"] = state_lib.network(lambda key: lpips.LPIPS(perceptual, dtype=dtype, key=key))
     return Setup(config, model, loss, networks, optimizers, weights, opened)
 
 
@@ -88,21 +90,35 @@ def setup(config: Config) -> Setup:
             f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}: use a divisor of it."
         )
     opened = {split: sources.open_source(config.data[split]) for split in ("train", "validation")}
-    perceptual = None
+    perceptual, weights = "", None
     if config.loss.lpips:
         if not config.loss.lpips_weights:
             raise UserError(
                 "config.loss.lpips > 0 needs config.loss.lpips_weights=FILE.safetensors: make it with"
                 " `python tools/convert_lpips.py --network=vgg16 --output=FILE.safetensors`."
             )
-        perceptual = lpips.LPIPS.load(config.loss.lpips_weights)
-    return _build(config, opened, perceptual)
+        trained = lpips.LPIPS.load(config.loss.lpips_weights)
+        perceptual, weights = trained.network, jax.device_get(state_lib.split(trained)[1])
+    return _build(config, opened, perceptual, weights)
 
 
 def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
     """Like `setup` for a finished run: opens no data and no loss networks."""
     del workdir  # a tokenizer has no assets beside its checkpoints
-    return _build(config, {}, None)
+    return _build(config, {})
+
+
+def setup_abstract(config: Config) -> Setup:
+    """Like `setup` from the config alone, with the perceptual loss of VGG-16 if any: enough to compile, not to run."""
+    return _build(config, {}, "vgg16" if config.loss.lpips else "")
+
+
+def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what `batches` gives and the devices see."""
+    side = setup.config.res
+    image = jax.ShapeDtypeStruct((batch_size, side, side, setup.model.in_channels), jnp.float32)
+    position = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return {"image": image, "mask": jax.ShapeDtypeStruct((batch_size,), bool), "position": position}
 
 
 def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
@@ -119,6 +135,22 @@ def phase(setup: Setup, step: int) -> str:
     """ "reconstruction" before the discriminator's start, "adversarial" from then on."""
     start = setup.loss.gan_start
     return "adversarial" if 0 <= start <= step else "reconstruction"
+
+
+def phases(setup: Setup) -> tuple[str, ...]:
+    """All values of `phase`."""
+    return ("reconstruction", "adversarial") if setup.loss.gan_start >= 0 else ("reconstruction",)
+
+
+def step_flops(setup: Setup, phase: str, batch: Mapping[str, Any]) -> float:
+    """Model FLOPs of a training step, counted in its trace with plain convolutions and without recomputation."""
+    config = ConfigDict(setup.config.to_dict())
+    config.model.conv_impl, config.model.remat, config.accumulate = "xla", False, 1
+    plain = _build(config, {}, "vgg16" if "perceptual" in setup.networks else "")
+    state = jax.eval_shape(functools.partial(init_state, plain), jax.eval_shape(jax.random.key, 0))
+    step = functools.partial(train_step, plain, phase)
+    count, *sides = batch["image"].shape
+    return count * flops.traced(step, state, {"image": jax.ShapeDtypeStruct((1, *sides), jnp.float32)})
 
 
 def init_state(setup: Setup, key: jax.Array) -> TrainState:
@@ -145,7 +177,7 @@ def load_frozen(setup: Setup, state: TrainState, layout: TrainState) -> TrainSta
     return dataclasses.replace(state, frozen={**state.frozen, "perceptual": weights})
 
 
-def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: slice | None = None) -> Any:
+def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: np.ndarray | None = None) -> Any:
     """The batches of a split: shuffled, augmented and endless for "train", once and in order otherwise."""
     data = setup.config.data
     train = split == "train"

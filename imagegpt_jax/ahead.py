@@ -1,0 +1,247 @@
+"""Compiles the programs of a config for TPU slices that are not there, and reads off what they will need.
+
+The TPU compiler (libtpu) runs on any CPU machine. What it gives is *compiled*, never measured: memory is the compiler's
+own plan, communication is read from its HLO text, FLOPs are counted from shapes, times are estimates from peak rates.
+"""
+
+import dataclasses
+import functools
+import importlib
+import resource
+import time
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from imagegpt_jax import collectives, hardware, loop, sharding
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import Config
+from imagegpt_jax.generate import prefill, step
+from imagegpt_jax.models import gpt
+
+COMPUTE_BYTES = 2  # of parameters and activations on the way: bf16
+# TPU compiler options that were tried for the training step; see docs/scale.md.
+COMPILER_OPTIONS: dict[str, str] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a config on a slice, abstract up to its compilation.
+
+    Attributes:
+      name: "train" (decoder), "reconstruction", "adversarial" (tokenizer), "prefill", "decode" (sampling).
+      lower: traces it: () -> jax.stages.Lowered.
+      model_flops: FLOPs that the model needs, all devices together.
+    """
+
+    name: str
+    lower: Any
+    model_flops: float
+
+
+def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Config:
+    """A copy of a config for a slice: its own mesh where it was written for it, else `fsdp` fills.
+
+    Args:
+      config: of either task.
+      topology: the slice.
+      batch_size: global batch; 0 takes the config's, rounded up to a multiple of the devices.
+    """
+    config = ConfigDict(config.to_dict())
+    if config.topology != topology.name or topology.slices > 1:
+        config.mesh = {"data": topology.slices, "fsdp": -1, "tensor": 1}
+    sizes = sharding.mesh_shape(config.mesh, topology.chips)
+    parts = sizes["data"] * sizes["fsdp"] * config.accumulate
+    config.batch_size = batch_size or -(-config.batch_size // parts) * parts
+    return config
+
+
+class Plan:
+    """A config on the devices of a slice: everything needed to compile, and no array.
+
+    Args:
+      config: as `fit` gives it.
+      topology: the slice.
+
+    Raises:
+      UserError: if the config does not fit the slice.
+    """
+
+    def __init__(self, config: Config, topology: hardware.Topology):
+        self.config, self.topology = config, topology
+        self.task: ModuleType = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
+        self.mesh: Mesh = sharding.make_mesh(config.mesh, topology.devices())
+        self.setup = self.task.setup_abstract(config)
+        sharding.check_batch_size(config.batch_size, self.mesh, config.accumulate)
+        self.task.check_mesh(self.setup, self.mesh)
+        with jax.set_mesh(self.mesh):
+            make = functools.partial(self.task.init_state, self.setup)
+            abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
+        self.layout = state_lib.shardings(abstract, self.setup.networks, self.mesh)
+        self.state = _with_shardings(abstract, self.layout)
+
+    def programs(self) -> Iterator[Program]:
+        """The training steps, and for a decoder the two programs of sampling."""
+        batch = self.task.abstract_batch(self.setup, self.config.batch_size)
+        batch = _with_shardings(batch, dict.fromkeys(batch, sharding.batch_sharding(self.mesh)))
+        steps = loop.Steps(self.task, self.setup, self.mesh, self.layout)
+        for phase in self.task.phases(self.setup):
+            lower = functools.partial(steps.lower, phase, self.state, batch)
+            yield Program(phase, lower, self.task.step_flops(self.setup, phase, batch))
+        if self.config.task == "decoder":
+            yield from self._sampling()
+
+    def _sampling(self) -> Iterator[Program]:
+        """Prefill and one step with guidance: rows of the network are twice the samples."""
+        layout, rows = self.setup.layout, 2 * self.config.batch_size
+        cut = sharding.batch_sharding(self.mesh)
+
+        def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=cut)
+
+        def module(params: Any) -> Any:
+            return self.setup.networks["decoder"].module(params)
+
+        params = jax.tree.map(lambda x: x, self.state.params("decoder"))
+        length = layout.prompt_length
+        capacity = length + layout.num_codes - 1
+        prompt = gpt.Sequence(array((length,)), array((length, 3)), array((length,)))
+        start_rows = jax.jit(lambda params, prompt: prefill(module(params).unstack(), prompt, capacity))
+        count = functools.partial(self.task.forward_flops, self.setup, rows)
+        yield Program("prefill", lambda: start_rows.lower(params, prompt), count(length, 1))
+        cache = jax.eval_shape(start_rows, params, prompt)[1]
+        heads = NamedSharding(self.mesh, sharding.activation_spec(("batch", "kv_heads", None, None), self.mesh))
+        whole = sharding.replicated(self.mesh)
+        cache = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding={4: heads, 2: cut}.get(x.ndim, whole)), cache
+        )
+        start, size = layout.image_ids
+
+        def decode(params: Any, cache: Any, tokens_R: jax.Array, positions_R3: jax.Array) -> Any:
+            decoder = module(params)
+            hidden_RD, cache = step(decoder.unstack(), cache, tokens_R, positions_R3)
+            return decoder.unembed(hidden_RD, start, size), cache
+
+        add_token = jax.jit(decode, donate_argnums=1)
+        yield Program("decode", lambda: add_token.lower(params, cache, array(()), array((3,))), count(1, 1, capacity))
+
+    def bound(self) -> dict[str, int]:
+        """Least communication of a training step, bytes sent by a device: kind -> bytes.
+
+        Parameters are gathered for the forward and for the backward pass (the token table for the first alone) and
+        their gradients scattered, once each, in the compute dtype; `data` sums the gradients of each part; `tensor` sums activations twice in a block forward,
+        twice backward, and once more where the block is recomputed.
+        """
+        shape = self.mesh.shape
+        fsdp, data, tensor = shape["fsdp"] * shape["fsdp_minor"], shape["data"], shape["tensor"]
+        gathered = scattered = summed = 0.0
+        leaves = jax.tree_util.tree_leaves_with_path(self.state.trainable)
+        for (path, leaf), where in zip(leaves, jax.tree.leaves(self.layout.trainable), strict=True):
+            times = 1 if any(getattr(key, "key", None) == "embed" for key in path) else 2  # looked up, not multiplied
+            names = {n for entry in where.spec for n in sharding.as_tuple(entry)}
+            size = leaf.size * COMPUTE_BYTES / (tensor if "tensor" in names else 1)
+            parts = fsdp if set(sharding.FSDP) & names else 1
+            gathered += times * size * (parts - 1) / parts
+            scattered += size * (parts - 1) / parts
+            summed += 2 * size / parts * (data * fsdp / parts - 1) / (data * fsdp / parts)
+        accumulate = self.config.accumulate
+        bound = {"all-gather": gathered * accumulate, "reduce-scatter": scattered * accumulate, "all-reduce": summed}
+        if tensor > 1 and self.config.task == "decoder":
+            model = self.setup.model
+            rows = self.config.batch_size // (data * fsdp)
+            stream = rows * (self.setup.layout.text_length + self.setup.layout.num_codes) * model.width * COMPUTE_BYTES
+            sums = 4 + (model.remat != "none")
+            bound["all-reduce"] += sums * model.depth * 2 * stream * (tensor - 1) / tensor
+        return {kind: round(value) for kind, value in bound.items()}
+
+    def largest_replicated_parameter(self) -> int:
+        """Bytes of the largest parameter that every device holds whole; 0 on a mesh that cuts none."""
+        pairs = zip(jax.tree.leaves(self.state.trainable), jax.tree.leaves(self.layout.trainable), strict=True)
+        if not sharding.cuts_parameters(self.mesh):
+            return 0
+        return max((x.size * x.dtype.itemsize for x, where in pairs if where.is_fully_replicated), default=0)
+
+    def compile(self, program: Program) -> tuple[dict[str, Any], str]:
+        """Compiles a program.
+
+        Returns:
+          (report: JSON values, see docs/scale.md; text of the optimized HLO)
+        """
+        started = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            lowered = program.lower()
+        traced = time.perf_counter()
+        try:
+            compiled = lowered.compile(compiler_options=COMPILER_OPTIONS or None)
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" in str(e):
+                raise OutOfMemory(str(e).splitlines()[0]) from e
+            raise
+        done = time.perf_counter()
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        chip, devices = self.topology.chip, self.topology.chips
+        moved, training = collectives.count(text), program.name not in ("prefill", "decode")
+        bound = self.bound() if training else {}
+        flops = program.model_flops / devices
+        sent = sum(total.bytes for total in moved.values())
+        traffic = 2 * memory.argument_size_in_bytes + 2 * memory.temp_size_in_bytes
+        estimate = {
+            "compute": flops / chip.flops,
+            "hbm": traffic / chip.hbm_bandwidth,
+            "ici": sent / chip.ici_bandwidth,
+        }
+        report = {
+            "config": self.config.to_dict(),
+            "program": program.name,
+            "topology": self.topology.name,
+            "slices": self.topology.slices,
+            "mesh": {a: sharding.mesh_shape(self.config.mesh, devices)[a] for a in sharding.CONFIG_AXES},
+            "batch_size": self.config.batch_size,
+            "parameters": state_lib.count_params(self.state.trainable),
+            "trace_seconds": round(traced - started, 2),
+            "compile_seconds": round(done - traced, 2),
+            "argument_bytes": memory.argument_size_in_bytes,
+            "temp_bytes": memory.temp_size_in_bytes,
+            "peak_bytes": memory.peak_memory_in_bytes,
+            "hbm_bytes": chip.hbm_bytes,
+            "model_flops_per_device": flops,
+            "collectives": {
+                kind: {
+                    "count": moved[kind].count if kind in moved else 0,
+                    "bytes": moved[kind].bytes if kind in moved else 0,
+                    "bound_bytes": bound.get(kind, 0),
+                }
+                for kind in collectives.KINDS
+                if kind in moved or bound.get(kind)
+            },
+            "collective_bytes": sent,
+            "collective_bound_bytes": sum(bound.values()),
+            "largest_replicated_parameter_bytes": self.largest_replicated_parameter(),
+            "roofline_estimate_seconds": {name: round(value, 6) for name, value in estimate.items()},
+            "roofline_estimate_mfu": round(estimate["compute"] / max(max(estimate.values()), 1e-12), 4),
+            "host_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "versions": versions(),
+        }
+        return report, text
+
+
+class OutOfMemory(UserError):
+    """The compiler found no way to fit a program into the memory of the chip."""
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a compilation."""
+    import importlib.metadata
+
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": importlib.metadata.version("libtpu")}
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -1,0 +1,89 @@
+"""Compiles a config's programs for TPU slices that are not there: memory, communication, FLOPs, an estimate of time.
+
+The *actual* training step is compiled by the TPU compiler on this CPU machine (`pip install -e '.[tpu]'`), and for a
+decoder also prefill and decode step of sampling. Nothing of it is measured on a TPU.
+
+  python tools/compile_ahead.py --config=configs/decoder.py:size=3B --topology=v5e-256
+  python tools/compile_ahead.py --config=configs/decoder.py:size=B --topology=v5e-256 --slices=2 --output=B.json
+  python tools/compile_ahead.py --config=configs/tokenizer.py:size=vq16 --topology=v5e-16 --programs=adversarial
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+from absl import flags
+
+from imagegpt_jax import cli
+
+CONFIG = cli.define_config()
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "TPU slice as Cloud names it: v4-128, v5e-256, v5p-512, v6e-256; default: the config's own."
+)
+SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices; `data` spans them.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Global batch; 0 = the config's, rounded up to the devices.")
+PROGRAMS = flags.DEFINE_list("programs", [], "Which to compile: train, prefill, decode; default all.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file of one object per program.")
+HLO = flags.DEFINE_string("hlo", None, "Folder for the text of the compiled programs.")
+
+GIB = 1 << 30
+
+
+def describe(report: dict) -> str:
+    """A report in a few lines."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+    slices = f"{report['slices']} x " if report["slices"] > 1 else ""
+    share = report["peak_bytes"] / report["hbm_bytes"]
+    lines = [
+        f"{report['program']} on {slices}{report['topology']} ({mesh}), batch {report['batch_size']},"
+        f" {report['parameters'] / 1e6:,.0f} M parameters",
+        f"  compiled in {report['compile_seconds']:.1f} s; host memory {report['host_peak_rss_bytes'] / GIB:.2f} GiB",
+        f"  per device: arguments {report['argument_bytes'] / GIB:.3f}, temporary {report['temp_bytes'] / GIB:.3f},"
+        f" peak {report['peak_bytes'] / GIB:.3f} of {report['hbm_bytes'] / GIB:.0f} GiB ({share:.0%})",
+        f"  model FLOPs per device {report['model_flops_per_device']:.3g}; largest replicated parameter"
+        f" {report['largest_replicated_parameter_bytes'] / 1024:.0f} KiB",
+    ]
+    for kind, total in report["collectives"].items():
+        bound = f" (bound {total['bound_bytes'] / 1e6:,.1f})" if total["bound_bytes"] else ""
+        lines.append(f"  {kind:<18} {total['count']:>6} {total['bytes'] / 1e6:>12,.1f} MB{bound}")
+    if report["collective_bound_bytes"]:
+        ratio = report["collective_bytes"] / report["collective_bound_bytes"]
+        lines.append(f"  all communication is {ratio:.2f} x its bound")
+    times = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in report["roofline_estimate_seconds"].items())
+    lines.append(
+        f"  estimate from peak rates, not measured: {times}; MFU at most {report['roofline_estimate_mfu']:.0%}"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compiles what the flags describe."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device, and must not take one
+    from imagegpt_jax import ahead, hardware
+
+    config = CONFIG.value
+    if not (TOPOLOGY.value or config.topology):
+        raise cli.UserError("this config is not written for a TPU slice: give --topology, such as --topology=v5e-16.")
+    topology = hardware.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
+    plan = ahead.Plan(ahead.fit(config, topology, BATCH_SIZE.value), topology)
+    programs = {program.name: program for program in plan.programs()}
+    for name in PROGRAMS.value:
+        if name not in programs:
+            raise cli.UserError(f"unknown program {name!r}.{cli.suggest(name, programs)}")
+    reports = []
+    for name in PROGRAMS.value or programs:
+        report, text = plan.compile(programs[name])
+        reports.append(report)
+        print(describe(report), flush=True)
+        if HLO.value:
+            folder = pathlib.Path(HLO.value)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.txt").write_text(text)
+    if OUTPUT.value:
+        pathlib.Path(OUTPUT.value).write_text(json.dumps(reports, indent=1) + "\n")
+        print(f"Wrote {OUTPUT.value}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -105,6 +105,7 @@ def gradients(
         return total, parts
 
     (rec_loss, parts), cotangent = jax.value_and_grad(reconstruction_loss, has_aux=True)(recon_BHWC)
+    total = rec_loss + quantizer_loss
     values = {
         "reconstruction": metrics.mean(rec_loss),
         "psnr": metrics.mean(_psnr(recon_BHWC, images_BHWC)),
@@ -127,7 +128,9 @@ def gradients(
                 _last_layer_gradient(net, state, features, gan_cotangent),
             )
         cotangent = cotangent + weight * gan_cotangent
+        total = total + weight * gan_loss
         values |= {"gan_generator": metrics.mean(gan_loss), "gan_weight": metrics.mean(weight)}
+    values["loss"] = metrics.mean(total)
     grads = {"generator": pullback((cotangent, jnp.ones_like(quantizer_loss)))[0]}
 
     # --- The discriminator's loss on the same reconstructions; real and fake go through in separate calls.

@@ -206,7 +206,11 @@ class GPT(nnx.Module):
         x_BLD = self.embed(sequence.tokens)
         if sequence.target_positions is not None:
             cos_BLD, sin_BLD = layers.rotary_table(
-                sequence.target_positions, split_dims(config.width), config.width, config.rope_theta
+                sequence.target_positions,
+                split_dims(config.width),
+                config.width,
+                config.rope_theta,
+                layers.wide(x_BLD.dtype),
             )
             x_BLD = x_BLD + self.target(jnp.concatenate([cos_BLD, sin_BLD], axis=-1))
         condition_BD = None
@@ -229,7 +233,13 @@ class GPT(nnx.Module):
         if config.position == "rope":
             return (
                 x_BLD,
-                layers.rotary_table(positions_BL3, config.rotary_axes, config.head_width, config.rope_theta),
+                layers.rotary_table(
+                    positions_BL3,
+                    config.rotary_axes,
+                    config.head_width,
+                    config.rope_theta,
+                    layers.wide(x_BLD.dtype),
+                ),
                 segments_BL,
                 condition_BD,
             )

@@ -427,7 +427,7 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     del phase
     config, net, frozen = setup.config, setup.networks["decoder"], state.frozen["decoder"]
     params = state.trainable["decoder"]
-    total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
+    total_weight = jnp.maximum(batch["weights"].astype(layers.wide(config.model.dtype)).sum(), 1.0)
     keys_B = None
     if any(config.model[f"{name}_dropout"] for name in ("token", "residual", "mlp", "attention")):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)

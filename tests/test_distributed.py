@@ -35,6 +35,9 @@ def start(*arguments, **more):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
+        # What runs the tests in the background may have it ignored, which a shell cannot change.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -135,14 +138,18 @@ def test_what_is_wrong_with_one_process_ends_all_and_writes_nothing(extra, words
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_to_the_launcher_ends_all(tmp_path):
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_the_launcher_ends_all(how, tmp_path):
     workdir = tmp_path / "run"
     python = stand_in(tmp_path, f'[ -z "${{JAX_PROCESS_ID:-}}" ] || touch "{tmp_path}/started.$JAX_PROCESS_ID"')
     launched = start(*TOKENIZER, f"--workdir={workdir}", PYTHON=python)
     while len(list(tmp_path.glob("started.*"))) < 2:
         time.sleep(0.05)
     pids = [process_of(workdir, index) for index in (0, 1)]
-    launched.send_signal(signal.SIGTERM)
+    if how == "SIGTERM":
+        launched.send_signal(signal.SIGTERM)
+    else:  # the terminal sends it to all
+        os.killpg(launched.pid, signal.SIGINT)
     status, _, _ = end(launched, timeout=40)
     assert status == 130
     assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)

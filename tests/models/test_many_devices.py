@@ -105,3 +105,30 @@ def test_batch_norm_is_that_of_the_whole_batch():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, expected)
         print("ok")
     """)
+
+
+def test_parts_of_a_batch_are_cut_where_they_lie():
+    """Accumulation over three parts: sums and rows of the whole batch, and no row leaves its device."""
+    on_eight_devices("""
+        import re
+        import jax, jax.numpy as jnp, numpy as np
+        from imagegpt_jax import sharding
+        from imagegpt_jax.accumulate import accumulate
+
+        mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
+        rows = sharding.batch_sharding(mesh)
+
+        def step(x):
+            return accumulate(lambda x: (jnp.sum(x), {}, x * 2), x, 3)
+
+        with jax.set_mesh(mesh):
+            x = jax.device_put(jnp.arange(48.0).reshape(24, 2), rows)
+            outs = sharding.replicated(mesh), {}, rows
+            compiled = jax.jit(step, out_shardings=outs).lower(x).compile()
+            total, _, doubled = compiled(x)
+        np.testing.assert_array_equal(doubled, 2 * np.arange(48).reshape(24, 2))
+        assert float(total) == 48 * 47 / 2
+        moves = set(re.findall(r"(all-to-all|collective-permute|all-gather|all-reduce)[(]", compiled.as_text()))
+        assert moves == {"all-reduce"}, moves
+        print("ok")
+    """)

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import losses, state
+from imagegpt_jax.cli import UserError
 from imagegpt_jax.tasks import tokenizer
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -149,3 +151,49 @@ def test_average_lags_behind():
         kernel(after.ema), kernel(made.ema) + 0.9 * (kernel(after.trainable) - kernel(made.ema)), rtol=1e-4, atol=1e-7
     )
     assert jnp.abs(kernel(after.ema) - kernel(after.trainable)).max() > 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
+def test_accumulated_parts_make_the_step_of_the_whole_batch(dtype, tolerance):
+    changes = {"model.dtype": dtype, "model.param_dtype": dtype, "model.quantizer.revival_steps": 8}
+    with jax.enable_x64(dtype == "float64"):
+        whole, parts = (
+            step(make(batch_size=4, accumulate=count, **changes)[1], "reconstruction")[1:] for count in (1, 2)
+        )
+        for name in ("trainable", "ema", "stats"):
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+                getattr(whole[0], name),
+                getattr(parts[0], name),
+            )
+        for name in whole[1]:
+            np.testing.assert_allclose(whole[1][name].compute(), parts[1][name].compute(), rtol=tolerance)
+        assert jax.tree.leaves(whole[0].trainable["generator"])[0].dtype == dtype
+
+
+def test_parts_must_divide_the_batch():
+    with pytest.raises(UserError, match="accumulate=3 does not divide batch_size=4"):
+        make(batch_size=4, accumulate=3)
+
+
+def test_float64_is_refused_where_jax_keeps_to_32_bits():
+    for key in ("model.dtype", "model.param_dtype", "discriminator.dtype"):
+        with pytest.raises(UserError, match="JAX_ENABLE_X64=1"):
+            make(**{key: "float64"})
+
+
+def test_perceptual_weights_are_state_and_no_constants(tmp_path):
+    from imagegpt_jax.models.pretrained.lpips import LPIPS
+
+    path = tmp_path / "lpips.safetensors"
+    network = LPIPS("vgg16", key=jax.random.key(3))
+    safetensors.numpy.save_file({name: np.asarray(p[...]) for name, p in network.parameters().items()}, path)
+    _, setup = make(**{"loss.lpips": 0.5, "loss.lpips_weights": str(path)})
+    shapes = jax.eval_shape(lambda key: tokenizer.init_state(setup, key), jax.random.key(0))
+    assert state.count_params(shapes.trainable["perceptual"]) == 0
+    drawn = jax.tree.map(lambda x: 0.1 * jnp.ones(x.shape, x.dtype), shapes)
+    everywhere = jax.tree.map(lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    made = tokenizer.load_frozen(setup, drawn, everywhere)
+    np.testing.assert_array_equal(made.frozen["perceptual"]["convs"][0]["kernel"], network.convs[0].kernel[...])
+    traced = jax.make_jaxpr(lambda s, b: tokenizer.train_step(setup, "reconstruction", s, b))(made, {"image": IMAGES})
+    assert max((np.size(c) for c in traced.consts), default=0) < 1000

@@ -8,13 +8,16 @@ import contextlib
 import importlib.util
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from imagegpt_jax.cli import UserError
 
-# How long a bucket may take to answer. Reading credentials and one listing take less than two.
-ANSWER_SECONDS = 4.0
+# How long a bucket may take to answer: reading credentials and one listing take less than two seconds. The program is
+# to end within ten, of which a busy machine may spend five on importing TensorFlow.
+_LONGEST, _SHORTEST, _ALL = 4.0, 2.0, 7.0
+_STARTED = time.monotonic()
 _PATH = re.compile(r"gs://[^\s,'\"+]+")
 _CHECK = (
     "check the bucket's name, the network, and the credentials (`gcloud auth application-default login`, or the service"
@@ -48,7 +51,7 @@ def check(*values: Any, workdir: str = "") -> None:
       workdir: a folder that checkpoints will be written into.
 
     Raises:
-      UserError: if one does not answer within `ANSWER_SECONDS`, or the packages to write there are missing.
+      UserError: if one does not answer within seconds, or the packages to write there are missing.
     """
     for path in paths(workdir, *values):
         _probe(path)
@@ -80,8 +83,9 @@ def _probe(path: str) -> None:
         answered.set()
 
     threading.Thread(target=ask, daemon=True, name="ask bucket").start()
-    if not answered.wait(ANSWER_SECONDS):
-        raise UserError(f"{path} did not answer within {ANSWER_SECONDS:.0f} s: {_CHECK}")
+    seconds = min(_LONGEST, max(_SHORTEST, _ALL - (time.monotonic() - _STARTED)))
+    if not answered.wait(seconds):
+        raise UserError(f"{path} did not answer within {seconds:.0f} s: {_CHECK}")
     if errors:
         raise UserError(f"{path} cannot be reached ({_reason(errors[0])}): {_CHECK}")
 

@@ -16,7 +16,7 @@ from imagegpt_jax.cli import UserError
 
 # How long a bucket may take to answer: reading credentials and one listing take less than two seconds. The program is
 # to end within ten, of which a busy machine may spend five on importing TensorFlow.
-_LONGEST, _SHORTEST, _ALL = 4.0, 2.0, 7.0
+_LONGEST, _SHORTEST, _ALL = 4.0, 2.0, 6.0
 _STARTED = time.monotonic()
 _PATH = re.compile(r"gs://[^\s,'\"+]+")
 _CHECK = (

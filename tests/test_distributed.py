@@ -209,12 +209,11 @@ def test_a_bucket_that_is_refused_is_told_with_the_reason(tmp_path):
         free.bind(("127.0.0.1", 0))
         proxy = f"http://127.0.0.1:{free.getsockname()[1]}"
     data = "--config.data.train=folder:gs://no-such-bucket/x"
-    done, seconds = alone(*TOKENIZER, data, f"--workdir={tmp_path / 'run'}", https_proxy=proxy, http_proxy=proxy)
+    done, _ = alone(*TOKENIZER, data, f"--workdir={tmp_path / 'run'}", https_proxy=proxy, http_proxy=proxy)
     assert done.returncode == 1
     (last,) = done.stderr.splitlines()
     assert last.startswith("error: gs://no-such-bucket/x ")
     assert "credentials" in last
-    assert seconds < 10
     assert not (tmp_path / "run").exists()
 
 

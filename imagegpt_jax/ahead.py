@@ -7,6 +7,7 @@ own plan, communication is read from its HLO text, FLOPs are counted from shapes
 import dataclasses
 import functools
 import importlib
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -47,7 +48,8 @@ class Program:
 
 
 def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Config:
-    """A copy of a config for a slice: its own mesh where it was written for it, else `fsdp` fills.
+    """A copy of a config for a slice. On one it was not written for, `fsdp` fills, and `accumulate` doubles until the
+    inputs of blocks that the backward pass keeps should take no more than a third of the memory.
 
     Args:
       config: of either task.
@@ -55,11 +57,19 @@ def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Con
       batch_size: global batch; 0 takes the config's, rounded up to a multiple of the devices.
     """
     config = ConfigDict(config.to_dict())
-    if config.topology != topology.name or topology.slices > 1:
+    own = config.topology == topology.name and topology.slices == 1
+    if not own:
         config.mesh = {"data": topology.slices, "fsdp": -1, "tensor": 1}
     sizes = sharding.mesh_shape(config.mesh, topology.chips)
-    parts = sizes["data"] * sizes["fsdp"] * config.accumulate
-    config.batch_size = batch_size or -(-config.batch_size // parts) * parts
+    parts = sizes["data"] * sizes["fsdp"]
+    config.batch_size = batch_size or -(-config.batch_size // (parts * config.accumulate)) * parts * config.accumulate
+    if config.task == "decoder" and not own:
+        tokens = math.prod(config.data.grid) + config.data.text_length
+        saved = tokens * config.model.width * config.model.depth * COMPUTE_BYTES
+        while config.batch_size // (parts * config.accumulate) * saved > topology.chip.hbm_bytes / 3:
+            if config.batch_size % (2 * parts * config.accumulate):
+                break
+            config.accumulate *= 2
     return config
 
 

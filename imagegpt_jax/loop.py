@@ -1,9 +1,9 @@
 """The only training loop, shared by all stages.
 
-It knows a stage by the names of its task module: `setup`, `check_mesh`, `phase`, `init_state`, `train_step`, `batches`,
-`evaluate`, `save_assets`, `SHOWN`; where a batch must be made on the device first, `prepare_batch`; and where frozen
-networks come from another run, `load_frozen`. One compiled step per phase; metrics stay on the device and those of an
-interval are fetched after the next step has been dispatched.
+It knows a stage by the names of its task module: `setup`, `check_mesh`, `phase`, `init_state`, `train_step`,
+`step_flops`, `batches`, `evaluate`, `save_assets`, `SHOWN`; where a batch must be made on the device first,
+`prepare_batch`; and where frozen networks come from another run, `load_frozen`. One compiled step per phase; metrics stay
+on the device and those of an interval are fetched after the next step has been dispatched.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from etils import epath
 from tqdm import tqdm
 
-from imagegpt_jax import checkpoint, distributed, metrics, sharding, storage
+from imagegpt_jax import checkpoint, distributed, hardware, metrics, sharding, storage
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.config import Config
@@ -96,7 +96,8 @@ def _train(
     batches = task.batches(setup, "train", batch_size=config.batch_size, position=position, rows=rows)
     stream = iter(batches)
     steps = Steps(task, setup, mesh, layout)
-    clock = metrics.Throughput()
+    chip = hardware.chip_of(jax.devices()[0].device_kind)
+    clock = metrics.Throughput(mesh.size, None if chip is None else chip.flops)
     totals: metrics.Totals | None = None
     pending: tuple[int, metrics.Totals] | None = None
     chatty = jax.process_index() == 0
@@ -117,7 +118,8 @@ def _train(
         if totals is None:
             totals = steps.zeros(phase, state, batch)
         state, totals = steps(phase, state, totals, batch)
-        clock.count(config.batch_size)
+        tokens = batch["tokens"].size if "tokens" in batch else 0
+        clock.count(config.batch_size, tokens, steps.flops(phase, batch) if chip is not None else 0.0)
         bar.update()
 
         # --- Metrics of the interval before, while this step runs.
@@ -162,6 +164,7 @@ class Steps:
         self._task, self._setup = task, setup
         self._layout, self._whole = layout, sharding.replicated(mesh)
         self._shapes: dict[str, Any] = {}
+        self._flops: dict[str, float] = {}
         self.compiled: dict[str, Any] = {}
 
     def _values(self, phase: str, state: state_lib.TrainState, batch: Any) -> Any:
@@ -179,6 +182,12 @@ class Steps:
         if phase not in self._shapes:
             _, self._shapes[phase] = jax.eval_shape(functools.partial(self._values, phase), state, batch)
         return jax.tree.map(lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), self._whole), self._shapes[phase])
+
+    def flops(self, phase: str, batch: Any) -> float:
+        """Model FLOPs of a step of a phase, all devices together."""
+        if phase not in self._flops:
+            self._flops[phase] = self._task.step_flops(self._setup, phase, batch)
+        return self._flops[phase]
 
     def __call__(
         self, phase: str, state: state_lib.TrainState, totals: metrics.Totals, batch: Any

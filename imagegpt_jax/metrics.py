@@ -144,28 +144,39 @@ def _step_of(line: str) -> int:
 
 
 class Throughput:
-    """Clock of the loop: examples per second since the last reading, and what share of the time went elsewhere."""
+    """Clock of the loop: rates since the last reading, and what share of the time went elsewhere.
 
-    def __init__(self) -> None:
+    Args:
+      devices: number of devices.
+      peak_flops: FLOP/s of each, for MFU; None where it is not known, such as on CPU.
+    """
+
+    def __init__(self, devices: int = 1, peak_flops: float | None = None) -> None:
+        self._devices, self._peak_flops = devices, peak_flops
         self._start = self._last = time.perf_counter()
-        self._examples = 0
+        self._done = {"examples": 0.0, "tokens": 0.0, "flops": 0.0}
         self._waited = {"data_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
 
     def add(self, kind: str, seconds: float) -> None:
         """Counts time that was not spent in training steps."""
         self._waited[kind] += seconds
 
-    def count(self, examples: int) -> None:
-        """Counts trained examples."""
-        self._examples += examples
+    def count(self, examples: int, tokens: int = 0, flops: float = 0.0) -> None:
+        """Counts what a step has done: examples, tokens of sequences (0 for images), model FLOPs."""
+        for kind, value in (("examples", examples), ("tokens", tokens), ("flops", flops)):
+            self._done[kind] += value
 
     def read(self) -> dict[str, Any]:
-        """Readings since the last call."""
+        """Readings since the last call: MFU (arXiv:2204.02311, appendix B) is of the time spent in steps."""
         now = time.perf_counter()
         seconds = max(now - self._last, 1e-9)
-        steps = seconds - self._waited["evaluation"] - self._waited["checkpoint"]
-        out = {"timing/examples_per_second": self._examples / max(steps, 1e-9), "timing/seconds": now - self._start}
+        steps = max(seconds - self._waited["evaluation"] - self._waited["checkpoint"], 1e-9)
+        out = {"timing/examples_per_second": self._done["examples"] / steps, "timing/seconds": now - self._start}
+        if self._done["tokens"]:
+            out["timing/tokens_per_second_per_device"] = self._done["tokens"] / steps / self._devices
+        if self._peak_flops:
+            out["timing/mfu"] = self._done["flops"] / steps / self._devices / self._peak_flops
         out |= {f"timing/{kind}_share": spent / seconds for kind, spent in self._waited.items()}
-        self._last, self._examples = now, 0
-        self._waited = dict.fromkeys(self._waited, 0.0)
+        self._last = now
+        self._done, self._waited = dict.fromkeys(self._done, 0.0), dict.fromkeys(self._waited, 0.0)
         return out

@@ -58,6 +58,11 @@ def mesh_shape(shape: Mapping[str, int], count: int) -> dict[str, int]:
     return {a: count // known if s == -1 else s for a, s in zip(CONFIG_AXES, sizes, strict=True)}
 
 
+def minor_sizes(fsdp: int) -> list[int]:
+    """Sizes that the second axis of a cut of `fsdp` into two can have, the most even cut first."""
+    return [m for m in range(math.isqrt(fsdp), 0, -1) if fsdp % m == 0]
+
+
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Makes the device mesh of a config. Over several TPU slices, `data` spans the slices.
 
@@ -74,7 +79,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         )
     data, fsdp, tensor = (sizes[a] for a in CONFIG_AXES)
     # The most even cut along whole axes of the torus, else the most even one. GPUs have no torus.
-    minors = [m for m in range(math.isqrt(fsdp), 0, -1) if fsdp % m == 0] if devices[0].platform != "gpu" else [1]
+    minors = minor_sizes(fsdp) if devices[0].platform != "gpu" else [1]
     for minor, split in [(m, False) for m in minors] + [(minors[0], True)]:
         inner = (data // slices, fsdp // minor, minor, tensor)
         try:

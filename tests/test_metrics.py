@@ -3,6 +3,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from imagegpt_jax import metrics
 
@@ -49,3 +50,20 @@ def test_writer_separates_clock_readings_and_drops_what_is_redone(tmp_path):
     metrics.Writer(tmp_path, resume_step=2).close()
     steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
+
+
+def test_rates_are_of_the_time_in_steps_and_of_one_device(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    clock = metrics.Throughput(devices=4, peak_flops=1e3)
+    clock.count(examples=8, tokens=800, flops=6e3)
+    clock.add("evaluation", 2.0)
+    now[0] += 5.0
+    read = clock.read()
+    assert read["timing/examples_per_second"] == pytest.approx(8 / 3)
+    assert read["timing/tokens_per_second_per_device"] == pytest.approx(800 / 3 / 4)
+    assert read["timing/mfu"] == pytest.approx(6e3 / 3 / 4 / 1e3)
+    assert read["timing/evaluation_share"] == pytest.approx(0.4)
+    now[0] += 1.0
+    assert clock.read()["timing/mfu"] == 0
+    assert "timing/mfu" not in metrics.Throughput().read()

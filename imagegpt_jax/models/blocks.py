@@ -16,6 +16,10 @@ from imagegpt_jax.models.attention import Attention, LayerCache, Visible
 from imagegpt_jax.models.gpt_config import GPTConfig
 
 
+# The residual stream between branches: its columns are cut like heads and mlp, so that branches end in a reduce-scatter.
+STREAM = ("batch", "length", "residual")
+
+
 class MLP(nnx.Module):
     """Feed-forward part of a block: SwiGLU, or GELU with one hidden layer."""
 
@@ -71,13 +75,19 @@ class Block(nnx.Module):
             shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = modulate(self.modulation, condition_BD, 6)
-        y_BLD, cache = self.attention(
-            adapt(self.attention_norm(x_BLD), shift1, scale1), rotary, visible, cache, length, keys[0]
-        )
+        h_BLD = _whole(adapt(self.attention_norm(x_BLD), shift1, scale1))
+        y_BLD, cache = self.attention(h_BLD, rotary, visible, cache, length, keys[0])
+        y_BLD = sharding.constrain(y_BLD, STREAM)
         x_BLD = x_BLD + gated(layers.dropout(y_BLD, config.residual_dropout, keys[1]), gate1)
-        y_BLD = self.mlp(adapt(self.mlp_norm(x_BLD), shift2, scale2))
+        h_BLD = _whole(adapt(self.mlp_norm(x_BLD), shift2, scale2))
+        y_BLD = sharding.constrain(self.mlp(h_BLD), STREAM)
         x_BLD = x_BLD + gated(layers.dropout(y_BLD, config.mlp_dropout, keys[2]), gate2)
-        return sharding.constrain(x_BLD, ("batch", "length", "residual")), cache
+        return sharding.constrain(x_BLD, STREAM), cache
+
+
+def _whole(x_BLD: jax.Array) -> jax.Array:
+    """Gathers the columns of a normed stream once, for all matrices that are to read it."""
+    return sharding.constrain(x_BLD, ("batch", "length", None))
 
 
 def make_modulation(config: GPTConfig, parts: int) -> layers.Linear:

@@ -1,0 +1,219 @@
+"""Compiles presets for TPU slices and keeps the result: docs/scale.json, and the tables of docs/scale.md.
+
+  python tools/scale.py                       # every cell that is not there yet at these versions
+  python tools/scale.py --cells='20B*'        # compile (again) those whose name matches
+  python tools/scale.py --check               # recompile one small cell; fail if memory or communication moved by 2%
+  python tools/scale.py --render              # only write the page
+
+A cell is a preset on a slice, compiled in a process of its own. Nothing here is measured on a TPU.
+"""
+
+import fnmatch
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from absl import flags
+
+from imagegpt_jax import cli
+
+CELLS = flags.DEFINE_string("cells", "", "Pattern of cells to compile again, such as '20B*' or '* v5e-16'.")
+CHECK = flags.DEFINE_bool("check", False, "Recompile one small cell and compare it with what is kept.")
+RENDER = flags.DEFINE_bool("render", False, "Only write the page from what is kept.")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+KEPT, PAGE = ROOT / "docs" / "scale.json", ROOT / "docs" / "scale.md"
+GIB = 1 << 30
+SIZES = ("B", "L", "XL", "XXL", "3B", "7B", "20B")
+SLICES = (("v4-128", 1), ("v5e-16", 1), ("v5e-256", 1), ("v5e-256", 2), ("v5p-128", 1), ("v5p-512", 1), ("v6e-256", 1))
+# Too large for the memory of sixteen chips of 16 GiB: parameters and moments alone are 12 bytes a parameter.
+LEFT_OUT = {("20B", "v5e-16"), ("7B", "v5e-16")}
+CHECKED = "B v5p-128"
+TOLERANCE = 0.02
+# Peak GiB per device that MaxText 0.2.5 (jax 0.12.0.1) compiles to at the same shapes, batch and state precision.
+MAXTEXT = {
+    "2.9B v5e-256": 1.88,
+    "3.1B v5e-256 data 2": 1.96,
+    "2.9B v5p-128": 2.35,
+    "20B v5p-512": 6.46,
+    "20B v5p-512 tensor 4": 7.09,
+}
+
+
+def cells() -> dict[str, list[str]]:
+    """Name -> arguments of `tools/compile_ahead.py`."""
+    found: dict[str, list[str]] = {}
+    for size in SIZES:
+        for topology, slices in SLICES:
+            if (size, topology) not in LEFT_OUT:
+                name = f"{size} {f'{slices} x ' if slices > 1 else ''}{topology}"
+                found[name] = [
+                    f"--config=configs/decoder.py:size={size}",
+                    f"--topology={topology}",
+                    f"--slices={slices}",
+                ]
+                found[name] += ["--programs=train"]
+    for program in ("reconstruction", "adversarial"):
+        found[f"vq16 {program} v5e-16"] = ["--config=configs/tokenizer.py:size=vq16", f"--programs={program}"]
+    for program in ("prefill", "decode"):
+        found[f"3B {program} v5e-16"] = [
+            "--config=configs/decoder.py:size=3B", "--topology=v5e-16", "--batch_size=128", f"--programs={program}"
+        ]  # fmt: skip
+    for depth in (8, 64):
+        found[f"depth {depth} v5p-128"] = [
+            "--config=configs/decoder.py:size=XL", "--topology=v5p-128", f"--config.model.depth={depth}",
+            "--programs=train",
+        ]  # fmt: skip
+    reference = {
+        "2.9B v5e-256": ["size=2.9B", "v5e-256"],
+        "3.1B v5e-256 data 2": ["size=3.1B", "v5e-256"],
+        "2.9B v5p-128": ["size=2.9B", "v5p-128"],
+        "20B v5p-512": ["size=20B", "v5p-512"],
+        "20B v5p-512 tensor 4": ["size=20B,tensor=4", "v5p-512"],
+    }
+    for name, (arg, topology) in reference.items():
+        found[f"reference {name}"] = [
+            f"--config=configs/reference.py:{arg}", f"--topology={topology}", "--programs=train"
+        ]  # fmt: skip
+    # The batch is four a device: 256 devices by default.
+    found["reference 2.9B v5p-128"] += ["--batch_size=256"]
+    return found
+
+
+def compile_cell(name: str, arguments: list[str]) -> dict[str, Any]:
+    """Compiles a cell in its own process.
+
+    Raises:
+      UserError: with the last words of the compilation, if it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = pathlib.Path(folder) / "cell.json"
+        command = [sys.executable, str(ROOT / "tools" / "compile_ahead.py"), *arguments, f"--output={output}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            words = done.stderr.strip().splitlines()
+            raise cli.UserError(f"cell {name!r} did not compile: {words[-1] if words else done.returncode}")
+        (report,) = json.loads(output.read_text())
+    return {"name": name, **report}
+
+
+def kept() -> dict[str, dict[str, Any]]:
+    """Name -> report of every cell that is kept."""
+    return {cell["name"]: cell for cell in json.loads(KEPT.read_text())} if KEPT.exists() else {}
+
+
+def keep(reports: dict[str, dict[str, Any]]) -> None:
+    """Writes the cells, in the order of `cells`, one object each."""
+    ordered = [reports[name] for name in cells() if name in reports]
+    KEPT.write_text("[\n" + ",\n".join(json.dumps(cell, sort_keys=True) for cell in ordered) + "\n]\n")
+
+
+def check() -> None:
+    """Compares one small cell, compiled now, with what is kept.
+
+    Raises:
+      UserError: if peak memory or communication differ by more than 2%.
+    """
+    from imagegpt_jax import ahead
+
+    old = kept()[CHECKED]
+    if old["versions"] != ahead.versions():
+        print(f"{CHECKED} is kept for {old['versions']}, and these are {ahead.versions()}: nothing to compare.")
+        return
+    new = compile_cell(CHECKED, cells()[CHECKED])
+    for key in ("peak_bytes", "collective_bytes"):
+        change = new[key] / old[key] - 1
+        print(f"{CHECKED}: {key} {new[key]:,} against {old[key]:,} ({change:+.2%})")
+        if abs(change) > TOLERANCE:
+            raise cli.UserError(
+                f"{key} of cell {CHECKED!r} moved by {change:+.1%}: if that is meant, compile the cells again with"
+                " `make scale`."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def row(cell: dict[str, Any]) -> str:
+    """A line of the table."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in cell["mesh"].items() if size > 1)
+    slices = f"{cell['slices']} x " if cell["slices"] > 1 else ""
+    bound = cell["collective_bound_bytes"]
+    ratio = f"{cell['collective_bytes'] / bound:.2f}" if bound else ""
+    estimate = cell["roofline_estimate_seconds"]
+    accumulate = cell["config"]["accumulate"]
+    batch = f"{cell['batch_size']:,}" + (f" in {accumulate}" if accumulate > 1 else "")
+    label = cell["name"].split(" v")[0].replace(f" {cell['slices']} x", "")
+    return (
+        f"| {label} | {slices}{cell['topology']} | {mesh} | {batch} | {cell['compile_seconds']:.0f} |"
+        f" {cell['argument_bytes'] / GIB:.2f} / {cell['temp_bytes'] / GIB:.2f} |"
+        f" {cell['peak_bytes'] / GIB:.2f} ({cell['peak_bytes'] / cell['hbm_bytes']:.0%}) |"
+        f" {cell['collective_bytes'] / 1e9:.2f} | {ratio} |"
+        f" {1e3 * estimate['compute']:.0f} / {1e3 * estimate['hbm']:.0f} / {1e3 * estimate['ici']:.0f} |"
+    )
+
+
+HEADER = (
+    "| config | slice | mesh | batch | compile s | argument / temp GiB | peak GiB (of memory) | sent GB | / bound |"
+    " estimate ms: compute / HBM / ICI |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def tables(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Marker -> table."""
+    presets = [r for n, r in reports.items() if not n.startswith(("reference", "depth"))]
+    reference = []
+    for name, peak in MAXTEXT.items():
+        if (cell := reports.get(f"reference {name}")) is not None:
+            ours = cell["peak_bytes"] / GIB
+            sent = cell["collective_bytes"] / cell["collective_bound_bytes"]
+            reference.append(f"| {name} | {ours:.2f} | {peak} | {ours / peak:.2f} | {sent:.2f} |")
+    depth = [reports[n] for n in ("depth 8 v5p-128", "depth 64 v5p-128") if n in reports]
+    seconds = [f"{d['config']['model']['depth']} layers: {d['compile_seconds']:.1f} s" for d in depth]
+    ratio = f"; ratio {depth[1]['compile_seconds'] / depth[0]['compile_seconds']:.2f}" if len(depth) == 2 else ""
+    return {
+        "cells": "\n".join([HEADER, *map(row, presets)]),
+        "reference": "\n".join(
+            ["| shape | peak GiB, ours | MaxText | ratio | sent / bound, ours |", "|---|---|---|---|---|", *reference]
+        ),
+        "depth": "; ".join(seconds) + ratio + ".",
+    }
+
+
+def render() -> None:
+    """Writes the tables between the markers of the page."""
+    text = PAGE.read_text()
+    for marker, table in tables(kept()).items():
+        start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+        head, rest = text.split(start)
+        text = head + f"{start}\n{table}\n{end}" + rest.split(end)[1]
+    PAGE.write_text(text)
+
+
+def main() -> None:
+    """Compiles, checks or renders."""
+    if CHECK.value:
+        check()
+        return
+    if not RENDER.value:
+        from imagegpt_jax import ahead
+
+        reports, plan = kept(), cells()
+        wanted = [
+            name
+            for name in plan
+            if (fnmatch.fnmatch(name, CELLS.value) if CELLS.value else name not in reports)
+            or reports.get(name, {}).get("versions", ahead.versions()) != ahead.versions()
+        ]
+        for i, name in enumerate(wanted, 1):
+            print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)
+            reports[name] = compile_cell(name, plan[name])
+            keep(reports)
+    render()
+
+
+if __name__ == "__main__":
+    cli.run(main)

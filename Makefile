@@ -2,6 +2,9 @@
 # make test     every test that a user needs
 # make lint     formatter, linter and type checker
 # make parity   comparisons with PyTorch references (installs torch)
+# make scale    compile every preset for TPU slices, keep docs/scale.json and docs/scale.md (installs libtpu; an hour)
+# make scale-check   recompile one small cell and compare it with what is kept (a minute or two)
+# make gpu-check     both trainings and sampling on the GPUs of this machine, with throughput and memory
 # make format   rewrite the sources in the project's format
 #
 # The environment is made in $(VENV) with $(PYTHON); an existing one is used as it is.
@@ -12,7 +15,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := imagegpt_jax configs tests tools
 
-.PHONY: demo test lint parity format setup clean
+.PHONY: demo test lint parity scale scale-check gpu-check format setup clean
 
 setup: $(VENV)/.stamp-base
 
@@ -33,6 +36,10 @@ $(VENV)/.stamp-parity: $(VENV)/.stamp-dev
 	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
 	touch $@
 
+$(VENV)/.stamp-scale: $(VENV)/.stamp-base
+	$(BIN)/python -m pip install --quiet --editable '.[scale]'
+	touch $@
+
 demo: $(VENV)/.stamp-base
 	$(BIN)/python tools/demo.py --output=runs/demo
 
@@ -46,6 +53,15 @@ lint: $(VENV)/.stamp-dev
 
 parity: $(VENV)/.stamp-parity
 	$(BIN)/python -m pytest tests/parity
+
+scale: $(VENV)/.stamp-scale
+	$(BIN)/python tools/scale.py
+
+scale-check: $(VENV)/.stamp-scale
+	$(BIN)/python tools/scale.py --check
+
+gpu-check: $(VENV)/.stamp-base
+	$(BIN)/python tools/gpu_check.py --output=gpu.json
 
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff format $(SOURCES)

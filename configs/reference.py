@@ -1,4 +1,4 @@
-"""Decoders of the shapes for which compiled memory of MaxText 0.2.5 is known: `--config=configs/reference.py:size=2.9B`.
+"""Decoders of shapes for which compiled memory of MaxText 0.2.5 is known: `--config=configs/reference.py:size=2.9B`.
 
 For comparison only (docs/scale.md): 16384 ids, sequences of 1280, four a device, fp32 parameters and moments, bf16
 compute, remat full. Ours scores words against words and codes against codes: half the products in its output head.

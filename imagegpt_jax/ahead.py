@@ -10,7 +10,7 @@ import importlib
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -28,8 +28,6 @@ from imagegpt_jax.generate import prefill, step
 from imagegpt_jax.models import gpt
 
 COMPUTE_BYTES = 2  # of parameters and activations on the way: bf16
-# TPU compiler options that were tried for the training step; see docs/scale.md.
-COMPILER_OPTIONS: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +144,8 @@ class Plan:
         """Least communication of a training step, bytes sent by a device: kind -> bytes.
 
         Parameters are gathered for the forward and for the backward pass (the token table for the first alone) and
-        their gradients scattered, once each, in the compute dtype; `data` sums the gradients of each part; `tensor` sums activations twice in a block forward,
-        twice backward, and once more where the block is recomputed.
+        their gradients scattered, once each, in the compute dtype; `data` sums the gradients of each part; `tensor`
+        sums activations twice in a block forward, twice backward, and once more where the block is recomputed.
         """
         shape = self.mesh.shape
         fsdp, data, tensor = shape["fsdp"] * shape["fsdp_minor"], shape["data"], shape["tensor"]
@@ -178,8 +176,12 @@ class Plan:
             return 0
         return max((x.size * x.dtype.itemsize for x, where in pairs if where.is_fully_replicated), default=0)
 
-    def compile(self, program: Program) -> tuple[dict[str, Any], str]:
+    def compile(self, program: Program, options: Mapping[str, str] | None = None) -> tuple[dict[str, Any], str]:
         """Compiles a program.
+
+        Args:
+          program: one of `programs`.
+          options: options of the TPU compiler.
 
         Returns:
           (report: JSON values, see docs/scale.md; text of the optimized HLO)
@@ -189,7 +191,7 @@ class Plan:
             lowered = program.lower()
         traced = time.perf_counter()
         try:
-            compiled = lowered.compile(compiler_options=COMPILER_OPTIONS or None)
+            compiled = lowered.compile(compiler_options=dict(options or {}))
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" in str(e):
                 raise OutOfMemory(str(e).splitlines()[0]) from e
@@ -237,6 +239,7 @@ class Plan:
             "roofline_estimate_seconds": {name: round(value, 6) for name, value in estimate.items()},
             "roofline_estimate_mfu": round(estimate["compute"] / max(max(estimate.values()), 1e-12), 4),
             "host_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "compiler_options": dict(options or {}),
             "versions": versions(),
         }
         return report, text

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism written out: blocks gather their parameters just before use, and scatter gradients.
+"""Fully sharded data parallelism written out: modules gather their parameters just before use, and scatter gradients.
 
 Arrays are what automatic partitioning would make them (ZeRO stage 3, arXiv:1910.02054). But left to itself the TPU
 compiler sums gradients over a whole slice by all-reduce, twice the bytes of a reduce-scatter, and on some chips gathers
@@ -34,7 +34,7 @@ def run(
     Args:
       function: gets the rows that a device holds, and must pass each single block through `gather` before use.
       x: array of B rows; so is the result.
-      blocks: module of stacked (or single) blocks, whose parameters carry logical `axes`.
+      blocks: module, of stacked blocks or single, whose parameters carry logical `axes`.
       batch: tree of arrays of B rows.
       dtype: that of the computation; matrices are gathered, and their gradients scattered, in it.
     """
@@ -45,7 +45,7 @@ def run(
     leaves, treedef = jax.tree.flatten(blocks)
     variables = jax.tree.leaves(blocks, is_leaf=lambda v: isinstance(v, nnx.Variable))
     specs = [_only(sharding.spec_for(v.shape, v.axes, mesh), names) for v in variables]
-    # Cast before, not after: gradients then leave in the same dtype, half the bytes for `data` to sum.
+    # Cast before the loop over blocks, so that gradients leave it in the same dtype: half the bytes for `data` to sum.
     leaves = [x.astype(dtype) if len(v.axes) >= 2 else x for x, v in zip(leaves, variables, strict=True)]
 
     def gather(block: Any) -> Any:

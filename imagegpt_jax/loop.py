@@ -2,8 +2,8 @@
 
 It knows a stage by the names of its task module: `setup`, `check_mesh`, `phase`, `init_state`, `train_step`,
 `step_flops`, `batches`, `evaluate`, `save_assets`, `SHOWN`; where a batch must be made on the device first,
-`prepare_batch`; and where frozen networks come from another run, `load_frozen`. One compiled step per phase; metrics stay
-on the device and those of an interval are fetched after the next step has been dispatched.
+`prepare_batch`; and where frozen networks come from another run, `load_frozen`. One compiled step per phase; metrics
+stay on the device and those of an interval are fetched after the next step has been dispatched.
 """
 
 import functools

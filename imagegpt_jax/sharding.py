@@ -302,12 +302,13 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     def put(local: np.ndarray) -> jax.Array:
         size = local.shape[0] // held * parts
         rows = host_rows(mesh, size)
+        kind = jax.dtypes.canonicalize_dtype(local.dtype)  # 64 bits only where JAX has them
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(size)
             first = np.searchsorted(rows, start)
-            return local[first : first + stop - start]
+            return local[first : first + stop - start].astype(kind, copy=False)
 
-        return jax.make_array_from_callback((size, *local.shape[1:]), layout, part, dtype=local.dtype)
+        return jax.make_array_from_callback((size, *local.shape[1:]), layout, part, dtype=kind)
 
     return {k: put(v) for k, v in batch.items() if v.dtype.kind in "biuf"}

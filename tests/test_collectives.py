@@ -15,22 +15,22 @@ MODULE = """HloModule jit_step
 }
 
 %all-reduce-scatter.1 (input: bf16[192,8704]) -> bf16[16,8704] {
-  %all-reduce.7 = bf16[256,8704]{1,0:T(8,128)(2,1)} all-reduce(%pad.1), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %all-reduce.7 = bf16[256,8704]{1,0:T(8,128)} all-reduce(%pad.1), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   ROOT %slice = bf16[16,8704] dynamic-slice(%all-reduce.7, %o, %z)
 }
 
 %start (p: bf16[12,3072]) -> (bf16[12,3072], bf16[96,3072]) {
-  %all-gather.1 = bf16[96,3072]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
-  ROOT %custom-call.1 = (bf16[12,3072], bf16[96,3072]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  %all-gather.1 = bf16[96,3072]{1,0} all-gather(%p), replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
+  ROOT %custom-call.1 = bf16[96,3072] custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
 %done (p: bf16[12,3072]) -> bf16[96,3072] {
-  %all-gather.2 = bf16[96,3072]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
+  %all-gather.2 = bf16[96,3072]{1,0} all-gather(%p), replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
   ROOT %custom-call.2 = bf16[96,3072] custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
 }
 
 %async_collective_fusion.3 (p: bf16[12,3072]) -> bf16[96,3072] {
-  %all-gather.3 = bf16[96,3072]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
+  %all-gather.3 = bf16[96,3072]{1,0} all-gather(%p), replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
   ROOT %dot = bf16[96,3072] dot(%all-gather.3, %x)
 }
 

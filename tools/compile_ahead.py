@@ -25,6 +25,7 @@ SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices; `data` spans 
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Global batch; 0 = the config's, rounded up to the devices.")
 PROGRAMS = flags.DEFINE_list("programs", [], "Which to compile: train, prefill, decode; default all.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file of one object per program.")
+XLA = flags.DEFINE_list("xla", [], "Options of the TPU compiler to try: name=value,name=value.")
 HLO = flags.DEFINE_string("hlo", None, "Folder for the text of the compiled programs.")
 
 GIB = 1 << 30
@@ -71,9 +72,12 @@ def main() -> None:
     for name in PROGRAMS.value:
         if name not in programs:
             raise cli.UserError(f"unknown program {name!r}.{cli.suggest(name, programs)}")
+    if any("=" not in option for option in XLA.value):
+        raise cli.UserError(f"--xla={','.join(XLA.value)} is not of the form name=value,name=value.")
+    options = dict(option.split("=", 1) for option in XLA.value)
     reports = []
     for name in PROGRAMS.value or programs:
-        report, text = plan.compile(programs[name])
+        report, text = plan.compile(programs[name], options)
         reports.append(report)
         print(describe(report), flush=True)
         if HLO.value:

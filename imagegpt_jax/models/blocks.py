@@ -15,8 +15,7 @@ from imagegpt_jax.models import layers
 from imagegpt_jax.models.attention import Attention, LayerCache, Visible
 from imagegpt_jax.models.gpt_config import GPTConfig
 
-
-# The residual stream between branches: its columns are cut like heads and mlp, so that branches end in a reduce-scatter.
+# The residual stream between branches: columns are cut like heads and mlp, so that branches end in a reduce-scatter.
 STREAM = ("batch", "length", "residual")
 
 

@@ -139,9 +139,14 @@ class GPT(nnx.Module):
             hidden_BLD = adapt(hidden_BLD, *modulate(self.modulation, condition_BD, 2))
         return Output(hidden_BLD, self.unembed(hidden_BLD), cache)
 
+    @property
+    def output_head(self) -> layers.Embedding:
+        """The table that final states are scored against: the tokens' own if they are tied."""
+        return self.embed if self.head is None else self.head
+
     def output_table(self, start: int = 0, size: int | None = None) -> Float[Array, "V D"]:
         """Rows of the output head for ids `start : start + size` (`None`: to the end)."""
-        return (self.embed if self.head is None else self.head).rows(start, size)
+        return self.output_head.rows(start, size)
 
     def unembed(self, hidden: Float[Array, "*_ D"], start: int = 0, size: int | None = None) -> Float[Array, "*_ V"]:
         """fp32 logits of ids `start : start + size` (`None`: to the end) from final states."""
@@ -203,7 +208,7 @@ class GPT(nnx.Module):
         """Tokens and prefix -> stream, rotary table, segments, condition."""
         config = self.config
         positions_BL3, segments_BL = sequence.positions, sequence.segments
-        x_BLD = self.embed(sequence.tokens)
+        x_BLD = self._look_up(sequence.tokens)
         if sequence.target_positions is not None:
             cos_BLD, sin_BLD = layers.rotary_table(
                 sequence.target_positions,
@@ -247,6 +252,12 @@ class GPT(nnx.Module):
         for axis in range(3):
             x_BLD = x_BLD + self.position[axis].at[index_BL3[..., axis]].get(mode="clip").astype(x_BLD.dtype)
         return x_BLD, None, segments_BL, condition_BD
+
+    def _look_up(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        def rows(tokens_BL, embed, batch, gather):
+            return gather(embed)(tokens_BL)
+
+        return fsdp.run(rows, tokens_BL, self.embed, None, layers.as_dtype(self.config.dtype))
 
     def _run(self, x_BLD, rotary, seen, condition_BD, keys_B) -> Float[Array, "B L D"]:
         """All blocks, without a cache."""

@@ -96,8 +96,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*_"]) -> Float[Array, "*_ D"]:
         """Looks ids up; an id outside the table is clamped to it."""
-        table_VD = sharding.constrain(self.weight[...].astype(self.dtype), ("vocab", None))
-        return table_VD.at[ids].get(mode="clip")
+        # A row's gradient is a sum over all the places it is looked up at: of many terms, so never in bfloat16.
+        table_VD = sharding.constrain(self.weight[...].astype(wide(self.dtype)), ("vocab", None))
+        return table_VD.at[ids].get(mode="clip").astype(self.dtype)
 
     def rows(self, start: int = 0, size: int | None = None) -> Float[Array, "V D"]:
         """Rows `start : start + size` of the table (`None`: to the end), in the compute dtype."""

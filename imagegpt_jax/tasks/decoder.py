@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imagegpt_jax import checkpoint, flops, metrics, optim, sharding, token_loss
+from imagegpt_jax import checkpoint, flops, fsdp, metrics, optim, sharding, token_loss
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.accumulate import accumulate
@@ -39,6 +39,8 @@ from imagegpt_jax.tasks import tokenizer as tokenizer_task
 
 # Shown beside the progress bar.
 SHOWN = ("loss", "image_bits_per_token", "unigram_image_bits_per_token")
+# Rows that an accelerator's kernels work on at once.
+TILE = 128
 # Keep the draws of guidance dropout and direction apart from each other and from the pipeline's.
 _DROP, _DIRECTION = 1 << 42, 1 << 43
 
@@ -234,7 +236,7 @@ def step_flops(setup: Setup, phase: str, batch: Mapping[str, Any]) -> float:
     """Model FLOPs of a training step: three forward passes. Encoding images within the step is not counted."""
     del phase
     layout = setup.layout
-    length = layout.length if setup.config.data.image_to_text else layout.text_length + layout.num_codes
+    length = _used_length(setup)
     scored = [(layout.image_ids[1], layout.num_codes)]
     if layout.text_length:
         scored.append((layout.text_ids[1], layout.text_length + 1))
@@ -330,6 +332,18 @@ def pack(setup: Setup, batch: dict[str, np.ndarray], *, train: bool) -> dict[str
     return packed | keep
 
 
+def _used_length(setup: Setup) -> int:
+    """How many tokens of a sequence go through the blocks.
+
+    Nothing is predicted from the last code and the end of a picture: they are left out where that saves a tile of 128.
+    """
+    layout = setup.layout
+    used = layout.text_length + layout.num_codes
+    if setup.config.data.image_to_text or -(-used // TILE) == -(-layout.length // TILE):
+        return layout.length
+    return used
+
+
 def _parts(setup: Setup, tokens_BL: jax.Array) -> list[tuple[int, int | jax.Array, int, tuple[int, int]]]:
     """Where the targets of each kind are: (kind, first place of each sequence, number of places, ids it can have).
 
@@ -391,25 +405,29 @@ def token_nll(setup: Setup, module: Any, batch: dict[str, jax.Array], key: jax.A
     among the codebook, a word among everything else. Only the places of that kind are multiplied with that
     part of the table.
     """
-    layout, chunk = setup.layout, setup.config.logit_chunk
-    sequence = gpt.Sequence.from_batch(batch)
-    if not setup.config.data.image_to_text:  # nothing is predicted from the last code and the end of the image
-        sequence = sequence.first(layout.text_length + layout.num_codes)
+    sequence = gpt.Sequence.from_batch(batch).first(_used_length(setup))
     hidden_BLD = module(sequence, key=key).hidden
-    nll_BL = jnp.zeros(batch["tokens"].shape, layers.wide(hidden_BLD.dtype))
-    for kind, start, count, (first_id, num_ids) in _parts(setup, batch["tokens"]):
-        hidden_BMD, targets_BM, kind_BM = (
-            _places(x, start, count) for x in (hidden_BLD, batch["targets"], batch["kind"])
-        )
-        targets_BM = jnp.clip(targets_BM - first_id, 0, num_ids - 1)
-        nll_BM = token_loss.token_nll(hidden_BMD, module.output_table(first_id, num_ids), targets_BM, chunk=chunk)
-        nll_BM = jnp.where(kind_BM == kind, nll_BM, 0.0)
-        if isinstance(start, int):
-            nll_BL = nll_BL.at[:, start : start + count].add(nll_BM)
-        else:
-            index_BM = start[:, None] + jnp.arange(count)
-            nll_BL = jax.vmap(lambda row, index, nll: row.at[index].add(nll))(nll_BL, index_BM, nll_BM)
-    return nll_BL
+    places = {name: batch[name] for name in ("tokens", "targets", "kind")}
+
+    def rows(hidden_BLD: jax.Array, head: Any, batch: dict[str, jax.Array], gather: fsdp.Gather) -> jax.Array:
+        head = gather(head)
+        nll_BL = jnp.zeros(batch["tokens"].shape, layers.wide(hidden_BLD.dtype))
+        for kind, start, count, (first_id, num_ids) in _parts(setup, batch["tokens"]):
+            hidden_BMD, targets_BM, kind_BM = (
+                _places(x, start, count) for x in (hidden_BLD, batch["targets"], batch["kind"])
+            )
+            targets_BM = jnp.clip(targets_BM - first_id, 0, num_ids - 1)
+            table_VD = head.rows(first_id, num_ids)
+            nll_BM = token_loss.token_nll(hidden_BMD, table_VD, targets_BM, chunk=setup.config.logit_chunk)
+            nll_BM = jnp.where(kind_BM == kind, nll_BM, 0.0)
+            if isinstance(start, int):
+                nll_BL = nll_BL.at[:, start : start + count].add(nll_BM)
+            else:
+                index_BM = start[:, None] + jnp.arange(count)
+                nll_BL = jax.vmap(lambda row, index, nll: row.at[index].add(nll))(nll_BL, index_BM, nll_BM)
+        return nll_BL
+
+    return fsdp.run(rows, hidden_BLD, module.output_head, places, layers.as_dtype(setup.model.dtype))
 
 
 def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Any]:

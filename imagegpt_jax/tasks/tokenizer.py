@@ -85,10 +85,6 @@ def setup(config: Config) -> Setup:
     """
     for split in ("train_ops", "eval_ops"):
         ops.parse(config.data[split])
-    if config.accumulate < 1 or config.batch_size % config.accumulate:
-        raise UserError(
-            f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}: use a divisor of it."
-        )
     opened = {split: sources.open_source(config.data[split]) for split in ("train", "validation")}
     perceptual, weights = "", None
     if config.loss.lpips:

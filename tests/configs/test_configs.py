@@ -13,7 +13,8 @@ from imagegpt_jax.models import gpt, vq
 from imagegpt_jax.models.gpt_config import GPTConfig
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs"
-SIZES = {"tokenizer": ("test", "emoji", "vq16", "vq8"), "decoder": ("test", "emoji", "B", "L", "XL", "XXL", "3B", "7B", "20B")}
+SIZES = {"tokenizer": ("test", "emoji", "vq16", "vq8"), 
+         "decoder": ("test", "emoji", "B", "L", "XL", "XXL", "3B", "7B", "20B")}  # fmt: skip
 ALL = [(name, size) for name, sizes in SIZES.items() for size in sizes]
 # Published sizes in millions; LlamaGen's decoders have 1001 classes and 16384 codes, embedded and unembedded apart.
 PARAMETERS = {("tokenizer", "vq16"): 71.9, ("decoder", "B"): 111, ("decoder", "L"): 343, ("decoder", "XL"): 775,

@@ -19,11 +19,14 @@ from PIL import Image
 from imagegpt_jax import cli
 from imagegpt_jax import config as config_lib
 
+CONFIGS_ONLY = flags.DEFINE_bool("configs_only", False, "Write the table of configs alone, which needs no demo.")
 DEMO = flags.DEFINE_string("demo", "runs/demo", "Folder that `make demo` filled.")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PICTURES = {"samples/grid.png": "docs/grid.png", "reconstructions.png": "docs/reconstructions.png"}
 ABOUT = {
+    ("decoder", "7B"): "LlamaGen 7B's shape: ImageNet classes to 256 px",
+    ("decoder", "20B"): "of Parti's size: captions to 512 px, Adafactor",
     ("tokenizer", "test"): "for tests: 8 steps at 16 px",
     ("tokenizer", "emoji"): "the demo: 32 px, 8 x 8 codes of 512",
     ("tokenizer", "vq16"): "LlamaGen VQ-16: 256 px, 16 x 16 codes of 16384",
@@ -77,24 +80,14 @@ def scores_table(scores: dict[str, Any]) -> str:
 def config_table() -> str:
     """Every shipped size with its parameter count, counted on abstract networks."""
     from imagegpt_jax import state
-    from imagegpt_jax.models import gpt, vq
-    from imagegpt_jax.models.gpt_config import GPTConfig
+    from imagegpt_jax.tasks import decoder, tokenizer
 
     lines = ["| config | size | what it is | parameters |", "|---|---|---|---|"]
-    for name in ("tokenizer", "decoder"):
+    for name, task, network in (("tokenizer", tokenizer, "generator"), ("decoder", decoder, "decoder")):
         module = config_lib.sibling(str(ROOT / "configs" / "x.py"), f"{name}.py")
         for size in module.MODELS:
-            config = module.get_config(f"size={size}")
-            if name == "tokenizer":
-                model = config_lib.to_dataclass(vq.VQConfig, config.model)
-                net = state.network(lambda key, model=model: vq.VQModel(model, key=key))
-            else:
-                codes = config.untrained_tokenizer.model.quantizer.num_codes
-                classes_or_text = 1001 if config.data.use_labels else config.data.text_vocab_size
-                vocab = {"vocab_size": codes + classes_or_text}
-                decoder = config_lib.to_dataclass(GPTConfig, {**config.model.to_dict(), **vocab})
-                net = state.network(lambda key, model=decoder: gpt.GPT(model, key=key))
-            count = state.count_params(net.abstract) / 1e6
+            networks = task.setup_abstract(module.get_config(f"size={size}")).networks
+            count = state.count_params(networks[network].abstract) / 1e6
             about = ABOUT.get((name, size), f"LlamaGen {size}: ImageNet classes to 256 px")
             lines.append(f"| `configs/{name}.py` | `{size}` | {about} | {count:,.{1 if count < 100 else 0}f} M |")
     return "\n".join(lines)
@@ -113,20 +106,20 @@ def notebook_output(text: str) -> str:
 
 def main() -> None:
     """Updates README.md and docs/."""
-    demo = pathlib.Path(DEMO.value)
-    if not (demo / "metrics.json").exists():
-        raise cli.UserError(f"{demo} holds no finished demo: run `make demo` first, or give --demo.")
-    for source, target in PICTURES.items():
-        (ROOT / target).parent.mkdir(exist_ok=True)
-        with Image.open(demo / source) as picture:  # the pixels alone: the metadata of samples names local folders
-            Image.fromarray(np.asarray(picture)).save(ROOT / target, optimize=True)
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    text = replace(text, "scores", scores_table(json.loads((demo / "metrics.json").read_text())))
-    text = replace(text, "configs", config_table())
-    text = replace(text, "notebook", notebook_output(text))
+    text = replace(readme.read_text(), "configs", config_table())
+    if not CONFIGS_ONLY.value:
+        demo = pathlib.Path(DEMO.value)
+        if not (demo / "metrics.json").exists():
+            raise cli.UserError(f"{demo} holds no finished demo: run `make demo` first, or give --demo.")
+        for source, target in PICTURES.items():
+            (ROOT / target).parent.mkdir(exist_ok=True)
+            with Image.open(demo / source) as picture:  # the pixels alone: the metadata of samples names local folders
+                Image.fromarray(np.asarray(picture)).save(ROOT / target, optimize=True)
+        text = replace(text, "scores", scores_table(json.loads((demo / "metrics.json").read_text())))
+        text = replace(text, "notebook", notebook_output(text))
     readme.write_text(text)
-    print(f"Updated {readme} and {len(PICTURES)} pictures.")
+    print(f"Updated {readme}" + ("." if CONFIGS_ONLY.value else f" and {len(PICTURES)} pictures."))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""Measures this program beside PyTorch on this machine's CPU.
+
+  python tools/benchmark.py train --output=benchmark.json      # about a quarter of an hour
+  python tools/benchmark.py train --ours_only --workloads=decoder
+
+`train` times whole training steps in float32: forward, backward, clipping and optimizer. PyTorch's networks are those
+of `transformers` (`pip install -e '.[parity]'`). Each reading is a process of its own, ours and PyTorch's by turns:
+
+    decoder     LlamaGen-B on 4 x 256 codes of 16384, all scored; beside LlamaForCausalLM
+    tokenizer   LlamaGen's VQ-16 at 128 px, batch 2, without perceptual and adversarial loss; beside JanusVQVAE
+
+Each process also times the product of two 4096 x 4096 matrices before and after its steps. The machine's rate is the
+better of the two libraries', and a step's share of it is model FLOPs / seconds / rate: three forward passes' products,
+causal attention counted once, nothing for the optimizer.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import benchmark_workloads as workloads
+from absl import flags
+
+from imagegpt_jax import cli
+
+COMMANDS = ("train",)
+OUTPUT = flags.DEFINE_string("output", None, "Write the figures to this JSON file as well.")
+SECONDS = flags.DEFINE_float("seconds", 30.0, "Time steps for at least this long in each process.", lower_bound=0.0)
+REPEATS = flags.DEFINE_integer("repeats", 3, "Processes of each side.", lower_bound=1)
+SIZE = flags.DEFINE_enum("size", "full", workloads.SIZES, "full, or tiny for tests.")
+WORKLOADS = flags.DEFINE_list("workloads", list(workloads.WORKLOADS), "Which to time: decoder, tokenizer.")
+OURS_ONLY = flags.DEFINE_boolean("ours_only", False, "Leave PyTorch out.")
+
+SCRIPTS = {"ours": "benchmark_jax.py", "torch": "benchmark_torch.py"}
+UNITS = {"decoder": "tokens", "tokenizer": "images"}
+BUSY = 0.5  # load average above which other programs are said to be running
+
+
+def units_per_step(workload: str, config: Any) -> int:
+    """Tokens or images of a step."""
+    length = config.data.grid[0] * config.data.grid[1] if workload == "decoder" else 1
+    return config.batch_size * length
+
+
+def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, side: int) -> dict[str, Any]:
+    """What the readings of one workload come to.
+
+    Args:
+      readings: side ("ours", and "torch" where it ran) -> what each of its processes printed.
+      units: tokens or images of a step.
+      side: of the matrices whose product was timed.
+
+    Returns:
+      {"model_flops", "gemm_flops_per_second" of the machine, "ours", "torch", "ratio" of the rates, "ratios" of each
+      pair of processes}; for each side its parameters, medians, rates and readings.
+    """
+    flops = readings["ours"][0]["model_flops"]
+    sides: dict[str, Any] = {}
+    for name, runs in readings.items():
+        medians = [statistics.median(run["seconds"]) for run in runs]
+        seconds = statistics.median(medians)
+        gemm = statistics.median([s for run in runs for s in run["gemm_seconds"]])
+        sides[name] = {
+            "parameters": runs[0]["parameters"],
+            "seconds": seconds,
+            "processor_seconds": statistics.median([s for run in runs for s in run["processor_seconds"]]),
+            "units_per_second": units / seconds,
+            "flops_per_second": flops / seconds,
+            "gemm_flops_per_second": 2 * side**3 / gemm,
+            "first_loss": runs[0]["losses"][0],
+            "last_loss": runs[0]["losses"][-1],
+            "medians": medians,
+            "readings": [{key: run[key] for key in ("seconds", "processor_seconds", "gemm_seconds")} for run in runs],
+        }
+    rate = max(found["gemm_flops_per_second"] for found in sides.values())
+    for found in sides.values():
+        found["share_of_gemm"] = found["flops_per_second"] / rate
+    summary = {"model_flops": flops, "gemm_flops_per_second": rate, **sides}
+    if "torch" in sides:
+        summary["ratio"] = sides["torch"]["seconds"] / sides["ours"]["seconds"]
+        pairs = zip(sides["torch"]["medians"], sides["ours"]["medians"], strict=True)
+        summary["ratios"] = [torch / ours for torch, ours in pairs]
+    return summary
+
+
+def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The summaries of workloads as text."""
+    head = (
+        f"{'workload':<11}{'side':<7}{'M params':>9}{'s/step':>9}{'rate':>19}{'GF/s':>7}{'GEMM GF/s':>11}{'share':>7}"
+    )
+    lines = [head]
+    for workload, summary in summaries.items():
+        for name in SCRIPTS:
+            if name in summary:
+                found = summary[name]
+                lines.append(
+                    f"{workload:<11}{name:<7}{found['parameters'] / 1e6:>9.1f}{found['seconds']:>9.3f}"
+                    f"{found['units_per_second']:>10.4g} {UNITS[workload]}/s{found['flops_per_second'] / 1e9:>7.0f}"
+                    f"{found['gemm_flops_per_second'] / 1e9:>11.0f}{found['share_of_gemm']:>7.0%}"
+                )
+        lines.append(f"{workload}: {summary['model_flops'] / 1e9:,.1f} GFLOP a step" + _ratio(summary))
+    return "\n".join(lines)
+
+
+def _ratio(summary: Mapping[str, Any]) -> str:
+    if "ratio" not in summary:
+        return ""
+    low, high = min(summary["ratios"]), max(summary["ratios"])
+    return f"; ours / torch {summary['ratio']:.2f} (from {low:.2f} to {high:.2f} pair by pair)"
+
+
+def run_worker(name: str, workload: str) -> dict[str, Any]:
+    """One process's reading.
+
+    Raises:
+      UserError: if it fails.
+    """
+    script = str(pathlib.Path(__file__).with_name(SCRIPTS[name]))
+    command = [sys.executable, script, f"--workload={workload}", f"--size={SIZE.value}", f"--seconds={SECONDS.value}"]
+    done = subprocess.run(command, cwd=workloads.ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        raise cli.UserError(f"{SCRIPTS[name]} failed with exit status {done.returncode}: see its last words above.")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def train() -> None:
+    """Runs `train`.
+
+    Raises:
+      UserError: for an unknown workload, or without PyTorch.
+    """
+    for workload in WORKLOADS.value:
+        if workload not in workloads.WORKLOADS:
+            raise cli.UserError(f"unknown workload {workload!r}.{cli.suggest(workload, workloads.WORKLOADS)}")
+    if not OURS_ONLY.value and importlib.util.find_spec("torch") is None:
+        raise cli.UserError(
+            "the comparison needs PyTorch: install it with `pip install -e '.[parity]'`, or give --ours_only."
+        )
+    load = os.getloadavg()[0]
+    print(f"{workloads.cores()} cores, load average {load:.2f}", file=sys.stderr)
+    if load > BUSY:
+        print("Other programs are running: trust the ratio a little, and the seconds not at all.", file=sys.stderr)
+    summaries, versions = {}, {"python": sys.version.split()[0]}
+    for workload in WORKLOADS.value:
+        readings: dict[str, list[dict[str, Any]]] = {
+            name: [] for name in SCRIPTS if name == "ours" or not OURS_ONLY.value
+        }
+        for repeat in range(REPEATS.value):
+            for name, found in readings.items():
+                found.append(run_worker(name, workload))
+                versions |= found[-1]["versions"]
+                seconds = statistics.median(found[-1]["seconds"])
+                print(f"{workload} {repeat + 1}/{REPEATS.value} {name}: {seconds:.3f} s a step", file=sys.stderr)
+        units = units_per_step(workload, workloads.make_config(workload, SIZE.value))
+        summaries[workload] = summarise(readings, units, workloads.GEMM_SIDE[SIZE.value])
+    print(table(summaries))
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    if OUTPUT.value:
+        about = {"size": SIZE.value, "cores": workloads.cores(), "load_average": load, "versions": versions}
+        pathlib.Path(OUTPUT.value).write_text(json.dumps({**about, "workloads": summaries}, indent=1) + "\n")
+        print(f"Wrote {OUTPUT.value}", file=sys.stderr)
+
+
+def take_command(arguments: list[str]) -> None:
+    """Takes the sub-command out of the arguments; ends the program with one sentence if there is none that it knows."""
+    if {"--help", "-h", "-help"} & set(arguments):
+        return
+    if len(arguments) < 2 or arguments[1].startswith("-"):
+        cli.fail("say what to measure: python tools/benchmark.py train. See --help.", cli.EXIT_USAGE)
+    command = arguments.pop(1)
+    if command not in COMMANDS:
+        cli.fail(f"unknown command {command!r}.{cli.suggest(command, COMMANDS)}", cli.EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    take_command(sys.argv)
+    cli.run(train)

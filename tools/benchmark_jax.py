@@ -1,0 +1,94 @@
+"""Our side of `tools/benchmark.py train`: times the real training step of a workload, and prints one line of JSON.
+
+python tools/benchmark_jax.py --workload=decoder --size=test --seconds=1
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import benchmark_workloads as workloads
+import numpy as np
+from absl import flags
+
+from imagegpt_jax import cli
+
+WORKLOAD = flags.DEFINE_enum("workload", "decoder", workloads.WORKLOADS, "What to time.")
+SIZE = flags.DEFINE_enum("size", "full", workloads.SIZES, "full, or tiny for tests.")
+SECONDS = flags.DEFINE_float("seconds", 30.0, "Time steps for at least this long.", lower_bound=0.0)
+
+
+def random_batch(setup: Any, config: Any) -> dict[str, np.ndarray]:
+    """One batch of random codes or pictures."""
+    rng = np.random.default_rng(0)
+    if config.task == "decoder":
+        codes_BN = rng.integers(0, setup.space.num_codes, (config.batch_size, setup.layout.num_codes))
+        return setup.layout.pack(None, None, codes_BN)
+    shape = (config.batch_size, config.res, config.res, 3)
+    return {"image": rng.uniform(-1, 1, shape).astype(np.float32)}
+
+
+def make_step(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
+    """The step of a config on one batch, over and over: (call that returns the loss, facts)."""
+    import jax
+
+    from imagegpt_jax import loop, metrics, sharding
+    from imagegpt_jax import state as state_lib
+
+    task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
+    setup = task.setup_abstract(config)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        make = functools.partial(task.init_state, setup)
+        state, layout = state_lib.init_sharded(make, setup.networks, mesh, config.seed)
+        steps = loop.Steps(task, setup, mesh, layout)
+        phase = task.phase(setup, 0)
+        batch = sharding.put_batch(random_batch(setup, config), mesh)
+        facts = {
+            "parameters": state_lib.count_params(state.trainable),
+            "model_flops": float(task.step_flops(setup, phase, batch)),
+        }
+
+    def call() -> float:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, totals = steps(phase, state, steps.zeros(phase, state, batch), batch)
+            jax.block_until_ready(state)
+        return metrics.fetch(totals)["loss"]
+
+    return call, facts
+
+
+def gemm_seconds(side: int) -> list[float]:
+    """Seconds of products of two square float32 matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.float32) for i in range(2))
+    multiply = jax.jit(jnp.matmul)
+
+    def call() -> None:
+        multiply(a, b).block_until_ready()
+
+    return workloads.timed(call, 0.0, fewest=5)["seconds"]
+
+
+def main() -> None:
+    """Times the workload that the flags name."""
+    config = workloads.make_config(WORKLOAD.value, SIZE.value)
+    call, facts = make_step(config)
+    gemm = gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
+    found = workloads.timed(call, SECONDS.value)
+    gemm += gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
+    losses = found.pop("results")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "imagegpt_jax")}
+    print(json.dumps({**facts, **found, "losses": losses, "gemm_seconds": gemm, "versions": versions}))
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    cli.run(main)

@@ -86,3 +86,88 @@ def test_state_is_born_sharded_and_steps_alike_on_eight_devices(tmp_path):
         print("ok")
     """)
     assert "ok" in out
+
+
+def test_heads_that_do_not_divide_are_told_with_what_would():
+    mesh = mesh_of(data=1, fsdp=1, tensor=8)
+    sharding.check_divides({"model.heads": 16}, "tensor", mesh)
+    with pytest.raises(
+        UserError, match="model.heads=12 does not divide over mesh.tensor=8: use mesh.tensor=4 or 6 or 12"
+    ):
+        sharding.check_divides({"model.kv_heads": 8, "model.heads": 12}, "tensor", mesh)
+
+
+def test_more_devices_than_batch_is_told_with_what_would():
+    with pytest.raises(UserError, match="batch_size=8 .* 16 devices: use 16, or at most 8 devices"):
+        sharding.check_batch_size(8, mesh_of(data=4, fsdp=4, tensor=1))
+    with pytest.raises(UserError, match="batch_size=24 .* 8 devices x accumulate=2: use 16 or 32"):
+        sharding.check_batch_size(24, mesh_of(data=8, fsdp=1, tensor=1), accumulate=2)
+    with pytest.raises(UserError, match="accumulate=0"):
+        sharding.check_batch_size(24, mesh_of(data=1, fsdp=1, tensor=1), accumulate=0)
+
+
+def test_fsdp_takes_whole_axes_of_the_torus_where_it_can():
+    assert sharding.minor_sizes(256)[0] == 16
+    assert sharding.minor_sizes(128) == [8, 4, 2, 1]
+    assert sharding.minor_sizes(7) == [1]
+
+
+def test_what_is_left_of_fsdp_goes_to_another_dimension():
+    mesh = jax.sharding.AbstractMesh((1, 16, 16, 1), sharding.MESH_AXES)
+    assert sharding.spec_for((24, 3072, 8704), ("embed", "mlp"), mesh) == P(None, ("fsdp", "fsdp_minor"), None)
+    assert sharding.spec_for((24, 3200, 8704), ("embed", "mlp"), mesh) == P(None, "fsdp", "fsdp_minor")  # 3200 / 256
+
+
+def test_factored_moments_are_cut_along_the_dimensions_that_they_have():
+    params = {"w": jax.ShapeDtypeStruct((4, 8, 16), "float32")}
+    specs = {"w": P(None, "fsdp", "tensor")}
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, "float32")
+
+    tree = {"row": {"w": array(4, 8)}, "column": {"w": array(4, 16)}, "none": {"w": array(1)}, "count": array()}
+    found = sharding.tree_specs(tree, params, specs)
+    assert found["row"]["w"] == P(None, "fsdp")
+    assert found["column"]["w"] == P(None, "tensor")
+    assert found["none"]["w"] == found["count"] == P()
+
+
+def test_slices_are_joined_by_data_and_rows_of_a_host_need_not_be_neighbours():
+    """Eight devices in an order as a torus gives, of two processes and two slices."""
+    out = on_eight_devices("""
+        import jax, numpy as np
+        from jax.sharding import Mesh
+        from imagegpt_jax import sharding
+        from imagegpt_jax.cli import UserError
+
+        class Sliced:
+            def __init__(self, device, index): self.device, self.slice_index = device, index
+            def __getattr__(self, name): return getattr(self.device, name)
+
+        devices = [Sliced(d, i // 4) for i, d in enumerate(jax.devices())]
+        try:
+            sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, devices)
+        except UserError as e:
+            print(e)
+        order = [0, 4, 1, 5, 2, 6, 3, 7]
+        mesh = Mesh(np.array(jax.devices())[order].reshape(2, 2, 2, 1), sharding.MESH_AXES)
+        whole = np.arange(16 * 3).reshape(16, 3)
+        original = sharding.host_rows
+        mine = np.array([0, 1, 4, 5, 8, 9, 12, 13])  # of the devices 0, 1, 2, 3
+
+        class Local:
+            def addressable_devices_indices_map(self, shape):
+                index = real.devices_indices_map(shape)
+                return {d: i for d, i in index.items() if d.id < 4}
+        real = sharding.batch_sharding(mesh)
+        keep = sharding.batch_sharding
+        sharding.batch_sharding = lambda mesh: Local()
+        np.testing.assert_array_equal(sharding.host_rows(mesh, 16), mine)
+        sharding.batch_sharding = keep
+        batch = sharding.put_batch({"x": whole, "text": np.array(["a"] * 16)}, mesh)
+        assert set(batch) == {"x"}
+        np.testing.assert_array_equal(batch["x"], whole)
+        for shard in batch["x"].addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+    """)
+    assert "mesh.data=1 does not divide over 2 slices" in out

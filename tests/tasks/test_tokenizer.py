@@ -171,11 +171,6 @@ def test_accumulated_parts_make_the_step_of_the_whole_batch(dtype, tolerance):
         assert jax.tree.leaves(whole[0].trainable["generator"])[0].dtype == dtype
 
 
-def test_parts_must_divide_the_batch():
-    with pytest.raises(UserError, match="accumulate=3 does not divide batch_size=4"):
-        make(batch_size=4, accumulate=3)
-
-
 def test_float64_is_refused_where_jax_keeps_to_32_bits():
     for key in ("model.dtype", "model.param_dtype", "discriminator.dtype"):
         with pytest.raises(UserError, match="JAX_ENABLE_X64=1"):

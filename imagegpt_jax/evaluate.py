@@ -346,9 +346,12 @@ def write(path: "epath.Path", data: bytes) -> None:
 
 def main() -> None:
     """Scores what the flags name."""
+    from imagegpt_jax import config as config_lib
     from imagegpt_jax import distributed, storage
 
     storage.check(CHECKPOINT.value, OUTPUT.value, DATA.value, TOKENIZER.value, GENERATION_DATA.value, IMAGES_DIR.value)
+    for workdir in CHECKPOINT.value:  # a wrong folder is told before JAX starts
+        config_lib.load(workdir)
     with distributed.together():
         score()
 

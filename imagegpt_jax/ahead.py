@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -111,7 +110,7 @@ class Plan:
         layout, rows = self.setup.layout, 2 * self.config.batch_size
         cut = sharding.batch_sharding(self.mesh)
 
-        def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
             return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=cut)
 
         def module(params: Any) -> Any:
@@ -253,7 +252,11 @@ def versions() -> dict[str, str]:
     """Of what decides a compilation."""
     import importlib.metadata
 
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    return {
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

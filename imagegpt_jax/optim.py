@@ -124,8 +124,8 @@ def _keep_second_moment(optimizer: optax.GradientTransformation, dtype: Any) -> 
         adam, *rest = state
         return (adam._replace(nu=optax.tree.cast(adam.nu, dtype)), *rest)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(grads, cast(state, wide), params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, cast(state, wide), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)

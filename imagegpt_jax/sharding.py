@@ -304,7 +304,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         rows = host_rows(mesh, size)
         kind = jax.dtypes.canonicalize_dtype(local.dtype)  # 64 bits only where JAX has them
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(size)
             first = np.searchsorted(rows, start)
             return local[first : first + stop - start].astype(kind, copy=False)

@@ -37,7 +37,8 @@ def token_nll(
         logits_BMV = sharding.constrain(layers.score(hidden_BMD, table_VD), LOGITS)
         normaliser_BM = jax.nn.logsumexp(logits_BMV, axis=-1)
         return normaliser_BM - jnp.take_along_axis(logits_BMV, targets_BM[..., None], axis=-1)[..., 0]
-    return _chunked_nll(hidden_BMD, table_VD, targets_BM, math.ceil(vocab / chunk))
+    chunked: Any = _chunked_nll
+    return chunked(hidden_BMD, table_VD, targets_BM, math.ceil(vocab / chunk))
 
 
 def _cut(table_VD: jax.Array, chunks: int) -> tuple[jax.Array, jax.Array]:

@@ -27,7 +27,7 @@ def specs() -> dict[str, Any]:
             sizes = sharding.mesh_shape(config.mesh, count)
             minor = sharding.minor_sizes(sizes["fsdp"])[0]
             shape = (sizes["data"], sizes["fsdp"] // minor, minor, sizes["tensor"])
-            mesh = jax.sharding.AbstractMesh(shape, sharding.MESH_AXES)
+            mesh: Any = jax.sharding.AbstractMesh(shape, sharding.MESH_AXES)
             params: dict[str, str] = {}
             for network, net in sorted(task.setup_abstract(config).networks.items()):
                 leaves = jax.tree_util.tree_leaves_with_path(

@@ -140,7 +140,7 @@ def phases(setup: Setup) -> tuple[str, ...]:
 
 def step_flops(setup: Setup, phase: str, batch: Mapping[str, Any]) -> float:
     """Model FLOPs of a training step, counted in its trace with plain convolutions and without recomputation."""
-    config = ConfigDict(setup.config.to_dict())
+    config: Any = ConfigDict(setup.config.to_dict())
     config.model.conv_impl, config.model.remat, config.accumulate = "xla", False, 1
     plain = _build(config, {}, "vgg16" if "perceptual" in setup.networks else "")
     state = jax.eval_shape(functools.partial(init_state, plain), jax.eval_shape(jax.random.key, 0))

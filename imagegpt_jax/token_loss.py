@@ -77,7 +77,7 @@ def _forward(hidden_BMD: jax.Array, table_VD: jax.Array, targets_BM: jax.Array, 
 
     def body(carry, chunk):
         largest_BM, total_BM, target_BM = carry
-        logits_BMJ = _score(hidden_BMD, *chunk, vocab)
+        logits_BMJ = _score(hidden_BMD, *chunk, vocab)  # pyright: ignore[reportCallIssue]
         is_target_BMJ = chunk[1] == targets_BM[..., None]
         new_BM = jnp.maximum(largest_BM, logits_BMJ.max(axis=-1))
         total_BM = total_BM * jnp.exp(largest_BM - new_BM) + jnp.exp(logits_BMJ - new_BM[..., None]).sum(axis=-1)

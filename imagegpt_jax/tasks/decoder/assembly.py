@@ -1,0 +1,215 @@
+"""The static part of the decoder's stage: config, token space, networks, text tokenizer and data, checked."""
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from imagegpt_jax import checkpoint, optim, sharding
+from imagegpt_jax import config as config_lib
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import Config, to_dataclass
+from imagegpt_jax.data import ops as ops_lib
+from imagegpt_jax.data import packing, sources
+from imagegpt_jax.data import text as text_lib
+from imagegpt_jax.models import gpt
+from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.state import Network
+from imagegpt_jax.tasks import tokenizer as tokenizer_task
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """The static part of the stage.
+
+    Attributes:
+      config: the run's config.
+      model: shape of the decoder.
+      layout: token space and sequence layout.
+      text: text tokenizer; None where the setup is abstract.
+      labels: class names, may be empty.
+      networks: "decoder", and "tokenizer" where images are encoded within the step.
+      optimizers: of "decoder".
+      tokenizer: the image tokenizer's static part.
+      sources: split -> opened source; empty for inference.
+    """
+
+    config: Config
+    model: GPTConfig
+    layout: packing.Layout
+    text: Any
+    labels: tuple[str, ...]
+    networks: dict[str, Network]
+    optimizers: dict[str, optax.GradientTransformation]
+    tokenizer: tokenizer_task.Setup
+    sources: dict[str, Any]
+
+    @property
+    def space(self) -> packing.TokenSpace:
+        """The one vocabulary."""
+        return self.layout.space
+
+
+def tokenizer_config(config: Config) -> Config:
+    """Config of the image tokenizer that a decoder's config names; "" is an untrained one, seeded by `config.seed`."""
+    if config.tokenizer:
+        found = config_lib.load(config.tokenizer)
+        if found.task != "tokenizer":
+            raise UserError(f"config.tokenizer={config.tokenizer} holds a {found.task}: give a tokenizer's workdir.")
+        return found
+    untrained = ConfigDict(config.untrained_tokenizer.to_dict())
+    untrained.seed = config.seed
+    return untrained
+
+
+def _build(
+    config: Config,
+    text: text_lib.TextTokenizer | None,
+    labels: tuple[str, ...],
+    opened: dict[str, Any],
+    encode: bool,
+    num_classes: int,
+) -> Setup:
+    data = config.data
+    image_tokenizer = tokenizer_task.setup_for_inference(tokenizer_config(config), config.tokenizer)
+    space = packing.TokenSpace(
+        text_vocab=data.text_vocab_size if text is None else text.vocab_size,
+        num_classes=num_classes if data.use_labels else 0,
+        num_codes=image_tokenizer.model.quantizer.num_codes,
+    )
+    layout = packing.Layout(
+        space=space,
+        text_length=data.text_length,
+        grid=tuple(data.grid),
+        text_weight=data.text_weight,
+        image_weight=data.image_weight,
+    )
+    rows = math.ceil(space.vocab_size / data.vocab_multiple) * data.vocab_multiple
+    model = to_dataclass(GPTConfig, {**config.model.to_dict(), "vocab_size": rows})
+    networks = {"decoder": state_lib.network(lambda key: gpt.GPT(model, key=key))}
+    optimizers = {"decoder": optim.make(config.optim, config.steps, networks["decoder"].axes)}
+    if encode:
+        networks["tokenizer"] = image_tokenizer.networks["generator"]
+    return Setup(config, model, layout, text, labels, networks, optimizers, image_tokenizer, opened)
+
+
+def setup(config: Config) -> Setup:
+    """Reads the config, opens the data, and reads or trains the text tokenizer.
+
+    Raises:
+      UserError: for a value that cannot work, or data that are not there.
+    """
+    data = config.data
+    for name in ("train_ops", "eval_ops"):
+        ops_lib.parse(data[name])
+    tokenizer_config(config)
+    needs = "label" if data.use_labels else "captions" if data.text_length else None
+    opened = {split: sources.open_source(data[split], require=needs) for split in ("train", "validation")}
+    if data.text_tokenizer:
+        text = text_lib.load_tokenizer(data.text_tokenizer)
+    else:
+        text = text_lib.train_tokenizer(_captions(opened["train"], data.text_tokenizer_examples), data.text_vocab_size)
+    encode = "codes" not in opened["train"].__getitems__([0])[0]
+    labels = opened["train"].label_names
+    if data.use_labels and data.num_classes not in (0, len(labels)):
+        raise UserError(
+            f"config.data.num_classes={data.num_classes}, and {data.train} has {len(labels)} classes: set"
+            f" --config.data.num_classes={len(labels)}, or 0 to take what the data have."
+        )
+    built = _build(config, text, labels, opened, encode, len(labels))
+    for split, source in opened.items():
+        _check_codes(built, split, source)
+    return built
+
+
+def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
+    """Like `setup` for a finished run: takes text tokenizer and class names from the workdir and opens no data."""
+    folder = epath.Path(workdir)
+    text = text_lib.load_tokenizer(folder / "text_tokenizer")
+    labels = tuple(json.loads((folder / "labels.json").read_text()))
+    return _build(config, text, labels, {}, False, len(labels))
+
+
+def setup_abstract(config: Config) -> Setup:
+    """Like `setup` from the config alone, for token shards: enough to compile, not to run."""
+    return _build(config, None, (), {}, False, config.data.num_classes)
+
+
+def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
+    """Keeps in the workdir what sampling needs beside config and checkpoints."""
+    folder = epath.Path(workdir)
+    setup.text.save(folder / "text_tokenizer")
+    (folder / "labels.json").write_text(json.dumps(setup.labels))
+
+
+def _captions(source: Any, limit: int) -> list[str]:
+    """All captions of at most `limit` records, evenly spread."""
+    indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source)), dtype=np.int64))
+    return [caption for record in source.__getitems__(indices.tolist()) for caption in record.get("captions", [])]
+
+
+def _check_codes(setup: Setup, split: str, source: Any) -> None:
+    """Raises UserError if token shards were made by a tokenizer of another shape, or images do not fit the grid."""
+    record = source.__getitems__([0])[0]
+    if "codes" not in record:
+        if "tokenizer" not in setup.networks:
+            raise UserError(
+                f"config.data.{split} holds images and config.data.train token shards: encode both, or none."
+            )
+        return
+    if "tokenizer" in setup.networks:
+        raise UserError(f"config.data.{split} holds token shards and config.data.train images: encode both, or none.")
+    grid = tuple(int(x) for x in record["grid"])
+    if grid != tuple(setup.layout.grid):
+        raise UserError(
+            f"the token shards {source.name} have a grid of {grid[0]} x {grid[1]} codes, and config.data.grid is"
+            f" {tuple(setup.layout.grid)}: set --config.data.grid={grid}."
+        )
+    made_with = getattr(source, "info", {}).get("num_codes", setup.space.num_codes)
+    if made_with != setup.space.num_codes:
+        raise UserError(
+            f"the token shards {source.name} hold codes of a codebook of {made_with}, and config.tokenizer ="
+            f" {setup.config.tokenizer!r} has {setup.space.num_codes}: give the tokenizer that made them."
+        )
+
+
+def check_mesh(setup: Setup, mesh: Mesh) -> None:
+    """Raises UserError if the network cannot be cut over the mesh: it names the numbers and what would do."""
+    model = setup.model
+    heads = {"model.heads": model.heads, "model.kv_heads": model.num_kv_heads, "model.mlp_width": model.mlp_width}
+    sharding.check_divides(heads, "tensor", mesh)
+    if model.vocab_size % mesh.shape["tensor"]:
+        raise UserError(
+            f"a vocabulary of {model.vocab_size} ids does not divide over mesh.tensor={mesh.shape['tensor']}: set"
+            " --config.data.vocab_multiple=128, which fills it up."
+        )
+    state_lib.check_layout(setup.networks, mesh)
+
+
+def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> state_lib.Params:
+    """Parameters of the image tokenizer: from its workdir, or those of the untrained one."""
+    if setup.config.tokenizer:
+        make = functools.partial(tokenizer_task.init_state, setup.tokenizer)
+        abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
+        return checkpoint.load_params(setup.config.tokenizer, abstract, "generator", sharding=sharding_tree)
+    return jax.device_put(_untrained(setup), sharding_tree)
+
+
+@functools.cache
+def _untrained(setup: Setup) -> state_lib.Params:
+    """Parameters of the untrained image tokenizer, drawn once: compiling that takes seconds.
+
+    Host arrays, since a training step donates what it is given.
+    """
+    init = tokenizer_task.init_state
+    draw = jax.jit(lambda key: init(setup.tokenizer, key).params("generator"))
+    return jax.device_get(draw(jax.random.key(setup.tokenizer.config.seed)))

@@ -1,0 +1,143 @@
+"""What the decoder's stage trains on: packed sequences, and where in them the targets of each kind are.
+
+Shapes: B batch, L sequence, N image codes, M places of one kind.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.data import order, packing, pipeline
+from imagegpt_jax.state import TrainState
+from imagegpt_jax.tasks.decoder.assembly import Setup
+
+# Keep the draws of guidance dropout and direction apart from each other and from the pipeline's.
+_DROP, _DIRECTION = 1 << 42, 1 << 43
+# Rows that an accelerator's kernels work on at once.
+TILE = 128
+
+
+def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: np.ndarray | None = None) -> Any:
+    """Packed batches of a split: shuffled and endless for "train", once and in order otherwise."""
+    data = setup.config.data
+    train = split == "train"
+    return pipeline.Batches(
+        setup.sources[split],
+        ops=data.train_ops if train else data.eval_ops,
+        batch_size=batch_size,
+        seed=setup.config.seed,
+        position=position,
+        rows=rows,
+        shuffle=train,
+        epochs=None if train else 1,
+        host_fn=functools.partial(pack, setup, train=train),
+    )
+
+
+def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what `batches` gives and the devices see."""
+    packed = setup.layout.pack(None, None, np.zeros((1, setup.layout.num_codes), np.int32))
+    packed["position"] = np.zeros(1, np.int64)
+    return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in packed.items()}
+
+
+def pack(setup: Setup, batch: dict[str, np.ndarray], *, train: bool) -> dict[str, np.ndarray]:
+    """Captions, labels and codes -> sequences. Guidance dropout and direction of an example depend on its position.
+
+    Where the batch holds images, the places of their codes are filled in by `prepare_batch`.
+    """
+    data, seed = setup.config.data, setup.config.seed
+    positions_B = batch["position"]
+    texts = setup.text.encode_batch([str(c) for c in batch["caption"]]) if "caption" in batch else None
+    codes_BN = batch.get("codes")
+    if codes_BN is None:
+        codes_BN = np.zeros((len(positions_B), setup.layout.num_codes), np.int32)
+    draws = {
+        name: order.hash_positions(positions_B, seed, use) / 2.0**64
+        for name, use in (("drop", _DROP), ("direction", _DIRECTION))
+    }
+    packed = setup.layout.pack(
+        texts if data.text_length else None,
+        batch["label"] if data.use_labels else None,
+        codes_BN,
+        (draws["direction"] < data.image_to_text) * packing.IMAGE_TO_TEXT if train else None,
+        (draws["drop"] < data.guidance_dropout) if train else None,
+    )
+    keep = {name: batch[name] for name in ("image", "mask", "position") if name in batch}
+    return packed | keep
+
+
+def used_length(setup: Setup) -> int:
+    """How many tokens of a sequence go through the blocks.
+
+    Nothing is predicted from the last code and the end of a picture: they are left out where that saves a tile of 128.
+    """
+    layout = setup.layout
+    used = layout.text_length + layout.num_codes
+    if setup.config.data.image_to_text or -(-used // TILE) == -(-layout.length // TILE):
+        return layout.length
+    return used
+
+
+def target_parts(setup: Setup, tokens_BL: jax.Array) -> list[tuple[int, int | jax.Array, int, tuple[int, int]]]:
+    """Where the targets of each kind are: (kind, first place of each sequence, number of places, ids it can have).
+
+    Where no sequence of the run is turned around, the first place is a plain number, and no gather is needed.
+    """
+    layout = setup.layout
+    image, text = (layout.text_length, 0) if not setup.config.data.image_to_text else _starts(layout, tokens_BL)
+    parts = [(packing.IMAGE, image, layout.num_codes, layout.image_ids)]
+    if layout.text_length:
+        parts.append((packing.TEXT, text, layout.text_length + 1, layout.text_ids))
+    return parts
+
+
+def take_places(x_BL: jax.Array, start: int | jax.Array, count: int) -> jax.Array:
+    """`count` places of each sequence from `start` on."""
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(x_BL, start, start + count, axis=1)
+    index_BM = start[:, None] + jnp.arange(count)
+    return jnp.take_along_axis(x_BL, index_BM.reshape(*index_BM.shape, *(1,) * (x_BL.ndim - 2)), axis=1)
+
+
+def _starts(layout: packing.Layout, tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where the first image target and the first text target of each sequence are (they differ by direction)."""
+    reverse_B = tokens_BL[:, 0] == layout.space.boi
+    image_B = jnp.where(reverse_B, 0, layout.text_length)
+    text_B = jnp.where(reverse_B, layout.num_codes + 1, 0)
+    return image_B, text_B
+
+
+def prepare_batch(setup: Setup, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Encodes the batch's images with the frozen tokenizer and puts their codes into the sequences."""
+    if "tokenizer" not in setup.networks:
+        return batch
+    return encode_into(setup, state.frozen["tokenizer"], batch)
+
+
+def encode_into(setup: Setup, params: state_lib.Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Encodes the batch's images with these parameters of the tokenizer and puts the codes into the sequences.
+
+    Raises:
+      UserError: if the images give another grid than the config's.
+    """
+    module: Any = setup.networks["tokenizer"].module(params)
+    codes_Bhw = module.encode_codes(batch["image"])
+    if codes_Bhw.shape[1:] != tuple(setup.layout.grid):
+        raise UserError(
+            f"images of {batch['image'].shape[1]} x {batch['image'].shape[2]} pixels give {codes_Bhw.shape[1:]} codes,"
+            f" and config.data.grid is {tuple(setup.layout.grid)}: change one of them."
+        )
+    ids_BN = codes_Bhw.reshape(codes_Bhw.shape[0], -1) + setup.space.image_start
+    index_BN = _starts(setup.layout, batch["tokens"])[0][:, None] + jnp.arange(ids_BN.shape[1])
+    put = jax.vmap(lambda row, index, ids: row.at[index].set(ids))
+    return {
+        **batch,
+        "targets": put(batch["targets"], index_BN, ids_BN),
+        "tokens": put(batch["tokens"], index_BN + 1, ids_BN),
+    }

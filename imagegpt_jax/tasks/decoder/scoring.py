@@ -1,0 +1,97 @@
+"""What the decoder's stage measures while it trains: likelihood of the validation split, and pictures of prompts.
+
+Shapes: B batch, L sequence, N image codes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from imagegpt_jax import sharding
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.evals import common, likelihood
+from imagegpt_jax.generate import Sampling, generate_codes
+from imagegpt_jax.images import Tile, grid, to_uint8
+from imagegpt_jax.state import TrainState
+from imagegpt_jax.tasks import tokenizer as tokenizer_task
+from imagegpt_jax.tasks.decoder.assembly import Setup, tokenizer_params
+from imagegpt_jax.tasks.decoder.examples import batches, encode_into
+from imagegpt_jax.tasks.decoder.training import token_nll
+
+
+def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
+    """Pure functions: "nll" of (parameters of "decoder", packed batch) -> [B, L] in nats."""
+    net = setup.networks["decoder"]
+
+    def nll(params: state_lib.Params, batch: dict[str, jax.Array]) -> jax.Array:
+        return token_nll(setup, net.module(params), batch)
+
+    return {"nll": nll}
+
+
+def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Scores the validation split; also samples a fixed grid of pictures for TensorBoard."""
+    config = setup.config
+    params = {"decoder": state.eval_params("decoder")}
+    columns = likelihood.COLUMNS
+    if "tokenizer" in setup.networks:
+        params["tokenizer"], columns = state.params("tokenizer"), (*columns, "image")
+    rows = sharding.host_rows(mesh, config.eval_batch_size)
+    scores = likelihood.evaluate(
+        _scorer(setup),
+        params,
+        batches(setup, "validation", batch_size=config.eval_batch_size, rows=rows),
+        setup.space.vocab_size,
+        mesh,
+        columns,
+    )
+    images = {"samples": _sample_grid(setup, params["decoder"])[None]} if config.sample_prompts else {}
+    return {f"validation/{name}": value for name, value in scores.items()}, images
+
+
+def _sample_grid(setup: Setup, params: state_lib.Params) -> np.ndarray:
+    """Four pictures of each of `config.sample_prompts`, captioned: uint8 [H, W, C], the same draws every time.
+
+    Every process draws them on its first device, so that the mesh of the training does not matter.
+    """
+    config, first = setup.config, jax.local_devices()[:1]
+    prompts = [prompt for prompt in config.sample_prompts for _ in range(4)]
+    with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, first)):
+        params = jax.device_put(common.to_host(params), first[0])
+        module: Any = setup.networks["decoder"].module(params)
+        codes_BN = generate_codes(
+            module,
+            setup.layout,
+            setup.text.encode_batch(prompts),
+            sampling=Sampling(**config.sampling.to_dict()),
+            seed=config.seed,
+            tile=len(prompts),
+        )
+        pictures = to_uint8(np.asarray(_decoder_of_codes(setup)(codes_BN.reshape(-1, *setup.layout.grid))))
+    tiles = [Tile(prompt, list(pictures[4 * i : 4 * i + 4])) for i, prompt in enumerate(config.sample_prompts)]
+    return grid(tiles)
+
+
+@functools.cache
+def _decoder_of_codes(setup: Setup) -> Callable[[np.ndarray], jax.Array]:
+    """Codes [B, h, w] -> pictures, with the image tokenizer's parameters read once."""
+    params = tokenizer_params(setup)
+    decode = jax.jit(tokenizer_task.predict_fns(setup.tokenizer)["decode"])
+    return lambda codes_Bhw: decode(params, codes_Bhw)
+
+
+@functools.cache
+def _scorer(setup: Setup) -> Callable[..., Any]:
+    """The same function object every time, with which an evaluation keeps its compiled program."""
+    nll = predict_fns(setup)["nll"]
+
+    def score(params: dict[str, state_lib.Params], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        if "tokenizer" in setup.networks:
+            batch = encode_into(setup, params["tokenizer"], batch)
+        return nll(params["decoder"], batch), batch["targets"]
+
+    return score

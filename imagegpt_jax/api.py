@@ -57,7 +57,7 @@ class Tokenizer:
       path: workdir it was loaded from; "" for an untrained one.
       step: its checkpoint; 0 for an untrained one.
       downsample: pixels per code along each side.
-      num_codes: size of the codebook.
+      num_codes: number of different codes.
       tile: images that run at once.
     """
 
@@ -76,7 +76,7 @@ class Tokenizer:
         self._mesh = mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
         self.config = setup.model
         self.path, self.step = path, step
-        self.downsample, self.num_codes = self.config.downsample, self.config.quantizer.num_codes
+        self.downsample, self.num_codes = self.config.downsample, self.config.quantizer.num_ids
         self.tile = rows * mesh.size
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._sharding = sharding.batch_sharding(mesh)
@@ -91,6 +91,11 @@ class Tokenizer:
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.ascontiguousarray(leaf).tobytes())
         return digest.hexdigest()[:16]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the codes of an image; where a vector has several codes, they stand beside each other."""
+        per_vector = self.config.quantizer.codes_per_vector
+        return height // self.downsample, width // self.downsample * per_vector
 
     def encode(self, images_BHWC: Images) -> np.ndarray:
         """Images to codes.
@@ -135,8 +140,8 @@ class Tokenizer:
         codes = np.asarray(codes_BL)
         if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
             raise UserError(f"codes are integers [B, L], and these are {codes.dtype} of shape {codes.shape}.")
-        side = math.isqrt(codes.shape[1])
-        rows, columns = grid or (side, side)
+        side = math.isqrt(codes.shape[1] // self.config.quantizer.codes_per_vector)
+        rows, columns = grid or (side, side * self.config.quantizer.codes_per_vector)
         if rows * columns != codes.shape[1]:
             given = f"the grid {rows} x {columns}" if grid else "a square: give grid=(rows, columns)"
             raise UserError(f"{codes.shape[1]} codes do not fill {given}.")

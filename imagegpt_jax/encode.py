@@ -93,7 +93,7 @@ def records(
     try:
         for batch in batches:
             height, width = batch["image"].shape[1:3]
-            grid = (height // tok.downsample, width // tok.downsample)
+            grid = tok.grid(height, width)
             for position, codes_L in zip(batch["position"].tolist(), tok.encode(batch["image"]), strict=True):
                 if position >= stop:
                     return

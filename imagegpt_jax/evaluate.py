@@ -141,7 +141,7 @@ def score_tokenizer(path: str, data: "Data", mesh: "Mesh") -> tuple[Scores, np.n
             task.predict_fns(setup)["reconstruct"],
             jax.device_put(common.to_host(params), sharding.replicated(mesh)),
             progress(batches, "tokenizer", len(data.source), batch_size),
-            setup.model.quantizer.num_codes,
+            setup.model.quantizer.num_ids,
             mesh,
         )
     names = {name: f"val_{name}" for name in ("psnr", "psnr_mean_color", "l1", "mse")}
@@ -150,7 +150,7 @@ def score_tokenizer(path: str, data: "Data", mesh: "Mesh") -> tuple[Scores, np.n
         "step": step,
         **data.about,
         "ops": config.data.eval_ops,
-        "num_codes": setup.model.quantizer.num_codes,
+        "num_codes": setup.model.quantizer.num_ids,
     }
     return {f"tokenizer/{names.get(name, name)}": value for name, value in (about | scores).items()}, grid
 

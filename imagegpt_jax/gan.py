@@ -1,6 +1,6 @@
 """Losses of the image tokenizer and their gradients on one batch: of the autoencoder, and of the discriminator.
 
-Shapes: B batch, H W C image, h w code grid, Z code dimension, K codes.
+Shapes: B batch, H W C image, h w code grid, Z code dimension, P codes of a vector.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from imagegpt_jax import losses, metrics
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.config import choose
+from imagegpt_jax.models.quantizers import UseSums
 from imagegpt_jax.state import Network, TrainState
 
 # Kind -> (generator's loss of fake logits, discriminator's loss of real and fake logits).
@@ -56,11 +57,11 @@ class Sums(NamedTuple):
 
     Attributes:
       gradients: network -> gradient of the mean of its loss.
-      counts_K: how often each code was chosen.
+      use: of the codes.
     """
 
     gradients: dict[str, state_lib.Params]
-    counts_K: Float[Array, "K"]
+    use: UseSums
 
 
 def gradients(
@@ -70,7 +71,7 @@ def gradients(
     images_BHWC: Float[Array, "B H W C"],
     *,
     adversarial: bool,
-) -> tuple[Sums, metrics.Totals, Float[Array, "B h w Z"]]:
+) -> tuple[Sums, metrics.Totals, Float[Array, "B h w P Z"]]:
     """Gradients of the generator and, if `adversarial`, of the discriminator, both at the state's parameters.
 
     Args:
@@ -110,8 +111,8 @@ def gradients(
         "reconstruction": metrics.mean(rec_loss),
         "psnr": metrics.mean(_psnr(recon_BHWC, images_BHWC)),
         **{name: metrics.mean(value) for name, value in (parts | quantized.losses).items()},
-        "codebook_usage": metrics.used_share(quantized.counts_K),
-        "code_entropy_bits": metrics.entropy(quantized.counts_K),
+        "codebook_usage": metrics.used_share(quantized.sums.counts_I),
+        "code_entropy_bits": metrics.entropy(quantized.sums.counts_I),
     }
 
     # --- Adversarial part of the generator's loss.
@@ -140,7 +141,7 @@ def gradients(
             lambda params: discriminator_loss(critic(params, images_BHWC), critic(params, fake_BHWC))
         )(state.trainable["discriminator"])
         values["gan_discriminator"] = metrics.mean(value)
-    return Sums(grads, quantized.counts_K), values, quantized.z
+    return Sums(grads, quantized.sums), values, quantized.vectors
 
 
 def _psnr(x_BHWC: jax.Array, target_BHWC: jax.Array) -> jax.Array:

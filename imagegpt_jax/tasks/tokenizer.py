@@ -8,7 +8,7 @@ Shapes: B batch, H W C image, h w code grid, V codebook.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,7 +123,8 @@ def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
 
 def check_mesh(setup: Setup, mesh: Mesh) -> None:
     """Raises UserError if the networks cannot be cut over the mesh: it names the numbers and what would do."""
-    sharding.check_divides({"model.quantizer.num_codes": setup.model.quantizer.num_codes}, "tensor", mesh)
+    if setup.model.quantizer.has_table:
+        sharding.check_divides({"model.quantizer.num_codes": setup.model.quantizer.num_codes}, "tensor", mesh)
     state_lib.check_layout(setup.networks, mesh)
 
 
@@ -159,6 +160,7 @@ def init_state(setup: Setup, key: jax.Array) -> TrainState:
         frozen=setup.config.frozen,
         frozen_networks=("perceptual",),
         ema=("generator",) if setup.config.ema_decay else (),
+        phases=phases(setup),
     )
 
 
@@ -173,7 +175,15 @@ def load_frozen(setup: Setup, state: TrainState, layout: TrainState) -> TrainSta
     return dataclasses.replace(state, frozen={**state.frozen, "perceptual": weights})
 
 
-def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: np.ndarray | None = None) -> Any:
+def batches(
+    setup: Setup,
+    split: str,
+    *,
+    batch_size: int,
+    position: int = 0,
+    rows: np.ndarray | None = None,
+    skipped: Sequence[tuple[int, int]] = (),
+) -> Any:
     """The batches of a split: shuffled, augmented and endless for "train", once and in order otherwise."""
     data = setup.config.data
     train = split == "train"
@@ -183,6 +193,7 @@ def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, row
         batch_size=batch_size,
         seed=setup.config.seed,
         position=position,
+        skipped=skipped,
         rows=rows,
         shuffle=train,
         epochs=None if train else 1,
@@ -204,7 +215,7 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     config = setup.config
     adversarial = phase == "adversarial"
     differentiate = functools.partial(gan.gradients, setup.networks, setup.loss, state, adversarial=adversarial)
-    sums, values, z_BhwZ = accumulate(differentiate, batch["image"], config.accumulate)
+    sums, values, vectors = accumulate(differentiate, batch["image"], config.accumulate)
 
     # --- Optimizers.
     trainable: dict[str, Any] = dict(state.trainable)
@@ -213,31 +224,40 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
         grads = jax.tree.map(lambda x: x / config.accumulate, total)
         updates, opts[name] = setup.optimizers[name].update(grads, state.opt[name], state.trainable[name])
         trainable[name] = optax.apply_updates(state.trainable[name], updates)
-        if name == "generator":
-            values["gradient_norm"] = metrics.mean(optax.global_norm(grads))
+        norm = {"generator": "gradient_norm", "discriminator": "discriminator_gradient_norm"}[name]
+        values[norm] = metrics.mean(optax.global_norm(grads))
 
-    # --- Codes that nobody uses.
+    # --- What codes learn without gradient, and codes that nobody uses.
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    codebook, stats, revived_K = quantizers.revive(
+    codebooks = [_codebook(params) for params in (state.trainable["generator"], trainable["generator"])]
+    codebook, stats, revived_I = quantizers.learn(
         setup.model.quantizer,
-        trainable["generator"]["quantize"]["embedding"],
-        quantizers.update_stats(state.stats["quantizer"], sums.counts_K),
-        z_BhwZ,
+        None if codebooks[0] is None else codebooks,
+        state.stats["quantizer"],
+        sums.use,
+        vectors,
         key,
     )
-    trainable["generator"] = {**trainable["generator"], "quantize": {"embedding": codebook}}
-    values["revived_codes"] = metrics.mean(revived_K.sum())
+    values["revived_codes"] = metrics.mean(revived_I.sum())
+    if codebook is not None:
+        trainable["generator"] = {**trainable["generator"], "quantize": {"embedding": codebook}}
 
     ema = dict(state.ema)
     if "generator" in ema:
         ema["generator"] = optim.update_ema(ema["generator"], trainable["generator"], config.ema_decay, state.step)
-        # The average of a code before and after its revival is neither.
-        average = ema["generator"]["quantize"]["embedding"]
-        ema["generator"]["quantize"]["embedding"] = jnp.where(revived_K[:, None], codebook, average)
+        if codebook is not None:
+            # The average of a code before and after its revival is neither.
+            average = ema["generator"]["quantize"]["embedding"]
+            ema["generator"]["quantize"]["embedding"] = jnp.where(revived_I[:, None], codebook, average)
     state = dataclasses.replace(
         state, step=state.step + 1, trainable=trainable, opt=opts, ema=ema, stats={"quantizer": stats}
     )
     return state, values
+
+
+def _codebook(params: state_lib.Params) -> jax.Array | None:
+    """The learned codebook among a generator's trained parameters; None where there is none, or it is frozen."""
+    return params.get("quantize", {}).get("embedding")
 
 
 def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
@@ -268,7 +288,7 @@ def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, flo
         _predict(setup, "reconstruct"),
         state.eval_params("generator"),
         batches(setup, "validation", batch_size=config.eval_batch_size, rows=rows),
-        setup.model.quantizer.num_codes,
+        setup.model.quantizer.num_ids,
         mesh,
     )
     return {f"validation/{name}": value for name, value in scores.items()}, {"validation/reconstructions": grid[None]}

@@ -43,7 +43,7 @@ def test_codes_are_the_nearest(normalize, chunk):
     np.testing.assert_array_equal(quantizer.nearest(z), expected)
     np.testing.assert_array_equal(quantized.zq, quantizer.lookup(quantized.codes))  # to the last bit
     np.testing.assert_allclose(quantized.zq, codebook[expected], rtol=1e-6)
-    np.testing.assert_array_equal(quantized.counts_K, np.bincount(expected.ravel(), minlength=24))
+    np.testing.assert_array_equal(quantized.sums.counts_I, np.bincount(expected.ravel(), minlength=24))
 
 
 def losses_and_gradients(config, term):
@@ -61,7 +61,7 @@ def losses_and_gradients(config, term):
 def test_commitment_moves_the_encoder_and_codebook_loss_the_codes():
     config = dataclasses.replace(CONFIG, l2_normalize=False)
     (commitment, quantized), (dz, dcodes) = losses_and_gradients(config, lambda q: q.losses["commitment"])
-    z = np.asarray(quantized.z)
+    z = np.asarray(quantized.vectors)[:, 0]
     assert float(commitment) == pytest.approx(np.square(z - quantized.zq).mean(), rel=1e-5)
     np.testing.assert_allclose(dz, 2 * (z - quantized.zq) / z.size, rtol=1e-5)
     np.testing.assert_array_equal(dcodes, 0)
@@ -97,7 +97,7 @@ def test_straight_through_gradient_of_normalised_vectors_is_tangent():
     weights = jax.random.normal(key(5), (7, 3))
     (_, quantized), (dz, _) = losses_and_gradients(CONFIG, lambda q: jnp.sum(q.zq * weights))
     assert np.abs(dz).max() > 0.01
-    np.testing.assert_allclose(np.sum(np.asarray(dz) * quantized.z, axis=-1), 0, atol=1e-6)
+    np.testing.assert_allclose(np.sum(np.asarray(dz) * quantized.vectors[:, 0], axis=-1), 0, atol=1e-6)
 
 
 def test_zero_vectors_have_finite_gradients():
@@ -133,14 +133,14 @@ def test_first_revival_sets_the_whole_codebook_from_the_batch():
     quantizer = Quantizer(CONFIG, key=key())
     z = jax.random.normal(key(1), (30, 3))
     quantized = quantizer(z)
-    stats = update_stats(init_stats(CONFIG), quantized.counts_K)
-    codebook, stats, revived = quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.z, key(2))
+    stats = update_stats(CONFIG, init_stats(CONFIG), quantized.sums.counts_I)
+    codebook, stats, revived = quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.vectors, key(2))
     assert bool(revived.all())
     rows = {tuple(r) for r in unit(np.asarray(z)).round(4).tolist()}
     drawn = [tuple(r) for r in np.asarray(codebook).round(4).tolist()]
     assert set(drawn) <= rows
     assert len(set(drawn)) == 24  # no vector twice while there are enough
-    np.testing.assert_array_equal(stats.age_K, 0)
+    np.testing.assert_array_equal(stats.age_I, 0)
 
 
 def test_only_codes_unused_for_revival_steps_are_replaced():
@@ -149,27 +149,27 @@ def test_only_codes_unused_for_revival_steps_are_replaced():
     z = quantizer.lookup(jnp.arange(4))  # chooses codes 0 to 3 only
     stats = init_stats(CONFIG)
     quantized = quantizer(z)
-    stats = update_stats(stats, quantized.counts_K)
+    stats = update_stats(CONFIG, stats, quantized.sums.counts_I)
     before = quantizer.embedding[...]
-    stats = stats._replace(age_K=jnp.zeros_like(stats.age_K))  # as after the first revival
+    stats = stats._replace(age_I=jnp.zeros_like(stats.age_I))  # as after the first revival
     for step in range(CONFIG.revival_steps):
-        _, _, revived = quantizers.revive(CONFIG, before, stats, quantized.z, key(step))
+        _, _, revived = quantizers.revive(CONFIG, before, stats, quantized.vectors, key(step))
         assert not bool(revived.any())
         quantized = quantizer(z)
-        stats = update_stats(stats, quantized.counts_K)
-    codebook, stats, revived = quantizers.revive(CONFIG, before, stats, quantized.z, key(9))
+        stats = update_stats(CONFIG, stats, quantized.sums.counts_I)
+    codebook, stats, revived = quantizers.revive(CONFIG, before, stats, quantized.vectors, key(9))
     np.testing.assert_array_equal(revived, np.arange(24) >= 4)
     np.testing.assert_array_equal(codebook[:4], before[:4])
     assert np.all(np.any(codebook[4:] != before[4:], axis=-1))
-    np.testing.assert_array_equal(stats.age_K, 0)
+    np.testing.assert_array_equal(stats.age_I, 0)
 
 
 def test_revival_is_a_function_of_the_key():
     quantizer, z = Quantizer(CONFIG, key=key()), jax.random.normal(key(1), (40, 3))
     quantized = quantizer(z)
-    stats = update_stats(init_stats(CONFIG), quantized.counts_K)
+    stats = update_stats(CONFIG, init_stats(CONFIG), quantized.sums.counts_I)
     first, again, other = (
-        quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.z, key(i))[0] for i in (3, 3, 4)
+        quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.vectors, key(i))[0] for i in (3, 3, 4)
     )
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
@@ -178,11 +178,11 @@ def test_revival_is_a_function_of_the_key():
 def test_revival_can_be_off_and_draws_again_when_vectors_are_few():
     quantizer, z = Quantizer(CONFIG, key=key()), jax.random.normal(key(1), (5, 3))
     quantized = quantizer(z)
-    stats = update_stats(init_stats(CONFIG), quantized.counts_K)
-    codebook, _, _ = quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.z, key(2))
+    stats = update_stats(CONFIG, init_stats(CONFIG), quantized.sums.counts_I)
+    codebook, _, _ = quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.vectors, key(2))
     assert len(np.unique(np.asarray(codebook), axis=0)) == 5
     off = dataclasses.replace(CONFIG, revival_steps=0)
-    codebook, _, revived = quantizers.revive(off, quantizer.embedding[...], init_stats(off), quantized.z, key(2))
+    codebook, _, revived = quantizers.revive(off, quantizer.embedding[...], init_stats(off), quantized.vectors, key(2))
     np.testing.assert_array_equal(codebook, quantizer.embedding[...])
     assert not bool(revived.any())
 

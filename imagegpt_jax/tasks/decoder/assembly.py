@@ -84,7 +84,7 @@ def _build(
     space = packing.TokenSpace(
         text_vocab=data.text_vocab_size if text is None else text.vocab_size,
         num_classes=num_classes if data.use_labels else 0,
-        num_codes=image_tokenizer.model.quantizer.num_codes,
+        num_codes=image_tokenizer.model.quantizer.num_ids,
     )
     layout = packing.Layout(
         space=space,

@@ -278,6 +278,32 @@ def map_shards(
     return jax.shard_map(function, in_specs=specs, out_specs=out, axis_names=set(names), check_vma=False)
 
 
+def map_rows(function: Callable[..., Any], cut: Sequence[bool]) -> Callable[..., Any]:
+    """Runs a function on every device's rows, with the rest of its arguments whole; what it returns is rows, too.
+
+    Each device runs the program it would run alone, to the same bits. `tensor` stays with the compiler.
+
+    Args:
+      function: of trees of arrays.
+      cut: for each argument, whether the first dimension of its arrays is rows. Scalars are never cut.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = () if mesh.empty else batch_axes(mesh)
+    if not names or batch_shards(mesh) == 1:
+        return function
+
+    def specs(tree: Any, rows: bool) -> Any:
+        return jax.tree.map(lambda x: P(names) if rows and x.ndim else P(), tree)
+
+    def call(*args: Any) -> Any:
+        inputs = tuple(specs(tree, rows) for tree, rows in zip(args, cut, strict=True))
+        outputs = specs(jax.eval_shape(function, *args), True)
+        mapped = jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(names), check_vma=False)
+        return mapped(*args)
+
+    return call
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How a batch lies on the mesh: rows over `data` x `fsdp`."""
     return NamedSharding(mesh, P(RULES["batch"]))

@@ -104,13 +104,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "norm": "rms",
         "norm_eps": 1e-5,
         "mlp": "swiglu",
+        "activation": "",
         "bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_scale": 0.0,
+        "attention_scale_by_layer": False,
         "position": "rope",
         "rope_theta": 10000.0,
         "rotary_dims": (),
+        "rope_scaling": {"kind": "default"},
+        "rope_zero_prefix": False,
         "max_length": 0,
         "qk_norm": small,
         "tie_embeddings": False,
+        "head_size": 0,
         "token_dropout": 0.1 if classes else 0.0,
         "residual_dropout": 0.1 if classes else 0.0,
         "mlp_dropout": 0.1 if classes else 0.0,
@@ -118,6 +126,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "target_positions": False,
         "feature_width": 0,
         "feature_length": 0,
+        "feature_begins": False,
         "conditioning": "prefix",
         "attention": "auto",
         "remat": remat,
@@ -158,5 +167,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # --- Cadence, in steps.
     config.log_every = run["log"]
     config.eval_every = run["evaluate"]
-    config.checkpoint = {"every": run["save"], "keep": 0 if small else 3}
+    config.checkpoint = {"every": run["save"], "keep": 0 if small else 3, "keep_every_hours": 0.0, "keep_best": ""}
+
+    # --- What to do about steps that go wrong, see imagegpt_jax/guard.py.
+    config.guard = {"spike": 0.0, "window": 100, "patience": 10, "max_rollbacks": 3}
+
+    # --- A run whose parameters this one begins with; init_partial allows that some do not fit.
+    config.init_from = ""
+    config.init_partial = False
     return config

@@ -74,7 +74,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # --- Networks.
     config.model = {
         "in_channels": 3,
+        "out_channels": 0,
         **MODELS[args.size],
+        "attention_heads": 1,
+        "mid_blocks": 2,
+        "double_latent": False,
+        "quant_conv": True,
+        "plain_blocks": False,
+        "spatial_norm": False,
+        "frames": 0,
+        "decoder": True,
         "conv_impl": "auto",
         "remat": False,
         "dtype": "float32" if small else "bfloat16",
@@ -140,5 +149,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # --- Cadence, in steps.
     config.log_every = run["log"]
     config.eval_every = run["evaluate"]
-    config.checkpoint = {"every": run["save"], "keep": 0 if small else 3}
+    config.checkpoint = {"every": run["save"], "keep": 0 if small else 3, "keep_every_hours": 0.0, "keep_best": ""}
+
+    # --- What to do about steps that go wrong, see imagegpt_jax/guard.py.
+    config.guard = {"spike": 0.0, "window": 100, "patience": 10, "max_rollbacks": 3}
+
+    # --- A run whose parameters this one begins with; init_partial allows that some do not fit.
+    config.init_from = ""
+    config.init_partial = False
     return config

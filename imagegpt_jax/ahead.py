@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from imagegpt_jax import collectives, hardware, loop, sharding
+from imagegpt_jax import collectives, hardware, sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
 from imagegpt_jax.generate import prefill, step
 from imagegpt_jax.models import gpt
+from imagegpt_jax.steps import Steps
 
 COMPUTE_BYTES = 2  # of parameters and activations on the way: bf16
 
@@ -98,7 +99,7 @@ class Plan:
         """The training steps, and for a decoder the two programs of sampling."""
         batch = self.task.abstract_batch(self.setup, self.config.batch_size)
         batch = _with_shardings(batch, dict.fromkeys(batch, sharding.batch_sharding(self.mesh)))
-        steps = loop.Steps(self.task, self.setup, self.mesh, self.layout)
+        steps = Steps(self.task, self.setup, self.mesh, self.layout)
         for phase in self.task.phases(self.setup):
             lower = functools.partial(steps.lower, phase, self.state, batch)
             yield Program(phase, lower, self.task.step_flops(self.setup, phase, batch))

@@ -132,8 +132,16 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check_workdir(config: Config, workdir: epath.PathLike) -> None:
+def check_workdir(config: Config, workdir: epath.PathLike, *, allow_changes: bool = False) -> list[str]:
     """Checks that a workdir is new, or holds a run of this config.
+
+    Args:
+      config: the config to train with.
+      workdir: the folder.
+      allow_changes: whether a run may go on with another config.
+
+    Returns:
+      what differs from the config that the workdir's run had, one "key: old -> new" each.
 
     Raises:
       UserError: if it holds a run of another config, or something that is not a run.
@@ -141,15 +149,24 @@ def check_workdir(config: Config, workdir: epath.PathLike) -> None:
     folder = epath.Path(workdir)
     path = folder / "config.json"
     if path.exists():
-        changes = diff(json.loads(path.read_text()), to_dict(config))
-        if changes:
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as e:
+            raise UserError(
+                f"{path} is damaged ({e}): bring back a copy of it; each checkpoint's manifest has one."
+            ) from e
+        changes = diff(old, to_dict(config))
+        if changes and not allow_changes:
             shown = "; ".join(changes[:6]) + ("; ..." if len(changes) > 6 else "")
             raise UserError(
                 f"{folder} holds a run of another config ({shown}):"
-                " choose another --workdir, or give the same config to continue."
+                " choose another --workdir, give the same config to continue, or --allow_config_change to go on"
+                " with the new one."
             )
+        return changes
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no workdir of a run: choose another --workdir, or an empty folder.")
+    return []
 
 
 def save(config: Config, workdir: epath.PathLike) -> None:

@@ -58,6 +58,15 @@ class _Group:
         # A peer that fails ends this process: no limit on the patience with slow ones is needed.
         self.client.wait_at_barrier(f"{_KEY}/meeting/{self._meetings}", _DAY_MS)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value."""
+        self._meetings += 1
+        key = f"{_KEY}/gathering/{self._meetings}"
+        self.client.key_value_set(f"{key}/{self.cluster.index}", json.dumps(value))
+        return [
+            json.loads(self.client.blocking_key_value_get(f"{key}/{i}", _DAY_MS)) for i in range(self.cluster.count)
+        ]
+
     def cause(self) -> str | None:
         """Why a process failed, once one has."""
         try:
@@ -116,10 +125,13 @@ class _Group:
 _group: _Group | None = None
 
 
-def initialize() -> None:
+def initialize(preemptible: bool = False) -> None:
     """Joins the other processes, if there are any; before anything touches a device.
 
     Processes other than the first are silent from here on, except when they fail.
+
+    Args:
+      preemptible: whether the program looks out for `preemption.Notice`; else SIGTERM ends it.
 
     Raises:
       UserError: if the others are not found within IMAGEGPT_JAX_START_SECONDS.
@@ -135,8 +147,8 @@ def initialize() -> None:
     from jax._src import distributed  # the key-value store of the coordinator has no public name
 
     seconds = start_seconds()
-    # JAX would take SIGTERM for itself, as the notice of a preemption that somebody has to ask about.
-    jax.config.update("jax_enable_preemption_service", False)
+    # With it JAX takes SIGTERM for itself, as the notice of a preemption that somebody has to ask about.
+    jax.config.update("jax_enable_preemption_service", preemptible)
     started = time.monotonic()
     if cluster.index:
         _wait_for_coordinator(cluster, seconds)
@@ -196,10 +208,10 @@ def _not_all_came(cluster: Cluster, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(preemptible: bool = False) -> Iterator[None]:
     """Around a program's work: joins the other processes before, parts from them after, and ends all if one fails."""
     global _group
-    initialize()
+    initialize(preemptible)
     if _group is None:
         yield
         return
@@ -268,6 +280,11 @@ def _say_last(text: str) -> None:
         print(f"error: {text}", file=sys.stderr, flush=True)
 
 
+def progress(step: int) -> None:
+    """Notes that the main thread has come to a step."""
+    del step
+
+
 # ------------------------------------------------------------------------------------------------------------ agreeing
 
 
@@ -299,6 +316,13 @@ def meet_at(path: epath.Path) -> None:
                 " file system that all of them share."
             )
         time.sleep(0.2)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by their number; each is one that JSON can write."""
+    if _group is None:
+        return [value]
+    return _group.gather(value)
 
 
 def agree(**facts: Any) -> None:

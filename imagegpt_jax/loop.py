@@ -1,34 +1,45 @@
 """The only training loop, shared by all stages.
 
-It knows a stage by the names of its task module: `setup`, `check_mesh`, `phase`, `init_state`, `train_step`,
+It knows a stage by the names of its task module: `setup`, `check_mesh`, `phase`, `phases`, `init_state`, `train_step`,
 `step_flops`, `batches`, `evaluate`, `save_assets`, `SHOWN`; where a batch must be made on the device first,
 `prepare_batch`; and where frozen networks come from another run, `load_frozen`. One compiled step per phase; metrics
 stay on the device and those of an interval are fetched after the next step has been dispatched.
 """
 
+import dataclasses
 import functools
+import math
 import time
 from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from imagegpt_jax import checkpoint, distributed, hardware, metrics, sharding, storage
+from imagegpt_jax import checkpoint, distributed, events, guard, hardware, metrics, preemption, sharding, storage
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
+from imagegpt_jax.data.pipeline import position_after
+from imagegpt_jax.steps import Steps
+from imagegpt_jax.warm_start import load_params
 
 
-def run(task: ModuleType, config: Config, workdir: epath.PathLike) -> state_lib.TrainState:
-    """Trains a stage to `config.steps`, from the newest checkpoint of the workdir if there is one.
+def run(
+    task: ModuleType, config: Config, workdir: epath.PathLike, *, allow_changes: bool = False
+) -> state_lib.TrainState:
+    """Trains a stage to `config.steps`, from the newest checkpoint of the workdir that verifies, if there is one.
+
+    When `preemption.current` is given notice, it saves and returns early.
 
     Args:
       task: module of the stage, such as `imagegpt_jax.tasks.tokenizer`.
       config: its config.
       workdir: folder for checkpoints, logs and pictures.
+      allow_changes: whether to go on with a run that had another config.
 
     Returns:
       The last TrainState.
@@ -37,7 +48,7 @@ def run(task: ModuleType, config: Config, workdir: epath.PathLike) -> state_lib.
       UserError: for a config, data set or workdir that cannot work; before any step, leaving nothing behind.
     """
     # --- Everything a person can get wrong, before devices and files.
-    config_lib.check_workdir(config, workdir)
+    changes = config_lib.check_workdir(config, workdir, allow_changes=allow_changes)
     setup = task.setup(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
@@ -54,18 +65,26 @@ def run(task: ModuleType, config: Config, workdir: epath.PathLike) -> state_lib.
                 config_lib.save(config, workdir)
                 task.save_assets(setup, workdir)
         distributed.meet_at(epath.Path(workdir) / "config.json")
-        checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
-        position = 0
+        log = events.Log(workdir if distributed.is_first() else None)
+        log.write("start", task=config.task, devices=mesh.size, processes=jax.process_count(), config_changes=changes)
+        checkpoints = checkpoint.Checkpoints(workdir, config, log)
         restored = checkpoints.restore(state)
+        begin = Begin(state, 0)
         if restored is not None:
-            state, position = restored
+            begin = Begin.at(*restored)
         elif hasattr(task, "load_frozen"):
-            state = task.load_frozen(setup, state, layout)
-        first = int(state.step)
-        writer = metrics.Writer(workdir, first)
+            begin = Begin(task.load_frozen(setup, state, layout), 0)
+        if restored is None and config.init_from:
+            begin = Begin(load_params(begin.state, config, log), 0)
+        writer = metrics.Writer(workdir, int(begin.state.step))
         try:
             with distributed.failing_together():
-                state = _train(task, setup, mesh, state, layout, first, position, checkpoints, writer)
+                state = _Training(task, setup, mesh, layout, checkpoints, writer, log, workdir).run(begin)
+                checkpoints.finish(int(state.step))
+                log.write("exit", step=int(state.step), why="preempted" if preemption.current.given else "finished")
+        except BaseException as e:
+            log.write("exit", why=f"{type(e).__name__}: {distributed.first_line(e)}")
+            raise
         finally:
             checkpoints.close()
             writer.close()
@@ -79,131 +98,241 @@ def _made_of(setup: Any) -> dict[str, Any]:
     return facts if text is None else {**facts, "text_tokenizer": text.fingerprint}
 
 
-def _train(
-    task: ModuleType,
-    setup: Any,
-    mesh: jax.sharding.Mesh,
-    state: state_lib.TrainState,
-    layout: state_lib.TrainState,
-    first: int,
-    position: int,
-    checkpoints: checkpoint.Checkpoints,
-    writer: metrics.Writer,
-) -> state_lib.TrainState:
-    config = setup.config
-    last = config.steps
-    rows = sharding.host_rows(mesh, config.batch_size)
-    batches = task.batches(setup, "train", batch_size=config.batch_size, position=position, rows=rows)
-    stream = iter(batches)
-    steps = Steps(task, setup, mesh, layout)
-    chip = hardware.chip_of(jax.devices()[0].device_kind)
-    clock = metrics.Throughput(mesh.size, None if chip is None else chip.flops)
-    totals: metrics.Totals | None = None
-    pending: tuple[int, metrics.Totals] | None = None
-    chatty = jax.process_index() == 0
-    bar = tqdm(total=last, initial=first, desc=config.task, unit="step", disable=not chatty, mininterval=1.0)
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """Where training begins or goes on.
 
-    def write(step: int, finished: metrics.Totals) -> None:
-        values = {f"train/{k}": v for k, v in metrics.fetch(finished).items()}
-        writer.scalars(step, values)
-        writer.scalars(step, clock.read(), file="timing")
-        bar.set_postfix({k: f"{values[f'train/{k}']:.4g}" for k in task.SHOWN if f"train/{k}" in values}, refresh=False)
-
-    for step in range(first + 1, last + 1):
-        # --- Dispatch one step.
-        started = time.perf_counter()
-        batch = sharding.put_batch(next(stream), mesh)
-        clock.add("data_wait", time.perf_counter() - started)
-        phase = task.phase(setup, step - 1)
-        if totals is None:
-            totals = steps.zeros(phase, state, batch)
-        state, totals = steps(phase, state, totals, batch)
-        tokens = batch["tokens"].size if "tokens" in batch else 0
-        clock.count(config.batch_size, tokens, steps.flops(phase, batch) if chip is not None else 0.0)
-        bar.update()
-
-        # --- Metrics of the interval before, while this step runs.
-        if pending is not None:
-            write(*pending)
-            pending = None
-        if step % config.log_every == 0 or step == last or task.phase(setup, step) != phase:
-            pending, totals = (step, totals), None
-
-        # --- Evaluations and checkpoints.
-        if step == last or (config.eval_every and step % config.eval_every == 0):
-            if pending is not None:  # an evaluation waits for the steps before it: their time is theirs
-                write(*pending)
-                pending = None
-            started = time.perf_counter()
-            scalars, images = task.evaluate(setup, state, mesh)
-            writer.scalars(step, scalars)
-            writer.images(step, images)
-            clock.add("evaluation", time.perf_counter() - started)
-        started = time.perf_counter()
-        if checkpoints.due(step, last):
-            checkpoints.save(step, state, batches.position)
-            clock.add("checkpoint", time.perf_counter() - started)
-    if pending is not None:
-        write(*pending)
-    bar.close()
-    batches.close()
-    return state
-
-
-class Steps:
-    """The compiled steps of a task, one per phase.
-
-    Args:
-      task: module of the stage.
-      setup: its static part.
-      mesh: the devices.
-      layout: shardings of the state.
+    Attributes:
+      state: the state there.
+      position: examples drawn from the data.
+      skipped: windows of positions that are left out.
+      evaluated: whether the evaluation that is due after this step, if any, is done.
     """
 
-    def __init__(self, task: ModuleType, setup: Any, mesh: jax.sharding.Mesh, layout: state_lib.TrainState):
-        self._task, self._setup = task, setup
-        self._layout, self._whole = layout, sharding.replicated(mesh)
-        self._shapes: dict[str, Any] = {}
-        self._flops: dict[str, float] = {}
-        self.compiled: dict[str, Any] = {}
+    state: state_lib.TrainState
+    position: int
+    skipped: tuple[tuple[int, int], ...] = ()
+    evaluated: bool = True
 
-    def _values(self, phase: str, state: state_lib.TrainState, batch: Any) -> Any:
-        prepare = getattr(self._task, "prepare_batch", None)
-        if prepare is not None:
-            batch = prepare(self._setup, state, batch)
-        return self._task.train_step(self._setup, phase, state, batch)
+    @classmethod
+    def at(cls, state: state_lib.TrainState, manifest: checkpoint.Manifest) -> "Begin":
+        """At a checkpoint."""
+        return cls(state, manifest.position, manifest.skipped, manifest.evaluated)
 
-    def _step(self, phase: str, state: state_lib.TrainState, totals: metrics.Totals, batch: Any) -> Any:
-        state, values = self._values(phase, state, batch)
-        return state, metrics.merge(totals, values)
 
-    def zeros(self, phase: str, state: state_lib.TrainState, batch: Any) -> metrics.Totals:
-        """Empty totals of a phase, laid out as the step returns them (so that the step compiles once)."""
-        if phase not in self._shapes:
-            _, self._shapes[phase] = jax.eval_shape(functools.partial(self._values, phase), state, batch)
-        return jax.tree.map(lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), self._whole), self._shapes[phase])
+class _Tripped(Exception):
+    """Too many bad steps in a row, of which `first` was the first."""
 
-    def flops(self, phase: str, batch: Any) -> float:
-        """Model FLOPs of a step of a phase, all devices together."""
-        if phase not in self._flops:
-            self._flops[phase] = self._task.step_flops(self._setup, phase, batch)
-        return self._flops[phase]
+    def __init__(self, first: int):
+        super().__init__(first)
+        self.first = first
 
-    def __call__(
-        self, phase: str, state: state_lib.TrainState, totals: metrics.Totals, batch: Any
-    ) -> tuple[state_lib.TrainState, metrics.Totals]:
-        """Runs one step; the state and the totals given in are donated."""
-        if phase not in self.compiled:
-            self.compiled[phase] = self._jit(phase)
-        return self.compiled[phase](state, totals, batch)
 
-    def _jit(self, phase: str) -> Any:
-        return jax.jit(
-            functools.partial(self._step, phase), donate_argnums=(0, 1), out_shardings=(self._layout, self._whole)
+@dataclasses.dataclass
+class _Training:
+    """A run once everything is set up."""
+
+    task: ModuleType
+    setup: Any
+    mesh: jax.sharding.Mesh
+    layout: state_lib.TrainState
+    checkpoints: checkpoint.Checkpoints
+    writer: metrics.Writer
+    log: events.Log
+    workdir: epath.PathLike
+
+    def __post_init__(self) -> None:
+        self.config: Config = self.setup.config
+        self.steps = Steps(self.task, self.setup, self.mesh, self.layout)
+        self.chip = hardware.chip_of(jax.devices()[0].device_kind)
+        self.clock = metrics.Throughput(self.mesh.size, None if self.chip is None else self.chip.flops)
+        self.scores: dict[str, float] = {}
+        self.skipped_steps = 0
+
+    def run(self, begin: Begin) -> state_lib.TrainState:
+        """Trains to the end, going back whenever the guard trips."""
+        for _ in range(self.config.guard.max_rollbacks + 1):
+            try:
+                return self._train(begin)
+            except _Tripped as e:
+                begin = self._roll_back(begin, e.first)
+        raise UserError(
+            f"training went wrong again after {self.config.guard.max_rollbacks} rollbacks, last at step"
+            f" {int(begin.state.step)}: the cause is not in the data; try a lower config.optim.lr or"
+            f" config.optim.clip_norm, or see what {self.workdir}/bad_batches holds with tools/replay.py."
         )
 
-    def lower(self, phase: str, state: state_lib.TrainState, batch: Any) -> Any:
-        """The step of a phase, lowered for abstract arguments that carry their shardings."""
-        _, totals = jax.eval_shape(functools.partial(self._values, phase), state, batch)
-        totals = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._whole), totals)
-        return self._jit(phase).lower(state, totals, batch)
+    # ------------------------------------------------------------------------------------------------------- going on
+
+    def _train(self, begin: Begin) -> state_lib.TrainState:
+        config, task, setup, last = self.config, self.task, self.setup, self.config.steps
+        state, first = begin.state, int(begin.state.step)
+        batches = task.batches(
+            setup,
+            "train",
+            batch_size=config.batch_size,
+            position=begin.position,
+            rows=sharding.host_rows(self.mesh, config.batch_size),
+            skipped=begin.skipped,
+        )
+        stream = iter(batches)
+        self._where = functools.partial(self._position_of, begin, first)
+        totals: Any = None
+        pending: tuple[int, Any] | None = None
+        bar = tqdm(
+            total=last,
+            initial=first,
+            desc=config.task,
+            unit="step",
+            disable=jax.process_index() != 0,
+            mininterval=1.0,
+        )
+        try:
+            if not begin.evaluated:
+                self._evaluate(first, state)
+            for step in range(first + 1, last + 1):
+                # --- Dispatch one step.
+                started = time.perf_counter()
+                batch = sharding.put_batch(next(stream), self.mesh)
+                self.clock.add("data_wait", time.perf_counter() - started)
+                phase = task.phase(setup, step - 1)
+                if totals is None:
+                    totals = self.steps.zeros(phase, state, batch)
+                compiling = phase not in self.steps.compiled
+                started = time.perf_counter()
+                state, totals = self.steps(phase, state, totals, batch)
+                if compiling:
+                    self.log.write("compile", step=step, phase=phase, seconds=time.perf_counter() - started)
+                tokens = batch["tokens"].size if "tokens" in batch else 0
+                flops = self.steps.flops(phase, batch) if self.chip is not None else 0.0
+                self.clock.count(config.batch_size, tokens, flops)
+                bar.update()
+                self.checkpoints.poll()
+                distributed.progress(step)
+
+                # --- Metrics of the interval before, while this step runs.
+                if pending is not None:
+                    self._write(*pending, bar)
+                    pending = None
+                if step % config.log_every == 0 or step == last or task.phase(setup, step) != phase:
+                    pending, totals = (step, totals), None
+
+                # --- Evaluations and checkpoints.
+                stop = preemption.current.reached()
+                evaluate = step == last or (config.eval_every > 0 and step % config.eval_every == 0)
+                if pending is not None and (evaluate or stop):  # what waits for the steps before it is not their time
+                    self._write(*pending, bar)
+                    pending = None
+                evaluated = True
+                if evaluate:
+                    evaluated = not stop and self._evaluate(step, state)
+                stop = preemption.current.given
+                if self.checkpoints.due(step, last) or stop:
+                    self._save(step, state, batches.position, begin.skipped, evaluated)
+                if stop:
+                    self.log.write("preempted", step=step)
+                    return state
+            if pending is not None:
+                self._write(*pending, bar)
+        finally:
+            bar.close()
+            batches.close()
+        return state
+
+    def _position_of(self, begin: Begin, first: int, step: int) -> int:
+        """Where the batch of a step (counted from 0) begins."""
+        return position_after(begin.position, step - first, self.config.batch_size, begin.skipped)
+
+    def _write(self, step: int, finished: Any, bar: tqdm) -> None:
+        values = {f"train/{k}": v for k, v in metrics.fetch(finished["metrics"]).items()}
+        skipped = guard.skipped(finished["guard"])
+        values["train/skipped_steps"] = float(skipped)
+        values = {k: v for k, v in values.items() if math.isfinite(v)}  # no step of the interval counted
+        self.writer.scalars(step, values)
+        self.writer.scalars(step, self.clock.read(), file="timing")
+        bar.set_postfix(
+            {k: f"{values[f'train/{k}']:.4g}" for k in self.task.SHOWN if f"train/{k}" in values}, refresh=False
+        )
+        self.log.write("steps", step=step, **self.clock.last)
+        if skipped != self.skipped_steps:
+            self.log.write("skip", step=step, steps=skipped - self.skipped_steps, first=guard.newest(finished["guard"]))
+            self._keep_batch(guard.newest(finished["guard"]))
+            self.skipped_steps = skipped
+        if (first := guard.tripped(finished["guard"])) is not None:
+            raise _Tripped(first)
+
+    def _evaluate(self, step: int, state: state_lib.TrainState) -> bool:
+        """Scores the validation split; False if notice of preemption came in between."""
+        started = time.perf_counter()
+        try:
+            scores, images = self.task.evaluate(self.setup, state, self.mesh)
+        except preemption.Preempted:
+            return False
+        self.scores = dict(scores)
+        self.writer.scalars(step, scores)
+        self.writer.images(step, images)
+        self.clock.add("evaluation", time.perf_counter() - started)
+        self.log.write("evaluation", step=step, seconds=time.perf_counter() - started)
+        return True
+
+    def _save(
+        self,
+        step: int,
+        state: state_lib.TrainState,
+        position: int,
+        skipped: tuple[tuple[int, int], ...],
+        evaluated: bool,
+    ) -> None:
+        started = time.perf_counter()
+        if (first := guard.tripped(state.guard)) is not None:  # what is saved is good
+            raise _Tripped(first)
+        self.checkpoints.save(step, state, position, skipped, self.scores, evaluated)
+        self.clock.add("checkpoint", time.perf_counter() - started)
+
+    # ------------------------------------------------------------------------------------------------------ going back
+
+    def _keep_batch(self, step: int) -> None:
+        """Saves this process's rows of the batch of a bad step; `tools/replay.py` runs it again."""
+        batches = self.task.batches(
+            self.setup,
+            "train",
+            batch_size=self.config.batch_size,
+            position=self._where(step),
+            rows=sharding.host_rows(self.mesh, self.config.batch_size),
+        )
+        batch = next(iter(batches))
+        batches.close()
+        folder = epath.Path(self.workdir) / "bad_batches"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"step-{step}.process-{jax.process_index()}.npz").open("wb") as file:
+            np.savez(file, **{k: v.astype(str) if v.dtype == object else v for k, v in batch.items()})
+
+    def _roll_back(self, begin: Begin, first: int) -> Begin:
+        """The newest checkpoint, or the start, without the window of the data in which the bad steps began."""
+        window = (self._where(first), self._where(first + self.config.guard.patience))
+        self.checkpoints.wait()
+        restored = self.checkpoints.restore(begin.state)
+        if restored is not None:
+            found = Begin.at(*restored)
+        else:
+            make = functools.partial(self.task.init_state, self.setup)
+            state, _ = state_lib.init_sharded(make, self.setup.networks, self.mesh, self.config.seed)
+            if hasattr(self.task, "load_frozen"):
+                state = self.task.load_frozen(self.setup, state, self.layout)
+            found = Begin(state, 0)
+        to = int(found.state.step)
+        self.log.write("rollback", step=first + self.config.guard.patience, to=to, skipped_positions=window)
+        self.writer.rewind(to)
+        return dataclasses.replace(found, skipped=_with_window(found.skipped, begin.skipped, window))
+
+
+def _with_window(*windows: Any) -> tuple[tuple[int, int], ...]:
+    """The union of windows of positions, ascending and apart."""
+    *lists, new = windows
+    merged: list[tuple[int, int]] = []
+    for first, end in sorted({*(w for ws in lists for w in ws), new}):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((first, end))
+    return tuple(merged)

@@ -107,7 +107,15 @@ class Writer:
 
         self._workdir = epath.Path(workdir)
         self._board = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
-        self._files = {}
+        self._files: dict[str, Any] = {}
+        self.rewind(resume_step)
+
+    def rewind(self, resume_step: int) -> None:
+        """Drops the lines of later steps."""
+        if not self._active:
+            return
+        for file in self._files.values():
+            file.close()
         for name in ("metrics", "timing"):
             path = self._workdir / f"{name}.jsonl"
             old = path.read_text().splitlines() if path.exists() else []
@@ -149,6 +157,9 @@ class Throughput:
     Args:
       devices: number of devices.
       peak_flops: FLOP/s of each, for MFU; None where it is not known, such as on CPU.
+
+    Attributes:
+      last: of the last reading, `seconds` and how many of them were waited for data, checkpoints and evaluations.
     """
 
     def __init__(self, devices: int = 1, peak_flops: float | None = None) -> None:
@@ -156,6 +167,7 @@ class Throughput:
         self._start = self._last = time.perf_counter()
         self._done = {"examples": 0.0, "tokens": 0.0, "flops": 0.0}
         self._waited = {"data_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
+        self.last: dict[str, float] = {}
 
     def add(self, kind: str, seconds: float) -> None:
         """Counts time that was not spent in training steps."""
@@ -177,6 +189,7 @@ class Throughput:
         if self._peak_flops:
             out["timing/mfu"] = self._done["flops"] / steps / self._devices / self._peak_flops
         out |= {f"timing/{kind}_share": spent / seconds for kind, spent in self._waited.items()}
+        self.last = {"seconds": seconds, **{f"{kind}_seconds": spent for kind, spent in self._waited.items()}}
         self._last = now
         self._done, self._waited = dict.fromkeys(self._done, 0.0), dict.fromkeys(self._waited, 0.0)
         return out

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from imagegpt_jax import sharding
+from imagegpt_jax import guard, sharding
 from imagegpt_jax.cli import UserError
 
 Params = dict[Any, Any]
@@ -38,6 +38,7 @@ class TrainState:
       opt: network -> optimizer state.
       ema: network -> moving average of `trainable`, for the networks that keep one.
       stats: what a forward pass carries from step to step and is not trained, such as codebook use.
+      guard: what is known of steps that went wrong, see `guard.py`; empty where nothing is trained.
     """
 
     step: jax.Array
@@ -46,6 +47,7 @@ class TrainState:
     opt: dict[str, Any]
     ema: dict[str, Params]
     stats: dict[str, Any]
+    guard: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def params(self, network: str) -> Params:
         """All parameters of a network, trained and frozen."""
@@ -132,6 +134,28 @@ def join(a: Params, b: Params) -> Params:
     return out
 
 
+def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
+    """{"a": {0: x}} -> {"a/0": x}."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        here = f"{prefix}{key}"
+        flat.update(flatten(dict(value), f"{here}/") if isinstance(value, Mapping) else {here: value})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any], like: Params, prefix: str = "") -> Params:
+    """Inverse of `flatten` for the paths that `flat` has, with the keys of `like`."""
+    params: Params = {}
+    for key, value in like.items():
+        here = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            if inner := unflatten(flat, dict(value), f"{here}/"):
+                params[key] = inner
+        elif here in flat:
+            params[key] = flat[here]
+    return params
+
+
 def init(
     networks: Mapping[str, Network],
     optimizers: Mapping[str, optax.GradientTransformation],
@@ -141,6 +165,7 @@ def init(
     frozen: Sequence[str] = (),
     frozen_networks: Sequence[str] = (),
     ema: Sequence[str] = (),
+    phases: Sequence[str] = (),
 ) -> TrainState:
     """Builds the first TrainState; a pure function, to be run under `init_sharded` or `jax.eval_shape`.
 
@@ -152,6 +177,7 @@ def init(
       frozen: patterns of parameter paths that are not trained.
       frozen_networks: networks of which nothing is trained.
       ema: networks that keep a moving average.
+      phases: of the training, each of which is guarded by itself.
     """
     trainable: dict[str, Params] = {}
     held: dict[str, Params] = {}
@@ -166,6 +192,7 @@ def init(
         # A copy: the step donates the state, and a buffer cannot be donated twice.
         ema={name: jax.tree.map(jnp.copy, trainable[name]) for name in ema},
         stats=dict(stats),
+        guard=guard.init(phases),
     )
 
 
@@ -183,6 +210,7 @@ def shardings(state: TrainState, networks: Mapping[str, Network], mesh: Mesh) ->
             for field in ("trainable", "frozen", "opt", "ema")
         },
         stats=jax.tree.map(lambda _: P(), state.stats),
+        guard=jax.tree.map(lambda _: P(), state.guard),
     )
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, P))
 

@@ -1,6 +1,7 @@
 """Trains an image tokenizer (stage 1) or a decoder over text and image tokens (stage 2).
 
-The same command again continues the run from its newest checkpoint.
+The same command again continues the run from its newest checkpoint that verifies. SIGTERM or Ctrl-C saves one and ends
+with status 75, which means: start the same command again.
 
   python -m imagegpt_jax.train --config=configs/tokenizer.py:size=emoji --workdir=runs/tokenizer
   python -m imagegpt_jax.train --config=configs/decoder.py:size=emoji --workdir=runs/decoder \\
@@ -19,6 +20,10 @@ from imagegpt_jax import cli
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and pictures.", required=True)
 
+ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+    "allow_config_change", False, "Go on with the workdir's run although --config is another than it had."
+)
+
 TASKS = ("tokenizer", "decoder")
 
 
@@ -32,12 +37,22 @@ def main() -> None:
     from imagegpt_jax import distributed, storage
 
     storage.check(config.to_dict(), workdir=WORKDIR.value)
-    with distributed.together():
-        from imagegpt_jax import loop
+    with distributed.together(preemptible=True):
+        from imagegpt_jax import loop, preemption
 
-        loop.run(importlib.import_module(f"imagegpt_jax.tasks.{config.task}"), config, WORKDIR.value)
+        task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
+        preemption.current.listen()
+        state = loop.run(task, config, WORKDIR.value, allow_changes=ALLOW_CONFIG_CHANGE.value)
         if distributed.is_first():
-            print(f"Finished {config.steps} steps: {WORKDIR.value}", file=sys.stderr)
+            step = int(state.step)
+            print(
+                f"Stopped after step {step} of {config.steps}, saved; the same command goes on: {WORKDIR.value}"
+                if preemption.current.given
+                else f"Finished {config.steps} steps: {WORKDIR.value}",
+                file=sys.stderr,
+            )
+    if preemption.current.given:
+        raise SystemExit(preemption.EXIT_PREEMPTED)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def _write_run(task, config, workdir):
     rng = np.random.default_rng(0)
     config_lib.save(config, workdir)
     task.save_assets(setup, workdir)
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
+    checkpoints = checkpoint.Checkpoints(workdir, config)
     for step in (1, 2):
         # Random numbers need no compiled initialisation, which would take most of the tests' time.
         state = jax.tree.map(lambda x: (0.2 * rng.standard_normal(x.shape)).astype(x.dtype), shapes)

@@ -26,8 +26,13 @@ def make(key, ema=("a",)):
     return state.init({"a": NET}, {"a": optax.adam(1e-3)}, {"n": jnp.ones(2)}, key, frozen=("layers/0",), ema=ema)
 
 
+def make_config(every=1, keep=0, keep_every_hours=0.0, keep_best=""):
+    policy = {"every": every, "keep": keep, "keep_every_hours": keep_every_hours, "keep_best": keep_best}
+    return ConfigDict({"checkpoint": policy})
+
+
 def save(workdir, steps, keep=0):
-    checkpoints = checkpoint.Checkpoints(workdir, ConfigDict({"every": 1, "keep": keep}))
+    checkpoints = checkpoint.Checkpoints(workdir, make_config(keep=keep))
     for step in steps:
         made = make(jax.random.key(step))
         checkpoints.save(step, made, position=step * 10)
@@ -37,15 +42,13 @@ def save(workdir, steps, keep=0):
 def test_everything_comes_back(tmp_path):
     save(tmp_path, [1, 2])
     empty = jax.tree.map(jnp.zeros_like, make(jax.random.key(0)))
-    restored, position = checkpoint.Checkpoints(tmp_path, ConfigDict({"every": 1, "keep": 0})).restore(empty)
-    assert position == 20
+    restored, manifest = checkpoint.Checkpoints(tmp_path, make_config()).restore(empty)
+    assert manifest.position == 20
     jax.tree.map(np.testing.assert_array_equal, restored, make(jax.random.key(2)))
 
 
 def test_nothing_to_restore(tmp_path):
-    assert (
-        checkpoint.Checkpoints(tmp_path, ConfigDict({"every": 1, "keep": 0})).restore(make(jax.random.key(0))) is None
-    )
+    assert checkpoint.Checkpoints(tmp_path, make_config()).restore(make(jax.random.key(0))) is None
 
 
 def test_old_steps_are_removed(tmp_path):
@@ -55,7 +58,7 @@ def test_old_steps_are_removed(tmp_path):
 
 @pytest.mark.parametrize("ema", [("a",), ()])
 def test_parameters_alone_are_read(tmp_path, ema):
-    checkpoints = checkpoint.Checkpoints(tmp_path, ConfigDict({"every": 1, "keep": 0}))
+    checkpoints = checkpoint.Checkpoints(tmp_path, make_config())
     made = make(jax.random.key(5), ema)
     if ema:
         made.ema["a"]["layers"][1] = made.ema["a"]["layers"][1] + 1
@@ -76,5 +79,5 @@ def test_missing_steps_are_named(tmp_path):
 
 
 def test_last_step_is_always_due(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, ConfigDict({"every": 4, "keep": 0}))
+    checkpoints = checkpoint.Checkpoints(tmp_path, make_config(every=4))
     assert [s for s in range(1, 11) if checkpoints.due(s, last=10)] == [4, 8, 10]

@@ -56,8 +56,9 @@ def test_state_is_born_sharded_and_steps_alike_on_eight_devices(tmp_path):
     """One step of the decoder: same loss on one device and on 2 x 2 x 2, with parameters and moments cut in pieces."""
     out = on_eight_devices("""
         import functools, importlib.util, jax, numpy as np
-        from imagegpt_jax import loop, sharding, state
+        from imagegpt_jax import sharding, state
         from imagegpt_jax.config import sibling
+        from imagegpt_jax.steps import Steps
         from imagegpt_jax.tasks import decoder
 
         config = sibling("configs/decoder.py", "decoder.py").get_config("size=test")
@@ -75,11 +76,11 @@ def test_state_is_born_sharded_and_steps_alike_on_eight_devices(tmp_path):
                     moments = [x for x in jax.tree.leaves(made.opt) if x.shape == up.shape]
                     assert moments and all(m.sharding == up.sharding for m in moments)
                 stream = decoder.batches(setup, "train", batch_size=8)
-                steps = loop.Steps(decoder, setup, mesh, layout)
+                steps = Steps(decoder, setup, mesh, layout)
                 for _ in range(2):
                     batch = sharding.put_batch(next(stream), mesh)
                     made, totals = steps("train", made, steps.zeros("train", made, batch), batch)
-                    losses.append(float(totals["loss"].compute()))
+                    losses.append(float(totals["metrics"]["loss"].compute()))
                 stream.close()
         np.testing.assert_allclose(losses[:2], losses[2:], rtol=1e-5)
         assert losses[0] != losses[1]

@@ -36,8 +36,9 @@ def make_step(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
     """The step of a config on one batch, over and over: (call that returns the loss, facts)."""
     import jax
 
-    from imagegpt_jax import loop, metrics, sharding
+    from imagegpt_jax import metrics, sharding
     from imagegpt_jax import state as state_lib
+    from imagegpt_jax.steps import Steps
 
     task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
     setup = task.setup_abstract(config)
@@ -45,7 +46,7 @@ def make_step(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
     with jax.set_mesh(mesh):
         make = functools.partial(task.init_state, setup)
         state, layout = state_lib.init_sharded(make, setup.networks, mesh, config.seed)
-        steps = loop.Steps(task, setup, mesh, layout)
+        steps = Steps(task, setup, mesh, layout)
         phase = task.phase(setup, 0)
         batch = sharding.put_batch(random_batch(setup, config), mesh)
         facts = {
@@ -58,7 +59,7 @@ def make_step(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
         with jax.set_mesh(mesh):
             state, totals = steps(phase, state, steps.zeros(phase, state, batch), batch)
             jax.block_until_ready(state)
-        return metrics.fetch(totals)["loss"]
+        return metrics.fetch(totals["metrics"])["loss"]
 
     return call, facts
 

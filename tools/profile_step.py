@@ -29,8 +29,9 @@ def main() -> None:
     distributed.initialize()
     import jax
 
-    from imagegpt_jax import loop, sharding
+    from imagegpt_jax import sharding
     from imagegpt_jax import state as state_lib
+    from imagegpt_jax.steps import Steps
 
     config = CONFIG.value
     task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
@@ -49,7 +50,7 @@ def main() -> None:
         rows = sharding.host_rows(mesh, config.batch_size)
         batches = task.batches(setup, "train", batch_size=config.batch_size, rows=rows)
         stream = iter(batches)
-        steps = loop.Steps(task, setup, mesh, layout)
+        steps = Steps(task, setup, mesh, layout)
         batch = sharding.put_batch(next(stream), mesh)
         state, totals = steps(phase, state, steps.zeros(phase, state, batch), batch)
         jax.block_until_ready(totals)

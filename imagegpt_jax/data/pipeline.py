@@ -64,6 +64,7 @@ class Batches:
         batch_size: int,
         seed: int = 0,
         position: int = 0,
+        skipped: Sequence[tuple[int, int]] = (),
         rows: slice | Sequence[int] | np.ndarray | None = None,
         shuffle: bool = True,
         epochs: int | None = None,
@@ -78,6 +79,7 @@ class Batches:
           batch_size: global rows of a batch.
           seed: of order, captions and augmentation.
           position: where to begin: 0, or what `position` was.
+          skipped: windows of positions, (first, end) each and ascending, of which no batch begins in any.
           rows: the rows of the global batch that this host loads; all by default.
           shuffle: a new order every epoch, with mixture weights; else the order of the source, one part after another.
           epochs: how often to go through len(source) examples; forever by default.
@@ -102,6 +104,7 @@ class Batches:
         parts, weights = (source.sources, source.weights) if isinstance(source, Mixture) else ([source], None)
         order = Order([len(s) for s in parts], weights, seed=seed, shuffle=shuffle)
         self.position = position
+        self._start, self._given, self._skipped = position, 0, tuple(skipped)
         self._end = None if epochs is None else epochs * len(source)
         self._batch_size = batch_size
         self._reader = _Reader(
@@ -112,6 +115,7 @@ class Batches:
             batch_size=batch_size,
             seed=seed,
             start=position,
+            skipped=self._skipped,
             end=self._end,
             columns=wanted,
             host_fn=host_fn,
@@ -131,7 +135,8 @@ class Batches:
             self._ahead = _Ahead(self._reader.batches)
             weakref.finalize(self, self._ahead.stop)
         batch = self._ahead.get()
-        self.position += self._batch_size
+        self._given += 1
+        self.position = position_after(self._start, self._given - 1, self._batch_size, self._skipped) + self._batch_size
         if self._end is not None:
             self.position = min(self.position, self._end)
         return batch
@@ -140,6 +145,26 @@ class Batches:
         """Stops reading ahead; done as well when the iterator is no longer referenced."""
         if self._ahead is not None:
             self._ahead.stop()
+
+
+def position_after(start: int, batches: int, batch_size: int, skipped: Sequence[tuple[int, int]] = ()) -> int:
+    """Where the next batch begins, `batches` batches after one that was to begin at `start`.
+
+    Args:
+      start: position to count from.
+      batches: how many batches come before.
+      batch_size: positions of each.
+      skipped: windows that no batch begins in, (first, end) each, ascending.
+    """
+    position, left = start, batches
+    for first, end in skipped:
+        if end <= position:
+            continue
+        before = max(0, -(-(first - position) // batch_size))  # batches that begin before the window
+        if left < before:
+            break
+        position, left = max(position + before * batch_size, end), left - before
+    return position + left * batch_size
 
 
 def _columns(source: Source) -> tuple[str, ...]:
@@ -161,6 +186,7 @@ class _Reader:
         self.batch_size: int = settings["batch_size"]
         self.seed: int = settings["seed"]
         self.start: int = settings["start"]
+        self.skipped: tuple[tuple[int, int], ...] = settings["skipped"]
         self.end: int | None = settings["end"]
         self.columns: tuple[str, ...] = settings["columns"]
         self.host_fn: Callable[[Batch], Any] | None = settings["host_fn"]
@@ -188,7 +214,7 @@ class _Reader:
 
     def _positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Global positions of the rows of a batch, and which of them count."""
-        position_B = self.start + number * self.batch_size + self.row_B
+        position_B = position_after(self.start, number, self.batch_size, self.skipped) + self.row_B
         return position_B, np.ones(position_B.shape, bool) if self.end is None else position_B < self.end
 
     def _records(self, number: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from imagegpt_jax import sharding
+from imagegpt_jax import preemption, sharding
 from imagegpt_jax.cli import UserError
 
 
@@ -85,6 +85,7 @@ def outputs(
     """
     pending = None
     for batch in batches:
+        preemption.current.check()
         if pending is not None:
             yield to_host(pending)
         pending = fn(params, sharding.put_batch(_select(batch, columns), mesh))

@@ -67,7 +67,7 @@ def _build(
     optimizers = {"generator": optim.make(config.optim, config.steps, networks["generator"].axes)}
     if loss.gan_start >= 0:
         critic = to_dataclass(discriminator.DiscriminatorConfig, config.discriminator)
-        networks["discriminator"] = state_lib.network(lambda key: discriminator.Discriminator(critic, key=key))
+        networks["discriminator"] = state_lib.network(lambda key: discriminator.make(critic, key=key))
         optimizers["discriminator"] = optim.make(
             config.discriminator_optim, config.steps, networks["discriminator"].axes
         )
@@ -155,7 +155,7 @@ def init_state(setup: Setup, key: jax.Array) -> TrainState:
     return state_lib.init(
         setup.networks,
         setup.optimizers,
-        {"quantizer": quantizers.init_stats(setup.model.quantizer)},
+        {"quantizer": quantizers.init_stats(setup.model.quantizer), **gan.init_stats(setup.loss)},
         key,
         frozen=setup.config.frozen,
         frozen_networks=("perceptual",),
@@ -212,20 +212,38 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     Returns:
       (state after the step, metrics)
     """
-    config = setup.config
+    config, loss = setup.config, setup.loss
     adversarial = phase == "adversarial"
-    differentiate = functools.partial(gan.gradients, setup.networks, setup.loss, state, adversarial=adversarial)
-    sums, values, vectors = accumulate(differentiate, batch["image"], config.accumulate)
-
-    # --- Optimizers.
     trainable: dict[str, Any] = dict(state.trainable)
     opts = dict(state.opt)
-    for name, total in sums.gradients.items():
-        grads = jax.tree.map(lambda x: x / config.accumulate, total)
-        updates, opts[name] = setup.optimizers[name].update(grads, state.opt[name], state.trainable[name])
-        trainable[name] = optax.apply_updates(state.trainable[name], updates)
-        norm = {"generator": "gradient_norm", "discriminator": "discriminator_gradient_norm"}[name]
-        values[norm] = metrics.mean(optax.global_norm(grads))
+    values: metrics.Totals = {}
+    logits = None
+
+    def update(gradients: dict[str, Any]) -> None:
+        for name, total in gradients.items():
+            grads = jax.tree.map(lambda x: x / config.accumulate, total)
+            updates, opts[name] = setup.optimizers[name].update(grads, state.opt[name], state.trainable[name])
+            trainable[name] = optax.apply_updates(state.trainable[name], updates)
+            if name == "generator":
+                values["gradient_norm"] = metrics.mean(optax.global_norm(grads))
+
+    # --- Gradients and optimizers.
+    judging = state
+    if adversarial and loss.discriminator_first:
+        differentiate = functools.partial(gan.discriminator_gradients, setup.networks, loss, state)
+        sums, values, _ = accumulate(differentiate, batch["image"], config.accumulate)
+        update(sums.gradients)
+        logits = sums.logits
+        judging = dataclasses.replace(state, trainable={**state.trainable, "discriminator": trainable["discriminator"]})
+    differentiate = functools.partial(
+        gan.gradients, setup.networks, loss, judging, adversarial=adversarial, judge=not loss.discriminator_first
+    )
+    sums, measured, vectors = accumulate(differentiate, batch["image"], config.accumulate)
+    values |= measured
+    update(sums.gradients)
+    logits = sums.logits if logits is None else logits
+    if logits is not None:
+        logits = jax.tree.map(lambda x: x / config.accumulate, logits)
 
     # --- What codes learn without gradient, and codes that nobody uses.
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -250,7 +268,12 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
             average = ema["generator"]["quantize"]["embedding"]
             ema["generator"]["quantize"]["embedding"] = jnp.where(revived_I[:, None], codebook, average)
     state = dataclasses.replace(
-        state, step=state.step + 1, trainable=trainable, opt=opts, ema=ema, stats={"quantizer": stats}
+        state,
+        step=state.step + 1,
+        trainable=trainable,
+        opt=opts,
+        ema=ema,
+        stats={"quantizer": stats, **gan.update_stats(loss, state.stats, logits)},
     )
     return state, values
 

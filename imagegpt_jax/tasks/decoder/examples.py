@@ -4,6 +4,7 @@ Shapes: B batch, L sequence, N image codes, M places of one kind.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,15 @@ _DROP, _DIRECTION = 1 << 42, 1 << 43
 TILE = 128
 
 
-def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, rows: np.ndarray | None = None) -> Any:
+def batches(
+    setup: Setup,
+    split: str,
+    *,
+    batch_size: int,
+    position: int = 0,
+    rows: np.ndarray | None = None,
+    skipped: Sequence[tuple[int, int]] = (),
+) -> Any:
     """Packed batches of a split: shuffled and endless for "train", once and in order otherwise."""
     data = setup.config.data
     train = split == "train"
@@ -32,6 +41,7 @@ def batches(setup: Setup, split: str, *, batch_size: int, position: int = 0, row
         batch_size=batch_size,
         seed=setup.config.seed,
         position=position,
+        skipped=skipped,
         rows=rows,
         shuffle=train,
         epochs=None if train else 1,

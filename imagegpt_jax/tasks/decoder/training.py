@@ -59,6 +59,7 @@ def init_state(setup: Setup, key: jax.Array) -> TrainState:
         frozen=setup.config.frozen,
         frozen_networks=("tokenizer",),
         ema=("decoder",) if setup.config.ema_decay else (),
+        phases=phases(setup),
     )
 
 

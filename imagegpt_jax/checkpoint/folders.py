@@ -1,0 +1,100 @@
+"""The folders of a run's checkpoints: which steps there are, what is left of a save that was cut off, what is kept.
+
+W/checkpoints/<step>/state/          written by Orbax
+W/checkpoints/<step>/manifest.json   written last
+W/checkpoints/damaged/<step>[-n]/    steps that did not verify, set aside
+"""
+
+from collections.abc import Iterable, Sequence
+
+from etils import epath
+
+from imagegpt_jax.checkpoint import manifest as manifest_lib
+from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
+
+STATE = "state"
+_ASIDE = "damaged"
+# A manifest has this name from the moment on when its step is being deleted.
+_DELETED = f"{manifest_lib.NAME}.deleted"
+
+
+def root(workdir: epath.PathLike) -> epath.Path:
+    """The folder of a run's checkpoints."""
+    return epath.Path(workdir).expanduser().resolve() / "checkpoints"
+
+
+def numbered(workdir: epath.PathLike) -> list[int]:
+    """All steps that have a folder, finished or not, ascending."""
+    folder = root(workdir)
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def finished(workdir: epath.PathLike) -> list[int]:
+    """The steps that have a manifest, ascending; whether it verifies is not looked at."""
+    return [step for step in numbered(workdir) if (root(workdir) / str(step) / manifest_lib.NAME).exists()]
+
+
+def readable(workdir: epath.PathLike) -> dict[int, Manifest]:
+    """The steps whose manifests are as they were written, ascending; their files are not read."""
+    found = {}
+    for step in finished(workdir):
+        try:
+            found[step] = manifest_lib.read(root(workdir) / str(step))
+        except Damaged:
+            continue
+    return found
+
+
+def is_unfinished(folder: epath.Path) -> bool:
+    """Whether a step's folder is what a cut off save or deletion leaves: nothing that was ever a checkpoint."""
+    if (folder / manifest_lib.NAME).exists():
+        return False
+    return (folder / _DELETED).exists() or not (folder / STATE).exists()
+
+
+def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
+    """Moves a damaged step out of the way; returns where to."""
+    aside = root(workdir) / _ASIDE
+    aside.mkdir(parents=True, exist_ok=True)
+    names = {p.name for p in aside.iterdir()}
+    name = next(n for n in (str(step), *(f"{step}-{i}" for i in range(1, len(names) + 2))) if n not in names)
+    (root(workdir) / str(step)).rename(aside / name)
+    return aside / name
+
+
+def delete(workdir: epath.PathLike, step: int) -> None:
+    """Deletes a step so that it does not exist from the first moment on, however far the deletion comes."""
+    folder = root(workdir) / str(step)
+    if (folder / manifest_lib.NAME).exists():
+        (folder / manifest_lib.NAME).replace(folder / _DELETED)
+    folder.rmtree(missing_ok=True)
+
+
+def to_delete(steps: Sequence[Manifest], *, keep: int, keep_every_hours: float, best: str) -> list[int]:
+    """Which steps a policy gives up; the newest never is.
+
+    Args:
+      steps: the steps that exist, ascending.
+      keep: how many of the newest stay; 0 = all.
+      keep_every_hours: besides, one of every so many hours stays for ever; 0 = none.
+      best: besides, the step with the highest of this validation score stays, or with "-" before its name the lowest;
+        "" = none.
+    """
+    if not keep:
+        return []
+    stay = {manifest.step for manifest in steps[-keep:]}
+    if keep_every_hours:
+        last = None
+        for manifest in steps:
+            if last is None or manifest.time - last >= 3600 * keep_every_hours:
+                last = manifest.time
+                stay.add(manifest.step)
+    if best:
+        stay |= _best(steps, best)
+    return [manifest.step for manifest in steps if manifest.step not in stay]
+
+
+def _best(steps: Iterable[Manifest], name: str) -> set[int]:
+    sign, name = (-1.0, name[1:]) if name.startswith("-") else (1.0, name)
+    scored = [(sign * manifest.metrics[name], -manifest.step) for manifest in steps if name in manifest.metrics]
+    return {-max(scored)[1]} if scored else set()

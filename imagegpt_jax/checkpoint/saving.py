@@ -1,0 +1,237 @@
+"""Saving and restoring the TrainState of a run, by all of its processes together."""
+
+import importlib.metadata
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from imagegpt_jax import config as config_lib
+from imagegpt_jax import distributed, events
+from imagegpt_jax.checkpoint import folders
+from imagegpt_jax.checkpoint import manifest as manifest_lib
+from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import Config
+from imagegpt_jax.state import TrainState
+
+_LIBRARIES = ("imagegpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, for the training loop.
+
+    Args:
+      workdir: the run's folder, local or `gs://`.
+      config: the run's config. Of `config.checkpoint`: `every` (steps between checkpoints), and what is kept of them,
+        see `folders.to_delete`.
+      log: where saves and restores are noted.
+    """
+
+    def __init__(self, workdir: epath.PathLike, config: Config, log: events.Log | None = None):
+        self._workdir, self._config = workdir, config
+        self._log = log or events.Log(None)
+        self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._finishing: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to save after `step` steps of a run of `last`."""
+        every = self._config.checkpoint.every
+        return step == last or (every > 0 and step % every == 0)
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: int,
+        skipped: Sequence[tuple[int, int]] = (),
+        metrics: Mapping[str, float] | None = None,
+        evaluated: bool = True,
+    ) -> None:
+        """Starts to save; returns as soon as the arrays have left the devices.
+
+        Args:
+          step: optimizer steps done.
+          state: the state after them; not needed any more when this returns.
+          position: examples drawn from the data.
+          skipped: windows of positions left out.
+          metrics: the newest validation scores.
+          evaluated: whether the evaluation that is due after this step, if any, is done.
+
+        Raises:
+          UserError: if the save before this one failed.
+        """
+        started = time.perf_counter()
+        self.wait()
+        folder = folders.root(self._workdir) / str(step)
+        manifest = Manifest(
+            step=step,
+            position=position,
+            skipped=tuple(skipped),
+            time=time.time(),
+            metrics=dict(metrics or {}),
+            evaluated=evaluated,
+            config=config_lib.to_dict(self._config),
+            versions=_versions(),
+        )
+        try:
+            if distributed.is_first():
+                if folder.exists():
+                    folders.delete(self._workdir, step)
+                folder.mkdir(parents=True)
+            distributed.meet()
+            self._writer.save(folder / folders.STATE, args=ocp.args.PyTreeSave(state))
+        except Exception as e:
+            raise self._failed(step, e) from e
+        blocked = time.perf_counter() - started
+        self._finishing = threading.Thread(
+            target=self._finish, args=(folder, manifest, blocked), name="finish checkpoint", daemon=True
+        )
+        self._finishing.start()
+
+    def _finish(self, folder: epath.Path, manifest: Manifest, blocked: float) -> None:
+        """In the background: waits for the files of all processes, writes the manifest, deletes what is not kept."""
+        started = time.perf_counter()
+        try:
+            self._writer.wait_until_finished()
+            if distributed.is_first():
+                manifest = manifest_lib.write(folder, manifest)
+                self._log.write(
+                    "save",
+                    step=manifest.step,
+                    position=manifest.position,
+                    bytes=sum(size for size, _ in manifest.files.values()),
+                    blocking_seconds=blocked,
+                    background_seconds=time.perf_counter() - started,
+                )
+                self._delete_old()
+        except BaseException as e:  # raised where the loop looks after it
+            self._error = self._failed(manifest.step, e)
+
+    def _delete_old(self) -> None:
+        policy = self._config.checkpoint
+        kept = list(folders.readable(self._workdir).values())
+        for step in folders.to_delete(
+            kept, keep=policy.keep, keep_every_hours=policy.keep_every_hours, best=policy.keep_best
+        ):
+            folders.delete(self._workdir, step)
+
+    def _failed(self, step: int, error: BaseException) -> Exception:
+        if isinstance(error, UserError):
+            return error
+        self._log.write("save_failed", step=step, reason=distributed.first_line(error))
+        return UserError(
+            f"the checkpoint of step {step} could not be written to {folders.root(self._workdir)}"
+            f" ({distributed.first_line(error)}): make room or mend the file system, and start the same command again"
+            " to continue from the checkpoint before."
+        )
+
+    def poll(self) -> None:
+        """Raises the error of a save that has failed in the meantime; does not wait."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          UserError: if it failed.
+        """
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        self.poll()
+
+    def restore(self, state: TrainState) -> tuple[TrainState, Manifest] | None:
+        """The newest checkpoint that verifies, in the shardings of `state`; None if there is none.
+
+        Every file is read and compared with the manifest first, each process taking a share of them. A step that does
+        not verify is set aside, with a line on stderr, and the one before it is tried.
+
+        Args:
+          state: a state, or an abstract one whose leaves carry shardings.
+
+        Raises:
+          UserError: if there are checkpoints, and none of them verifies.
+        """
+        started = time.perf_counter()
+        share = (jax.process_index(), jax.process_count())
+        found = folders.numbered(self._workdir)
+        distributed.meet()  # nobody changes the folder before all have listed it
+        damaged = []
+        for step in reversed(found):
+            folder = folders.root(self._workdir) / str(step)
+            if folders.is_unfinished(folder):
+                distributed.meet()
+                if distributed.is_first():
+                    folders.delete(self._workdir, step)
+                continue
+            problem, manifest = None, None
+            try:
+                manifest = manifest_lib.check(folder, share)
+            except Damaged as e:
+                problem = str(e)
+            problem = next((p for p in distributed.gather(problem) if p is not None), None)
+            if problem is not None:
+                damaged.append(problem)
+                self._set_aside(step, problem)
+                continue
+            assert manifest is not None
+            verified = time.perf_counter() - started
+            restored = self._read(folder / folders.STATE, state)
+            self._log.write(
+                "restore",
+                step=step,
+                position=manifest.position,
+                verify_seconds=verified,
+                seconds=time.perf_counter() - started,
+            )
+            return restored, manifest
+        if damaged:
+            raise UserError(
+                f"none of the checkpoints in {folders.root(self._workdir)} is as it was written (the newest:"
+                f" {damaged[0]}); they are in its folder `damaged`: bring back a copy of one, or choose another --workdir."
+            )
+        return None
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        if distributed.is_first():
+            aside = folders.set_aside(self._workdir, step)
+            self._log.write("damaged", step=step, reason=problem, moved_to=str(aside))
+            print(f"warning: the checkpoint of step {step} is damaged and set aside ({problem}).", file=sys.stderr)
+        distributed.meet()
+
+    def _read(self, folder: epath.Path, state: TrainState) -> TrainState:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(folder, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
+
+    def finish(self, last: int) -> None:
+        """At the end of a run: waits, and reads the last checkpoint back from the files.
+
+        Raises:
+          UserError: if the checkpoint of step `last` is not there as it was written.
+        """
+        self.wait()
+        distributed.meet()
+        try:
+            manifest_lib.check(folders.root(self._workdir) / str(last), (jax.process_index(), jax.process_count()))
+        except Damaged as e:
+            raise UserError(f"the last checkpoint was written and cannot be read back ({e}).") from e
+
+    def close(self) -> None:
+        """Waits for the save under way and raises its error, if it had one."""
+        try:
+            self.wait()
+        finally:
+            self._writer.close()

@@ -1,0 +1,86 @@
+"""The compiled steps of a training."""
+
+import dataclasses
+import functools
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from imagegpt_jax import guard, metrics, sharding
+from imagegpt_jax import state as state_lib
+
+Totals = dict[str, Any]
+
+
+class Steps:
+    """The compiled steps of a task, one per phase.
+
+    Totals are {"metrics": merged metrics of the steps that counted, "guard": the guard's state after the last}.
+
+    Args:
+      task: module of the stage.
+      setup: its static part.
+      mesh: the devices.
+      layout: shardings of the state.
+    """
+
+    def __init__(self, task: ModuleType, setup: Any, mesh: jax.sharding.Mesh, layout: state_lib.TrainState):
+        self._task, self._setup = task, setup
+        self._layout, self._whole = layout, sharding.replicated(mesh)
+        self._shapes: dict[str, Any] = {}
+        self._flops: dict[str, float] = {}
+        self.compiled: dict[str, Any] = {}
+
+    def _values(self, phase: str, state: state_lib.TrainState, batch: Any) -> Any:
+        prepare = getattr(self._task, "prepare_batch", None)
+        if prepare is not None:
+            batch = prepare(self._setup, state, batch)
+        return self._task.train_step(self._setup, phase, state, batch)
+
+    def _step(self, phase: str, state: state_lib.TrainState, totals: Totals, batch: Any) -> Any:
+        new, values = self._values(phase, state, batch)
+        good, judged = guard.judge(self._setup.config.guard, state.guard[phase], state.step, values)
+        judged = {**state.guard, phase: judged}
+        kept = guard.choose(good, new, state)
+        merged = guard.choose(good, metrics.merge(totals["metrics"], values), totals["metrics"])
+        return dataclasses.replace(kept, step=new.step, guard=judged), {"metrics": merged, "guard": judged}
+
+    def _abstract_totals(self, phase: str, state: state_lib.TrainState, batch: Any) -> Totals:
+        if phase not in self._shapes:
+            _, values = jax.eval_shape(functools.partial(self._values, phase), state, batch)
+            self._shapes[phase] = {"metrics": values, "guard": jax.eval_shape(lambda: state.guard)}
+        return self._shapes[phase]
+
+    def zeros(self, phase: str, state: state_lib.TrainState, batch: Any) -> Totals:
+        """Empty totals of a phase, laid out as the step returns them (so that the step compiles once)."""
+        shapes = self._abstract_totals(phase, state, batch)
+        return jax.tree.map(lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), self._whole), shapes)
+
+    def flops(self, phase: str, batch: Any) -> float:
+        """Model FLOPs of a step of a phase, all devices together."""
+        if phase not in self._flops:
+            self._flops[phase] = self._task.step_flops(self._setup, phase, batch)
+        return self._flops[phase]
+
+    def __call__(
+        self, phase: str, state: state_lib.TrainState, totals: Totals, batch: Any
+    ) -> tuple[state_lib.TrainState, Totals]:
+        """Runs one step; the state and the totals given in are donated."""
+        if phase not in self.compiled:
+            self.compiled[phase] = self._jit(phase)
+        return self.compiled[phase](state, totals, batch)
+
+    def _jit(self, phase: str) -> Any:
+        return jax.jit(
+            functools.partial(self._step, phase), donate_argnums=(0, 1), out_shardings=(self._layout, self._whole)
+        )
+
+    def lower(self, phase: str, state: state_lib.TrainState, batch: Any) -> Any:
+        """The step of a phase, lowered for abstract arguments that carry their shardings."""
+        totals = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._whole),
+            self._abstract_totals(phase, state, batch),
+        )
+        return self._jit(phase).lower(state, totals, batch)

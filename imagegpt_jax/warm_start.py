@@ -1,0 +1,86 @@
+"""Beginning a run with the parameters of another: `config.init_from`."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from imagegpt_jax import checkpoint, distributed, events
+from imagegpt_jax.checkpoint import folders
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import Config
+from imagegpt_jax.state import Params, TrainState, flatten, unflatten
+
+
+def load_params(state: TrainState, config: Config, log: events.Log) -> TrainState:
+    """Puts the parameters of another run's newest checkpoint into a new state; step, optimizer and data begin anew.
+
+    Networks and parameters are matched by name and shape. What was and was not taken is printed and noted.
+
+    Args:
+      state: the state of a run that begins.
+      config: its config: `init_from`, the workdir of the other run; `init_partial`, whether parameters may be missing
+        there, left over, or of another shape. They are the averaged ones, where the other run keeps averages.
+      log: gets an event "init".
+
+    Raises:
+      UserError: if there is no such checkpoint; or without `init_partial` if not every parameter of the networks that
+        both runs have is there in the same shape: it lists both sides.
+    """
+    step = checkpoint.choose_step(config.init_from)
+    folder = folders.root(config.init_from) / str(step) / folders.STATE
+    with ocp.PyTreeCheckpointer() as reader:
+        there = reader.metadata(folder).item_metadata.tree
+    trainable, ema = dict(state.trainable), dict(state.ema)
+    source = {**there["trainable"], **(there.get("ema") or {})}
+    field = {name: "ema" if name in (there.get("ema") or {}) else "trainable" for name in source}
+    names = [name for name in trainable if name in source]
+    if not names:
+        raise UserError(
+            f"{config.init_from} trains {', '.join(sorted(source)) or 'nothing'}, and this run"
+            f" {', '.join(sorted(trainable))}: give config.init_from a run of the same task."
+        )
+    lines, taken = [], 0
+    for name in names:
+        here, held = flatten(trainable[name]), flatten(source[name])
+        match = [path for path in here if path in held and tuple(held[path].shape) == here[path].shape]
+        lines += [f"{name}/{p}: not in {config.init_from}" for p in here if p not in held]
+        lines += [f"{name}/{p}: only in {config.init_from}" for p in held if p not in here]
+        lines += [
+            f"{name}/{p}: {here[p].shape} here, {tuple(held[p].shape)} there"
+            for p in here
+            if p in held and p not in match
+        ]
+        wanted = unflatten({p: here[p] for p in match}, trainable[name])
+        read = _read(folder, {field[name]: {name: wanted}})[field[name]][name]
+        found = flatten(read)
+        taken += len(match)
+        trainable[name] = unflatten({**here, **found}, trainable[name])
+        if name in ema:
+            ema[name] = jax.tree.map(lambda x: x.copy(), trainable[name])
+    if lines and not config.init_partial:
+        shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+        raise UserError(
+            f"the parameters of {config.init_from} are not those of this run ({shown}): set"
+            " --config.init_partial=True to take those that fit."
+        )
+    if distributed.is_first():
+        print(
+            f"{taken} arrays of step {step} of {config.init_from} were taken, {len(lines)} were not"
+            + "".join(f"\n  {line}" for line in lines),
+            file=sys.stderr,
+        )
+    log.write("init", source=str(config.init_from), step=step, taken=taken, left=lines)
+    return dataclasses.replace(state, trainable=trainable, ema=ema)
+
+
+def _read(folder: Any, wanted: Mapping[str, dict[str, Params]]) -> Any:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(
+            folder, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
+        )

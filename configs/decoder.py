@@ -94,6 +94,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "image_weight": 1.0,
         "guidance_dropout": 0.1,  # share of sequences without their text, for classifier-free guidance
         "image_to_text": 0.0,  # share of sequences turned around: captioning
+        "quarantine": {"max_share": 0.1, "accept": ()},  # bad records, see imagegpt_jax/data/quarantine.py
     }
 
     # --- Network.
@@ -143,7 +144,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "lr": {"emoji": 4e-3, "20B": 4.5e-5}.get(args.size, 1e-4),
         "schedule": "constant" if classes else "cosine",
         "warmup_steps": {"emoji": 20, "20B": 5000}.get(args.size, 0),
+        "decay_start": 0,
         "final_lr_ratio": 0.05,
+        "drops": (),
+        "drop_factor": 0.1,
         "b1": 0.9,
         "b2": 0.95,
         "eps": 1e-8,

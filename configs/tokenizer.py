@@ -69,6 +69,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "validation": f"emoji:validation,res={res}" if small else "tfds:imagenet2012,split=validation",
         "train_ops": ("decode|flip_lr" if small else train) + "|value_range(-1,1)",
         "eval_ops": ("decode" if small else evaluation) + "|value_range(-1,1)",
+        "quarantine": {"max_share": 0.1, "accept": ()},  # bad records, see imagegpt_jax/data/quarantine.py
     }
 
     # --- Networks.
@@ -106,11 +107,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
     }
     config.discriminator = {
+        "kind": "patch",
         "in_channels": 3,
         "base_width": 16 if small else 64,
         "num_layers": 2 if small else 3,
         "norm": "batch",
         "norm_groups": 8,
+        "max_width": 512,
+        "image_size": res,
+        "deviation_group": 4,
         "dtype": "float32" if small else "bfloat16",
         "param_dtype": "float32",
     }
@@ -126,6 +131,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "gan_kind": "hinge",
         "gan_start": {"test": 4, "emoji": -1}.get(args.size, 20_000),
         "adaptive": args.size == "test",
+        "discriminator_first": False,
+        "lecam": 0.0,
+        "lecam_decay": 0.999,
+        "r1": 0.0,
     }
 
     # --- Optimizers.
@@ -134,7 +143,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "lr": 4e-3 if args.size == "emoji" else 1e-4,
         "schedule": "cosine" if small else "constant",
         "warmup_steps": 20 if args.size == "emoji" else 0,
+        "decay_start": 0,
         "final_lr_ratio": 0.01,
+        "drops": (),
+        "drop_factor": 0.1,
         "b1": 0.9,
         "b2": 0.95,
         "eps": 1e-8,

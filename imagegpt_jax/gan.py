@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from imagegpt_jax import losses, metrics
 from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import choose
 from imagegpt_jax.models.quantizers import UseSums
 from imagegpt_jax.state import Network, TrainState
@@ -21,6 +22,8 @@ from imagegpt_jax.state import Network, TrainState
 GAN_LOSSES = {
     "hinge": (losses.hinge_generator, losses.hinge_discriminator),
     "non_saturating": (losses.nonsaturating_generator, losses.nonsaturating_discriminator),
+    # As in Open-MAGVIT2 and IBQ.
+    "non_saturating_hinge": (losses.nonsaturating_generator, losses.hinge_discriminator),
 }
 
 
@@ -34,9 +37,15 @@ class LossConfig:
       lpips: weight of the perceptual distance; 0 = off.
       lpips_weights: safetensors file made by `tools/convert_lpips.py`, needed if `lpips` > 0.
       gan: weight of the adversarial loss on the generator.
-      gan_kind: "hinge" or "non_saturating".
+      gan_kind: "hinge", "non_saturating", or "non_saturating_hinge" (the first for the generator, the second for the
+        discriminator).
       gan_start: step from which the discriminator takes part; negative = never.
       adaptive: scale the adversarial loss by the ratio of gradient norms at the last layer (arXiv:2012.09841, eq. 7).
+      discriminator_first: in each step the discriminator is updated before it judges for the generator; else both
+        gradients are taken at the same parameters.
+      lecam: weight of the LeCam regulariser of the discriminator (arXiv:2104.03310); 0 = off.
+      lecam_decay: of its moving averages of the logits.
+      r1: weight of the R1 gradient penalty of the discriminator (arXiv:1801.04406), gamma; 0 = off.
     """
 
     l1: float
@@ -47,9 +56,22 @@ class LossConfig:
     gan_kind: str
     gan_start: int
     adaptive: bool
+    discriminator_first: bool = False
+    lecam: float = 0.0
+    lecam_decay: float = 0.999
+    r1: float = 0.0
 
     def __post_init__(self):
         choose("gan_kind", self.gan_kind, GAN_LOSSES)
+        if not 0 <= self.lecam_decay < 1:
+            raise UserError(f"loss.lecam_decay={self.lecam_decay} must be in [0, 1).")
+
+
+class Logits(NamedTuple):
+    """Mean logits of the discriminator for real and for fake images."""
+
+    real: Float[Array, ""]
+    fake: Float[Array, ""]
 
 
 class Sums(NamedTuple):
@@ -57,11 +79,30 @@ class Sums(NamedTuple):
 
     Attributes:
       gradients: network -> gradient of the mean of its loss.
-      use: of the codes.
+      use: of the codes; None where the generator has no gradient.
+      logits: None where the discriminator has no gradient.
     """
 
     gradients: dict[str, state_lib.Params]
-    use: UseSums
+    use: UseSums | None
+    logits: Logits | None
+
+
+def init_stats(loss: LossConfig) -> dict[str, Logits]:
+    """What the losses carry from step to step: with LeCam the moving averages of the logits."""
+    return {"logits": Logits(jnp.zeros(()), jnp.zeros(()))} if loss.gan_start >= 0 and loss.lecam else {}
+
+
+def update_stats(loss: LossConfig, stats: Mapping[str, Any], logits: Logits | None) -> dict[str, Any]:
+    """`init_stats`'s part of the statistics after a batch with these mean logits."""
+    if logits is None or "logits" not in stats:
+        return {name: stats[name] for name in ("logits",) if name in stats}
+    decay = loss.lecam_decay
+    return {
+        "logits": jax.tree.map(
+            lambda old, new: decay * old + (1 - decay) * new.astype(old.dtype), stats["logits"], logits
+        )
+    }
 
 
 def gradients(
@@ -71,8 +112,9 @@ def gradients(
     images_BHWC: Float[Array, "B H W C"],
     *,
     adversarial: bool,
+    judge: bool,
 ) -> tuple[Sums, metrics.Totals, Float[Array, "B h w P Z"]]:
-    """Gradients of the generator and, if `adversarial`, of the discriminator, both at the state's parameters.
+    """Gradients of the generator and, if asked for, of the discriminator, both at the state's parameters.
 
     Args:
       networks: "generator"; if adversarial "discriminator"; if there is an LPIPS loss "perceptual".
@@ -80,6 +122,7 @@ def gradients(
       state: of the run.
       images_BHWC: in [-1, 1].
       adversarial: whether the discriminator takes part.
+      judge: whether its own gradient is taken too, on the same reconstructions.
 
     Returns:
       (gradients and counts, metrics, the vectors that were quantized)
@@ -116,9 +159,9 @@ def gradients(
     }
 
     # --- Adversarial part of the generator's loss.
-    critic = _critic(networks, state) if adversarial else None
-    generator_loss, discriminator_loss = GAN_LOSSES[loss.gan_kind]
-    if critic is not None:
+    if adversarial:
+        critic = _critic(networks, state)
+        generator_loss, _ = GAN_LOSSES[loss.gan_kind]
         gan_loss, gan_cotangent = jax.value_and_grad(
             lambda recon: generator_loss(critic(state.trainable["discriminator"], recon))
         )(recon_BHWC)
@@ -134,14 +177,49 @@ def gradients(
     values["loss"] = metrics.mean(total)
     grads = {"generator": pullback((cotangent, jnp.ones_like(quantizer_loss)))[0]}
 
-    # --- The discriminator's loss on the same reconstructions; real and fake go through in separate calls.
-    if critic is not None:
-        fake_BHWC = jax.lax.stop_gradient(recon_BHWC)
-        value, grads["discriminator"] = jax.value_and_grad(
-            lambda params: discriminator_loss(critic(params, images_BHWC), critic(params, fake_BHWC))
-        )(state.trainable["discriminator"])
-        values["gan_discriminator"] = metrics.mean(value)
-    return Sums(grads, quantized.sums), values, quantized.vectors
+    logits = None
+    if adversarial and judge:
+        grads["discriminator"], logits, judged = _judge(networks, loss, state, images_BHWC, recon_BHWC)
+        values |= judged
+    return Sums(grads, quantized.sums, logits), values, quantized.vectors
+
+
+def discriminator_gradients(
+    networks: Mapping[str, Network], loss: LossConfig, state: TrainState, images_BHWC: Float[Array, "B H W C"]
+) -> tuple[Sums, metrics.Totals, tuple[()]]:
+    """Gradient of the discriminator alone, for `discriminator_first`; arguments and result as of `gradients`."""
+    model: Any = networks["generator"].module(state.params("generator"))
+    recon_BHWC = model.to_pixels(model.decode_features(model.quantize(model.encode(images_BHWC)).zq))
+    grads, logits, values = _judge(networks, loss, state, images_BHWC, recon_BHWC)
+    return Sums({"discriminator": grads}, None, logits), values, ()
+
+
+def _judge(
+    networks: Mapping[str, Network],
+    loss: LossConfig,
+    state: TrainState,
+    images_BHWC: Float[Array, "B H W C"],
+    recon_BHWC: Float[Array, "B H W C"],
+) -> tuple[state_lib.Params, Logits, metrics.Totals]:
+    """(gradient of the discriminator, its mean logits, metrics); real and fake go through in separate calls."""
+    critic, fake_BHWC = _critic(networks, state), jax.lax.stop_gradient(recon_BHWC)
+    _, discriminator_loss = GAN_LOSSES[loss.gan_kind]
+
+    def judge(params: state_lib.Params) -> tuple[jax.Array, tuple[Logits, metrics.Totals]]:
+        real, fake = critic(params, images_BHWC), critic(params, fake_BHWC)
+        total = discriminator_loss(real, fake)
+        values = {"gan_discriminator": metrics.mean(total)}
+        if loss.lecam:
+            averages = state.stats["logits"]
+            lecam = losses.lecam(real, fake, averages.real, averages.fake)
+            total, values["lecam"] = total + loss.lecam * lecam, metrics.mean(lecam)
+        if loss.r1:
+            r1 = losses.r1(jax.grad(lambda images: critic(params, images).sum())(images_BHWC))
+            total, values["r1"] = total + loss.r1 * r1, metrics.mean(r1)
+        return total, (Logits(real.mean(), fake.mean()), values)
+
+    grads, (logits, values) = jax.grad(judge, has_aux=True)(state.trainable["discriminator"])
+    return grads, logits, values
 
 
 def _psnr(x_BHWC: jax.Array, target_BHWC: jax.Array) -> jax.Array:

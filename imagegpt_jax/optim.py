@@ -2,11 +2,15 @@
 
 `make(config, axes)` reads a config with these keys (all of them visible in the config file):
 
-    name            "adamw" | "adam" | "muon" | "adafactor" | "lion" | "sgd"
+    name            "adamw" | "adam" | "muon" | "adafactor" | "shampoo" | "lion" | "sgd"
     lr              peak learning rate
-    schedule        "constant" | "cosine" | "linear" (both decay to lr * final_lr_ratio at the last step)
+    schedule        "constant" | "cosine" | "linear" | "exponential" (the last three decay to lr * final_lr_ratio at the
+                    last step) | "drops" (times drop_factor at each step of drops)
     warmup_steps    linear warm-up from 0
+    decay_start     step at which the decay begins; 0 = after the warm-up
     final_lr_ratio  see schedule
+    drops           see schedule
+    drop_factor     see schedule
     b1, b2, eps     moments (Muon: of the Adam that trains vectors, embeddings and the output head)
     mu_dtype        dtype in which Adam, Lion, Adafactor and Muon keep the first moment
     nu_dtype        dtype in which Adam keeps the second; computed with in float32 either way
@@ -22,6 +26,7 @@ import optax
 from optax import contrib
 
 from imagegpt_jax import config as config_lib
+from imagegpt_jax import shampoo
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
 from imagegpt_jax.models.layers import as_dtype
@@ -36,11 +41,16 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step.
 
     Raises:
-      UserError: for an unknown schedule, or a warm-up that is not shorter than the run.
+      UserError: for an unknown schedule, or a warm-up or start of decay that is not before the end of the run.
     """
-    if config.warmup_steps and config.warmup_steps >= steps:
-        raise UserError(f"optim.warmup_steps={config.warmup_steps} must be less than steps={steps}.")
-    decay_steps = max(1, steps - config.warmup_steps)
+    start = config.decay_start or config.warmup_steps
+    for key in ("warmup_steps", "decay_start"):
+        if config[key] and config[key] >= steps:
+            raise UserError(f"optim.{key}={config[key]} must be less than steps={steps}.")
+    if start < config.warmup_steps:
+        raise UserError(f"optim.decay_start={start} must not be before warmup_steps={config.warmup_steps}: 0 = there.")
+    decay_steps = max(1, steps - start)
+    drops = {step - start: config.drop_factor for step in config.drops}
     after = config_lib.choose(
         "schedule",
         config.schedule,
@@ -48,9 +58,14 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
             "constant": lambda: optax.constant_schedule(config.lr),
             "cosine": lambda: optax.cosine_decay_schedule(config.lr, decay_steps, config.final_lr_ratio),
             "linear": lambda: optax.linear_schedule(config.lr, config.lr * config.final_lr_ratio, decay_steps),
+            "exponential": lambda: optax.exponential_decay(config.lr, decay_steps, config.final_lr_ratio),
+            "drops": lambda: optax.piecewise_constant_schedule(config.lr, drops),
         },
     )()
     warmup = optax.linear_schedule(config.lr / max(1, config.warmup_steps), config.lr, max(1, config.warmup_steps))
+    if start > config.warmup_steps:
+        held = optax.constant_schedule(config.lr)
+        return optax.join_schedules([warmup, held, after], [config.warmup_steps, start])
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
@@ -100,18 +115,34 @@ def make(config: Config, steps: int, axes: Any) -> optax.GradientTransformation:
             "adamw": lambda: _keep_second_moment(optax.adamw(lr, **moments, **decay), nu_dtype),
             "muon": muon,
             "lion": lambda: optax.lion(lr, config.b1, config.b2, mu_dtype=mu_dtype, **decay),
-            "adafactor": lambda: optax.adafactor(
-                lr,
-                momentum=config.b1 or None,
-                dtype_momentum=mu_dtype,
-                weight_decay_rate=config.weight_decay or None,
-                weight_decay_mask=decay_mask,
+            "adafactor": lambda: _adafactor(config, lr, mu_dtype, decay_mask),
+            "shampoo": lambda: optax.chain(
+                shampoo.scale_by_shampoo(config.b1, config.b2, axes, mu_dtype=mu_dtype),
+                optax.add_decayed_weights(config.weight_decay, decay_mask),
+                optax.scale_by_learning_rate(lr),
             ),
             "sgd": lambda: optax.sgd(lr, config.b1, accumulator_dtype=mu_dtype),
         },
     )()
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def _adafactor(config: Config, lr: optax.Schedule, mu_dtype: Any, decay_mask: Any) -> optax.GradientTransformation:
+    """Adafactor (arXiv:1804.04235) as large transformers are trained: momentum, a fixed decay of the second moment with
+    Adam's correction (section 7.1), steps as large as the learning rate whatever the parameters', decoupled decay."""
+
+    def corrected(step: jax.Array, b2: float) -> jax.Array:
+        step = step.astype(jnp.float32)
+        return b2 * (1 - b2**step) / (1 - b2 ** (step + 1))
+
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=config.b2, decay_rate_fn=corrected),  # pyright: ignore
+        optax.clip_by_block_rms(1.0),
+        optax.ema(config.b1, debias=False, accumulator_dtype=mu_dtype) if config.b1 else optax.identity(),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(lr),
+    )
 
 
 def _keep_second_moment(optimizer: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:

@@ -19,6 +19,30 @@ def test_l1_and_l2_are_means_in_float32():
     assert losses.l2(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
+def test_logit_laplace_is_the_density_of_the_paper():
+    """Equation in arXiv:2102.12092, appendix A.3; and it is a density: it integrates to one over (0, 1)."""
+    mean, log_scale = 0.3, -0.7
+    x = np.linspace(0.1, 0.9, 9)
+    b = np.exp(log_scale)
+    density = np.exp(-np.abs(np.log(x / (1 - x)) - mean) / b) / (2 * b * x * (1 - x))
+    images = (x - 0.1) / 0.8 * 2 - 1
+    value = losses.logit_laplace(jnp.full(9, mean), jnp.full(9, log_scale), jnp.asarray(images))
+    assert float(value) == pytest.approx(-np.log(density).mean(), rel=1e-5)
+    fine = np.linspace(1e-6, 1 - 1e-6, 200_001)
+    nll = jax.vmap(lambda x: losses.logit_laplace(jnp.float32(mean), jnp.float32(log_scale), x))
+    total = np.exp(-np.asarray(nll(jnp.asarray((fine - 0.1) / 0.8 * 2 - 1)), np.float64)).mean()
+    assert total == pytest.approx(1, abs=2e-3)
+
+
+def test_logit_laplace_is_least_at_the_pixels_own_logits():
+    images = jnp.array([-1.0, -0.2, 0.7, 1.0])
+    x = 0.8 * (images + 1) / 2 + 0.1
+    mean = jnp.log(x / (1 - x))
+    np.testing.assert_allclose(losses.logit_laplace_pixels(mean), images, atol=1e-6)
+    best = losses.logit_laplace(mean, jnp.zeros(4), images)
+    assert float(losses.logit_laplace(mean + 0.1, jnp.zeros(4), images)) == pytest.approx(float(best) + 0.1, rel=1e-4)
+
+
 def test_hinge():
     real, fake = jnp.array([2.0, 0.5, -1.0]), jnp.array([-3.0, 0.0, 1.0])
     assert float(losses.hinge_discriminator(real, fake)) == pytest.approx(((0 + 0.5 + 2) / 3 + (0 + 1 + 2) / 3) / 2)

@@ -5,13 +5,14 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from imagegpt_jax import optim
+from imagegpt_jax import optim, shampoo
 from imagegpt_jax.cli import UserError
 
 
 def config(**changes):
     base = {
-        "name": "adamw", "lr": 0.1, "schedule": "cosine", "warmup_steps": 2, "final_lr_ratio": 0.1, "b1": 0.9,
+        "name": "adamw", "lr": 0.1, "schedule": "cosine", "warmup_steps": 2, "final_lr_ratio": 0.1,
+        "decay_start": 0, "drops": (), "drop_factor": 0.1, "b1": 0.9,
         "b2": 0.95, "eps": 1e-8, "mu_dtype": "float32", "nu_dtype": "float32", "weight_decay": 0.0, "clip_norm": 0.0,
     }  # fmt: skip
     return ConfigDict({**base, **changes})
@@ -28,6 +29,77 @@ def test_schedule_warms_up_and_decays():
     np.testing.assert_allclose(rate(7), 0.1 * (0.9 * 0.5 + 0.1), rtol=1e-6)
     np.testing.assert_allclose(rate(12), 0.01, rtol=1e-6)
     np.testing.assert_allclose(optim.schedule(config(schedule="constant", warmup_steps=0), 12)(0), 0.1)
+
+
+def test_schedules_hold_decay_and_drop():
+    rate = optim.schedule(config(schedule="exponential", decay_start=4, final_lr_ratio=0.01), steps=12)
+    np.testing.assert_allclose([rate(2), rate(4), rate(8), rate(12)], [0.1, 0.1, 0.01, 0.001], rtol=1e-5)
+    rate = optim.schedule(config(schedule="drops", drops=(5, 8), warmup_steps=2), steps=12)
+    np.testing.assert_allclose([rate(i) for i in (2, 4, 5, 7, 8, 12)], [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
+    for wrong, told in (({"decay_start": 12}, "decay_start=12"), ({"decay_start": 1}, "before warmup_steps=2")):
+        with pytest.raises(UserError, match=told):
+            optim.schedule(config(**wrong), 12)
+
+
+def test_adafactor_is_its_papers_equations():
+    """Factored second moment with Adam's correction, update clipped to an RMS of one, decoupled decay: two steps."""
+    tx = optim.make(
+        config(name="adafactor", b1=0.5, b2=0.9, weight_decay=0.2, schedule="constant", warmup_steps=0),
+        12,
+        {"w": ("embed", "mlp")},
+    )
+    w = np.asarray(jax.random.normal(jax.random.key(0), (160, 130)))
+    state, rows, columns, momentum = tx.init({"w": w}), 0.0, 0.0, 0.0
+    for step in range(2):
+        g = np.asarray(jax.random.normal(jax.random.key(1 + step), w.shape))
+        b2 = 0.9 * (1 - 0.9**step) / (1 - 0.9 ** (step + 1))
+        rows = b2 * rows + (1 - b2) * np.square(g).mean(1)
+        columns = b2 * columns + (1 - b2) * np.square(g).mean(0)
+        u = g / np.sqrt(rows[:, None] * columns[None] / rows.mean())
+        u = u / max(1.0, np.sqrt(np.square(u).mean()))
+        momentum = 0.5 * momentum + 0.5 * u
+        updates, state = tx.update({"w": g}, state, {"w": w})
+        np.testing.assert_allclose(updates["w"], -0.1 * (momentum + 0.2 * w), rtol=1e-4, atol=1e-6)
+
+
+def test_inverse_fourth_root():
+    x = np.asarray(jax.random.normal(jax.random.key(0), (2, 9, 5)), np.float64)
+    a = x @ x.swapaxes(1, 2) + 0.01 * np.eye(9)
+    values, vectors = np.linalg.eigh(a)
+    ridge = shampoo.RIDGE * np.abs(a).sum(-1).max(-1)[:, None, None] * np.eye(9)
+    values = np.linalg.eigvalsh(a + ridge)
+    expected = (vectors * values[:, None] ** -0.25) @ vectors.swapaxes(1, 2)
+    root = shampoo.inverse_fourth_root(jnp.asarray(a, jnp.float32))
+    np.testing.assert_allclose(root, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [8, 3])
+def test_shampoo_preconditions_both_sides_of_each_block(block):
+    """After its start: L^-1/4 G R^-1/4 of every block, as large as RMSProp's step on the normalised gradient."""
+    axes = {"w": ("embed", "mlp"), "b": ("mlp",)}
+    tx = shampoo.scale_by_shampoo(0.0, 0.8, axes, block=block, every=1, start=2)
+    params = {"w": jnp.ones((2, 5, 4)), "b": jnp.ones((2, 4))}  # two stacked layers
+    state, left, right, squares = tx.init(params), {}, {}, 0.0
+    cuts = [slice(0, 5)] if block == 8 else [slice(0, 3), slice(3, 6)]
+    columns = [slice(0, 4)] if block == 8 else [slice(0, 2), slice(2, 4)]
+    for step in range(2):
+        grads = jax.tree.map(lambda p, s=step: jax.random.normal(jax.random.key(s), p.shape), params)
+        updates, state = jax.jit(tx.update)(grads, state)
+        g = np.asarray(grads["w"][1], np.float64)
+        squares = 0.8 * squares + 0.2 * np.square(g / np.linalg.norm(g))
+        graft = g / np.linalg.norm(g) / np.sqrt(squares)
+        direction = np.zeros_like(g)
+        for r in cuts:
+            for c in columns:
+                part, key = g[r, c], (r.start, c.start)
+                left[key] = 0.8 * left.get(key, 0) + 0.2 * part @ part.T
+                right[key] = 0.8 * right.get(key, 0) + 0.2 * part.T @ part
+                roots = [np.asarray(shampoo.inverse_fourth_root(jnp.asarray(s))) for s in (left[key], right[key])]
+                direction[r, c] = roots[0] @ part @ roots[1]
+        expected = graft if step == 0 else direction * np.linalg.norm(graft) / np.linalg.norm(direction)
+        np.testing.assert_allclose(updates["w"][1], expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max())
+    b = np.asarray(grads["b"][1])
+    np.testing.assert_allclose(np.sign(updates["b"][1]), np.sign(b))
 
 
 def test_wrong_values_are_named():
@@ -71,7 +143,7 @@ def test_clipping_bounds_the_gradient():
     np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "muon", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon", "lion", "adafactor", "shampoo", "sgd"])
 def test_every_optimizer_descends(name):
     tx = optim.make(config(name=name, lr=0.02, schedule="constant", warmup_steps=0), 50, AXES)
     params, target = PARAMS, jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), PARAMS)

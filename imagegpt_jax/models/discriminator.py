@@ -1,4 +1,5 @@
-"""PatchGAN discriminator (pix2pix, arXiv:1611.07004): a map of real/fake logits, one for each overlapping patch.
+"""Discriminators: PatchGAN (pix2pix, arXiv:1611.07004), a map of real/fake logits, one for each overlapping patch; and
+StyleGAN2's, one logit for each image.
 
 Shapes: B batch, H height, W width, C channels.
 """
@@ -14,43 +15,61 @@ from jaxtyping import Array, Float
 from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.conv import Conv, GroupNorm
+from imagegpt_jax.models.style_discriminator import LAST_SIDE, StyleDiscriminator
 
+KINDS = ("patch", "style")
 NORMS = ("batch", "group", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """Shape and precision of a Discriminator; the defaults are those of VQGAN and LlamaGen (70 x 70 pixel patches).
+    """Shape and precision of a discriminator; the defaults are those of VQGAN and LlamaGen (70 x 70 pixel patches).
 
     Attributes:
+      kind: "patch" (PatchGAN) or "style" (StyleGAN2's).
       in_channels: channels of the image.
       base_width: channels after the first layer ("ndf").
-      num_layers: layers of stride 2; 3 need images of 24 pixels or more, 2 (34 x 34 patches) suit 32 pixels better.
-      norm: "batch", "group" or "none", before the activations of all layers but the first.
+      num_layers: "patch": layers of stride 2; 3 need images of 24 pixels or more, 2 (34 x 34 patches) suit 32 pixels
+        better.
+      norm: "patch": "batch", "group" or "none", before the activations of all layers but the first.
       norm_groups: groups if `norm` is "group".
+      max_width: "style": channels double with every halving of the image up to so many.
+      image_size: "style": side of the images, 4 times a power of two.
+      deviation_group: "style": images among which the standard deviation is taken that the last layers see.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
 
+    kind: str = "patch"
     in_channels: int = 3
     base_width: int = 64
     num_layers: int = 3
     norm: str = "batch"
     norm_groups: int = 32
+    max_width: int = 512
+    image_size: int = 0
+    deviation_group: int = 4
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(f"unknown discriminator kind {self.kind!r}.{suggest(self.kind, KINDS)}")
         if self.norm not in NORMS:
             raise UserError(f"unknown discriminator norm {self.norm!r}.{suggest(self.norm, NORMS)}")
         for name in (self.dtype, self.param_dtype):
             layers.as_dtype(name)
         if self.num_layers < 1:
             raise UserError(f"discriminator num_layers={self.num_layers} is too few: give 1 or more.")
+        if self.kind == "style" and (self.image_size < 2 * LAST_SIDE or self.image_size & (self.image_size - 1)):
+            raise UserError(
+                f"a discriminator of kind 'style' halves images of image_size={self.image_size} down to {LAST_SIDE}"
+                " pixels: give a power of two, 8 or more."
+            )
 
     @property
     def min_size(self) -> int:
-        """The smallest side of an image that leaves one logit."""
+        """The smallest side of an image that leaves one logit of a PatchGAN."""
         return 3 * 2**self.num_layers
 
 
@@ -76,7 +95,7 @@ class BatchNorm(nnx.Module):
 
 
 class Discriminator(nnx.Module):
-    """4x4 convolutions: `num_layers` of stride 2, one of stride 1, and one to the logits; leaky ReLU of slope 0.2."""
+    """PatchGAN: 4x4 convolutions, `num_layers` of stride 2, one of stride 1, one to the logits; leaky ReLU of 0.2."""
 
     def __init__(self, config: DiscriminatorConfig, *, key: jax.Array):
         widths = [config.base_width * min(2**i, 8) for i in range(config.num_layers + 1)]
@@ -130,3 +149,19 @@ def _norm(config: DiscriminatorConfig, channels: int) -> nnx.Module | None:
     if config.norm == "group":
         return GroupNorm(channels, config.norm_groups, eps=1e-5, dtype=config.dtype, param_dtype=config.param_dtype)
     return None
+
+
+def make(config: DiscriminatorConfig, *, key: jax.Array) -> Discriminator | StyleDiscriminator:
+    """The discriminator that a config describes."""
+    if config.kind == "patch":
+        return Discriminator(config, key=key)
+    return StyleDiscriminator(
+        config.in_channels,
+        config.base_width,
+        config.max_width,
+        config.image_size,
+        group=config.deviation_group,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        key=key,
+    )

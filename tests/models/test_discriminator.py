@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from imagegpt_jax.cli import UserError
+from imagegpt_jax.models import discriminator
 from imagegpt_jax.models.discriminator import BatchNorm, Discriminator, DiscriminatorConfig
+from imagegpt_jax.models.style_discriminator import EqualConv, batch_deviation, blur
 
 
 def key(i=0):
@@ -81,3 +83,53 @@ def test_mistakes_in_the_config_are_explained():
         DiscriminatorConfig(norm="batchnorm")
     with pytest.raises(UserError, match="num_layers=0"):
         DiscriminatorConfig(num_layers=0)
+
+
+# ------------------------------------------------------------------------------------------------------ StyleGAN2
+
+
+def style(**settings):
+    config = {"kind": "style", "base_width": 4, "max_width": 8, "image_size": 16, "deviation_group": 2, **settings}
+    return discriminator.make(DiscriminatorConfig(**config), key=key())
+
+
+@pytest.mark.parametrize(("size", "width", "count"), [(1024, 32, 29_012_513), (256, 128, 28_864_129)])
+def test_style_discriminator_has_the_published_size(size, width, count):
+    """StyleGAN2's config F at 1024 pixels, and the same channels at 256."""
+    config = DiscriminatorConfig(kind="style", base_width=width, image_size=size)
+    model = jax.eval_shape(lambda k: discriminator.make(config, key=k), key())
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(model))) == count
+    image = jax.ShapeDtypeStruct((4, size, size, 3), jnp.float32)
+    assert jax.eval_shape(lambda model, x: model(x), model, image).shape == (4, 1, 1)
+
+
+def test_blur_keeps_a_constant_and_sums_four_taps():
+    x = jnp.zeros((1, 9, 9, 2)).at[0, 4, 4, 1].set(64.0)
+    taps = np.array([1, 3, 3, 1])
+    np.testing.assert_allclose(blur(x, 0)[0, 1:5, 1:5, 1], np.outer(taps, taps)[::-1, ::-1], rtol=1e-6)
+    assert not np.any(blur(x, 0)[..., 0])
+    np.testing.assert_allclose(blur(jnp.ones((1, 8, 8, 1)), 0, 2), 1, rtol=1e-6)
+
+
+def test_deviation_is_that_of_each_group_of_the_batch():
+    x = np.asarray(jax.random.normal(key(1), (6, 4, 4, 3)))
+    got = np.asarray(batch_deviation(jnp.asarray(x), 2))
+    np.testing.assert_array_equal(got[..., :3], x)
+    expected = np.sqrt(x.reshape(3, 2, 4, 4, 3).var(axis=1) + 1e-8).mean((1, 2, 3))
+    np.testing.assert_allclose(got[:, 1, 2, 3], np.repeat(expected, 2), rtol=1e-5)
+
+
+def test_scaled_weights_and_gained_activations_keep_the_variance():
+    layer = EqualConv(64, 64, 3, dtype="float32", param_dtype="float32", key=key())
+    x = jax.random.normal(key(1), (2, 8, 8, 64))
+    assert float(jnp.mean(jnp.square(layer(x)[:, 1:-1, 1:-1]))) == pytest.approx(1.04, rel=0.1)
+
+
+def test_style_discriminator_needs_a_power_of_two():
+    for size in (0, 4, 24):
+        with pytest.raises(UserError, match="power of two"):
+            DiscriminatorConfig(kind="style", image_size=size)
+    with pytest.raises(UserError, match="24 x 16"):
+        jax.eval_shape(style(), jnp.zeros((2, 24, 16, 3)))
+    with pytest.raises(UserError, match="'patch'"):
+        DiscriminatorConfig(kind="patches")

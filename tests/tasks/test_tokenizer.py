@@ -192,3 +192,95 @@ def test_perceptual_weights_are_state_and_no_constants(tmp_path):
     np.testing.assert_array_equal(made.frozen["perceptual"]["convs"][0]["kernel"], network.convs[0].kernel[...])
     traced = jax.make_jaxpr(lambda s, b: tokenizer.train_step(setup, "reconstruction", s, b))(made, {"image": IMAGES})
     assert max((np.size(c) for c in traced.consts), default=0) < 1000
+
+
+# ------------------------------------------------------------------------------------- the discriminator's choices
+
+
+def critic_loss(setup, made, fake, params):
+    """Hinge, LeCam (averages at zero, as at the start) and R1 written out."""
+
+    def judge(images):
+        return setup.networks["discriminator"].module(params)(images)
+
+    real, fake = judge(IMAGES), judge(fake)
+    slope = jax.grad(lambda images: judge(images).sum())(IMAGES)
+    lecam = jnp.mean(jax.nn.relu(real) ** 2) + jnp.mean(jax.nn.relu(-fake) ** 2)
+    r1 = 0.5 * jnp.mean(jnp.sum(slope**2, axis=(1, 2, 3)))
+    return losses.hinge_discriminator(real, fake) + setup.loss.lecam * lecam + setup.loss.r1 * r1, (real, fake)
+
+
+def test_discriminator_first_with_lecam_and_r1():
+    """Its update is that of its loss; the generator is judged by the updated one; averages follow the logits."""
+    _, setup = make(
+        **{
+            "loss.adaptive": False,
+            "loss.gan": 0.5,
+            "loss.gan_kind": "non_saturating_hinge",
+            "loss.discriminator_first": True,
+            "loss.lecam": 0.3,
+            "loss.lecam_decay": 0.9,
+            "loss.r1": 0.7,
+            "discriminator.norm": "none",
+        }
+    )
+    made, after, values = step(setup, "adversarial")
+    fake = setup.networks["generator"].module(made.trainable["generator"]).reconstruct(IMAGES)[0]
+    critic = made.trainable["discriminator"]
+    expected, (real, judged) = jax.jit(jax.grad(lambda p: critic_loss(setup, made, fake, p), has_aux=True))(critic)
+    updated = jax.tree.map(lambda p, g: p - g, critic, expected)
+    assert_trees_close(after.trainable["discriminator"], updated)
+    assert float(values["r1"].compute()) > 0
+    np.testing.assert_allclose(after.stats["logits"].real, 0.1 * real.mean(), rtol=1e-4)
+    np.testing.assert_allclose(after.stats["logits"].fake, 0.1 * judged.mean(), rtol=1e-4)
+
+    def generator(params):
+        model = setup.networks["generator"].module(params)
+        recon, quantized = model.reconstruct(IMAGES)
+        logits = setup.networks["discriminator"].module(updated)(recon)
+        return losses.l2(recon, IMAGES) + quantized.loss + 0.5 * losses.nonsaturating_generator(logits)
+
+    gradient = jax.jit(jax.grad(generator))(made.trainable["generator"])
+    update = jax.tree.map(lambda a, b: a - b, made.trainable["generator"], after.trainable["generator"])
+    assert_trees_close(update, gradient)
+
+
+def test_averages_of_logits_exist_only_for_lecam():
+    assert set(jax.eval_shape(lambda: tokenizer.init_state(make()[1], jax.random.key(0))).stats) == {"quantizer"}
+
+
+QUANTIZERS = {
+    "fsq": {"kind": "fsq", "levels": (4, 4, 4), "code_dim": 3},
+    "lfq": {"kind": "lfq", "code_dim": 6, "entropy_weight": 0.1},
+    "ibq": {"kind": "ibq", "index_weight": 1.0, "entropy_weight": 0.1},
+    "averages": {"codebook_update": "ema", "groups": 2, "depth": 2},
+}
+
+
+def make_quantizer(kind):
+    config, _ = make()
+    config.model.quantizer.update({"l2_normalize": False, **QUANTIZERS[kind]})
+    return tokenizer.setup(config)
+
+
+@pytest.mark.parametrize("kind", ["fsq", "averages"])
+def test_quantizers_train(kind):
+    setup = make_quantizer(kind)
+    made, after, values = step(setup, "reconstruction")
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), made.trainable["generator"], after.trainable["generator"])
+    assert moved["encoder"]["conv_in"]["kernel"] > 0
+    assert ("quantize" in moved) == (kind == "averages")
+    assert kind == "fsq" or moved["quantize"]["embedding"] > 0
+    total = 0.01 * IMAGES.shape[0] * 16 * setup.model.quantizer.codes_per_vector
+    np.testing.assert_allclose(after.stats["quantizer"].average_I.sum(), total, rtol=1e-5)
+    assert 0 < float(values["codebook_usage"].compute()) <= 1
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_every_quantizer_keeps_the_shape_of_the_state(kind):
+    setup = make_quantizer(kind)
+    made = jax.eval_shape(lambda key: tokenizer.init_state(setup, key), jax.random.key(0))
+    after, _ = jax.eval_shape(lambda s, b: tokenizer.train_step(setup, "adversarial", s, b), made, {"image": IMAGES})
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), made)
+    codes = jax.eval_shape(tokenizer.predict_fns(setup)["encode"], made.params("generator"), IMAGES)
+    assert codes.shape == (4, 4, 4 * setup.model.quantizer.codes_per_vector)

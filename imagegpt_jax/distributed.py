@@ -4,8 +4,7 @@ In a process that runs alone (`cluster.find`), every function here does nothing.
 peer failed wait in a collective, or ends it by an abort that names no cause; so the one that fails leaves the cause
 with the coordinator, where the others look for it.
 
-Settings, in seconds: IMAGEGPT_JAX_START_SECONDS, how long to wait for all processes at the start; and
-IMAGEGPT_JAX_HEARTBEAT_SECONDS, how long a process may be silent before it counts as dead.
+IMAGEGPT_JAX_START_SECONDS is how long to wait for all processes at the start; `watchdog.py` has further settings.
 """
 
 import contextlib
@@ -24,9 +23,9 @@ from typing import Any
 from etils import epath
 
 from imagegpt_jax.cli import EXIT_FAILURE, UserError
-from imagegpt_jax.cluster import INDEX, Cluster, find, first_line, number, start_seconds
+from imagegpt_jax.cluster import INDEX, Cluster, find, first_line, start_seconds
+from imagegpt_jax.watchdog import EXIT_HANG, Watchdog, silence_seconds, write_stacks
 
-_HEARTBEAT_SECONDS = 60
 _SHUTDOWN_SECONDS = 300
 _KEY = "imagegpt_jax"
 _POLL_SECONDS = 1.0
@@ -50,6 +49,7 @@ class _Group:
         self.name = f"process {cluster.index} of {cluster.count} on {socket.gethostname()}"
         self._ended = threading.Event()
         self._meetings = 0
+        self._dog = Watchdog(self._hangs, _Signs(client, cluster.index))
         threading.Thread(target=self._watch, daemon=True, name="watch for failures").start()
 
     def meet(self) -> None:
@@ -112,6 +112,21 @@ class _Group:
     def stop_watching(self) -> None:
         """From here on, what other processes do does not end this one."""
         self._ended.set()
+        self._dog.stop()
+
+    def progress(self, step: int) -> None:
+        """Notes that the main thread has come to a step."""
+        self._dog.progress(step)
+
+    def _hangs(self, problem: str) -> None:
+        stacks = write_stacks(_workdir, f"process-{self.cluster.index}")
+        _say_last(f"{self.name} ends, because {problem}{f'; what it did: {stacks}' if stacks else ''}.")
+        if self.cluster.index == 0:  # the others read it here; the coordinator's own store cannot hang
+            self.fail(problem)
+        if _log is not None:
+            with contextlib.suppress(Exception):
+                _log.write("hang", reason=problem, process=self.cluster.index)
+        os._exit(EXIT_HANG)
 
     def end(self) -> None:
         """Parts from the others when all are done."""
@@ -122,7 +137,25 @@ class _Group:
         jax.distributed.shutdown()
 
 
+class _Signs:
+    """Signs of life in the coordinator's key-value store."""
+
+    def __init__(self, client: Any, index: int):
+        self._client, self._index = client, index
+
+    def put(self, text: str) -> None:
+        self._client.key_value_set(f"{_KEY}/alive/{self._index}", text, allow_overwrite=True)
+
+    def all(self) -> dict[int, str]:
+        found = self._client.key_value_dir_get(f"{_KEY}/alive/")
+        return {int(key.rpartition("/")[2]): text for key, text in found}
+
+
 _group: _Group | None = None
+# Where a hang is noted, once a run has a folder.
+_workdir: str | None = None
+_log: Any = None
+_alone: Watchdog | None = None
 
 
 def initialize(preemptible: bool = False) -> None:
@@ -164,7 +197,7 @@ def initialize(preemptible: bool = False) -> None:
             cluster.local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=seconds + 60,
-            heartbeat_timeout_seconds=number("IMAGEGPT_JAX_HEARTBEAT_SECONDS") or _HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=2 * silence_seconds() + 30,  # past it JAX aborts: the watchdog comes first
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except Exception as e:
@@ -280,9 +313,42 @@ def _say_last(text: str) -> None:
         print(f"error: {text}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def watched(workdir: epath.PathLike, log: Any) -> Iterator[None]:
+    """Around a training: a hang is written into its folder; a process that runs alone is watched as well.
+
+    Args:
+      workdir: gets `stacks/`.
+      log: an `events.Log`, which gets an event "hang".
+    """
+    global _workdir, _log, _alone
+    _workdir, _log = os.fspath(workdir), log
+    if _group is None:
+        _alone = Watchdog(_hangs_alone)
+    try:
+        yield
+    finally:
+        _workdir = _log = None
+        if _alone is not None:
+            _alone.stop()
+            _alone = None
+
+
+def _hangs_alone(problem: str) -> None:
+    stacks = write_stacks(_workdir, "process-0")
+    _say_last(f"the training ends, because {problem}{f'; what it did: {stacks}' if stacks else ''}.")
+    if _log is not None:
+        with contextlib.suppress(Exception):
+            _log.write("hang", reason=problem, process=0)
+    os._exit(EXIT_HANG)
+
+
 def progress(step: int) -> None:
     """Notes that the main thread has come to a step."""
-    del step
+    if _group is not None:
+        _group.progress(step)
+    elif _alone is not None:
+        _alone.progress(step)
 
 
 # ------------------------------------------------------------------------------------------------------------ agreeing

@@ -1,8 +1,8 @@
 """`events.jsonl`: what happened to a run, one line an event, so that its troubles can be told afterwards.
 
 Each line has `time` (seconds since 1970), `event`, and facts of its own. Events: start, init, compile, steps,
-evaluation, restore, save, save_failed, damaged, skip, rollback, quarantine, preempted, hang, exit. `tools/goodput.py` computes from
-them where the time of a run went.
+evaluation, restore, save, save_failed, damaged, skip, rollback, quarantine, preempted, hang, exit. `tools/goodput.py`
+computes from them where the time of a run went.
 """
 
 import json

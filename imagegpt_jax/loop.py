@@ -23,6 +23,7 @@ from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
+from imagegpt_jax.data import quarantine
 from imagegpt_jax.data.pipeline import position_after
 from imagegpt_jax.steps import Steps
 from imagegpt_jax.warm_start import load_params
@@ -67,6 +68,7 @@ def run(
         distributed.meet_at(epath.Path(workdir) / "config.json")
         log = events.Log(workdir if distributed.is_first() else None)
         log.write("start", task=config.task, devices=mesh.size, processes=jax.process_count(), config_changes=changes)
+        quarantine.attach(setup.sources, config.data.quarantine, quarantine.Report(workdir, jax.process_index(), log))
         checkpoints = checkpoint.Checkpoints(workdir, config, log)
         restored = checkpoints.restore(state)
         begin = Begin(state, 0)
@@ -78,7 +80,7 @@ def run(
             begin = Begin(load_params(begin.state, config, log), 0)
         writer = metrics.Writer(workdir, int(begin.state.step))
         try:
-            with distributed.failing_together():
+            with distributed.watched(workdir, log), distributed.failing_together():
                 state = _Training(task, setup, mesh, layout, checkpoints, writer, log, workdir).run(begin)
                 checkpoints.finish(int(state.step))
                 log.write("exit", step=int(state.step), why="preempted" if preemption.current.given else "finished")

@@ -90,9 +90,9 @@ fi
 # collectives, reports who is connected are left out.
 show() {
   if [ "$1" = 0 ]; then
-    grep --line-buffered --invert-match '^\[Gloo\]\|^[0-9]* is connected to' || true
+    grep --line-buffered --invert-match '^\[Gloo\]\|^[0-9]* is connected to\|peer ranks' || true
   else
-    grep --line-buffered --invert-match '^\[Gloo\]\|^[0-9]* is connected to' | sed -u "s/^/[$1] /" || true
+    grep --line-buffered --invert-match '^\[Gloo\]\|^[0-9]* is connected to\|peer ranks' | sed -u "s/^/[$1] /" || true
   fi
 }
 

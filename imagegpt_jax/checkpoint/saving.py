@@ -199,7 +199,8 @@ class Checkpoints:
         if damaged:
             raise UserError(
                 f"none of the checkpoints in {folders.root(self._workdir)} is as it was written (the newest:"
-                f" {damaged[0]}); they are in its folder `damaged`: bring back a copy of one, or choose another --workdir."
+                f" {damaged[0]}); they are in its folder `damaged`: bring back a copy of one, or choose another"
+                " --workdir."
             )
         return None
 

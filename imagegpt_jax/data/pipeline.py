@@ -6,11 +6,15 @@ Global position p decides everything about an example: which record (`order.Orde
 random number of its augmentation. A batch is `batch_size` consecutive positions, of which a host loads its `rows`. So
 the only state is how many examples have been drawn, resuming is exact, and the number of hosts changes nothing.
 
+A source with a `quarantine` (see quarantine.py) has its bad records replaced by the next position's; without one they
+raise.
+
 Images take this way: `Dataset.range` over batches -> one call that fetches all records of a batch -> image by image,
 in parallel: decode and ops -> batch. What is not an image goes around TensorFlow, and a source without images never
 loads it. A thread of ours runs ahead of the consumer and calls `host_fn`.
 """
 
+import functools
 import os
 import queue
 import re
@@ -26,7 +30,8 @@ from imagegpt_jax.data import ops as ops_lib
 from imagegpt_jax.data.images import decode_image, sniff
 from imagegpt_jax.data.mixture import Mixture
 from imagegpt_jax.data.order import Order, hash_positions
-from imagegpt_jax.data.sources import Source
+from imagegpt_jax.data.quarantine import Quarantine
+from imagegpt_jax.data.sources import Source, first_record
 
 Batch = dict[str, np.ndarray]
 
@@ -48,7 +53,7 @@ class Batches:
         "codes"     int32 [B, L]
         "id"        object [B] of str
         "position"  int64 [B], global
-        "mask"      bool [B], False for the rows that fill up the last batch
+        "mask"      bool [B], False for the rows that fill up the last batch, and unless shuffled for replaced ones
 
     Arrays may be read-only. Rows that fill up the last batch repeat the last example.
 
@@ -117,6 +122,7 @@ class Batches:
             start=position,
             skipped=self._skipped,
             end=self._end,
+            shuffle=shuffle,
             columns=wanted,
             host_fn=host_fn,
         )
@@ -170,7 +176,7 @@ def position_after(start: int, batches: int, batch_size: int, skipped: Sequence[
 def _columns(source: Source) -> tuple[str, ...]:
     """What the source can fill, judged by the first record of each part: images and codes if all have them."""
     parts = source.sources if isinstance(source, Mixture) else [source]
-    keys = [set(part.__getitems__([0])[0]) for part in parts]
+    keys = [set(first_record(part)) for part in parts]
     some, every = set.union(*keys), set.intersection(*keys)
     return tuple(n for n, key in COLUMNS.items() if key in (every if n in ("image", "codes") else some))
 
@@ -190,22 +196,25 @@ class _Reader:
         self.end: int | None = settings["end"]
         self.columns: tuple[str, ...] = settings["columns"]
         self.host_fn: Callable[[Batch], Any] | None = settings["host_fn"]
+        self.shuffle: bool = settings["shuffle"]
+        self.quarantine: Quarantine | None = getattr(self.source, "quarantine", None)
         self.failed: dict[int, Exception] = {}
-        self.fetched: dict[int, Batch] = {}  # what goes around TensorFlow, by number of the batch
+        self.fetched: dict[tuple[int, int], Batch] = {}  # what goes around TensorFlow, by graph and number of the batch
+        self.graphs = 0
 
     def batches(self) -> Iterator[Any]:
         host_fn = self.host_fn or (lambda batch: batch)
         if "image" not in self.columns:
             for number in self._numbers():
-                yield host_fn(self._batch(number, self._records(number)))
+                yield host_fn(self._batch(number, *self._records(number)))
             return
         # A change of range is the same for every pixel: done last, on whole batches, it costs least.
         *process, last = self.ops
         ranged = last.name == "value_range"
-        for number, images_BHWC in enumerate(self._images(process if ranged else self.ops)):
+        for images_BHWC, batch in self._images(process if ranged else self.ops):
             if ranged:
                 images_BHWC = ops_lib.value_range_numpy(images_BHWC, **last.arguments)
-            yield host_fn({"image": images_BHWC, **self.fetched.pop(number)})
+            yield host_fn({"image": images_BHWC, **batch})
 
     def _numbers(self) -> range:
         """Numbers of the batches, counted from the start of this iterator."""
@@ -217,15 +226,22 @@ class _Reader:
         position_B = position_after(self.start, number, self.batch_size, self.skipped) + self.row_B
         return position_B, np.ones(position_B.shape, bool) if self.end is None else position_B < self.end
 
-    def _records(self, number: int) -> list[dict[str, Any]]:
+    def _records(self, number: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+        """The records of a batch, their numbers in the source, and which of them are their position's own."""
         position_B, mask_B = self._positions(number)
         if self.end is not None:
             position_B = np.where(mask_B, position_B, self.end - 1)
-        return self.source.__getitems__(self.order(position_B).tolist())
+        if self.quarantine is not None:
+            return self.quarantine.fetch(self.source, self.order, position_B)
+        index_B = self.order(position_B)
+        return self.source.__getitems__(index_B.tolist()), index_B, np.ones(len(index_B), bool)
 
-    def _batch(self, number: int, records: list[dict[str, Any]]) -> Batch:
+    def _batch(self, number: int, records: list[dict[str, Any]], index_B: np.ndarray, own_B: np.ndarray) -> Batch:
         """All of a batch but the images."""
+        del index_B
         position_B, mask_B = self._positions(number)
+        if not self.shuffle:  # an evaluation counts nothing twice
+            mask_B = mask_B & own_B
         batch: Batch = {"id": _objects([r["id"] for r in records]), "position": position_B, "mask": mask_B}
         if "caption" in self.columns:
             choice_B = hash_positions(position_B, self.seed, _CAPTION)
@@ -242,23 +258,40 @@ class _Reader:
 
     # ------------------------------------------------------------------ images, by tf.data
 
-    def _images(self, ops: list[ops_lib.Op]) -> Iterator[np.ndarray]:
+    def _images(self, ops: list[ops_lib.Op]) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Images of every batch, with the rest of it. A graph whose batch has a bad record is begun anew after it."""
+        tf = ops_lib.import_tf()
+        process = ops_lib.build(ops)
+        number = 0
+        while True:
+            graph = self.graphs = self.graphs + 1
+            try:
+                for images_BHWC in self._dataset(process, graph, number):
+                    yield images_BHWC, self.fetched.pop((graph, number))
+                    number += 1
+                return
+            except tf.errors.OpError as e:
+                if not self._put_aside(number, process):
+                    raise self._explain(number, process, e) from e
+                self.fetched.clear()
+
+    def _dataset(self, process: Callable[..., Any], graph: int, start: int) -> Iterator[np.ndarray]:
+        """The images of the batches from number `start` on."""
         tf = ops_lib.import_tf()
         threads = os.cpu_count() or 1
         rows = len(self.row_B)
-        process = ops_lib.build(ops)
+        fetch_batch = functools.partial(self._fetch, graph)
 
         def fetch(number: Any) -> tuple[Any, Any, Any]:
             data, image_format, seed = tf.numpy_function(
-                self._fetch, [number], [tf.string, tf.int32, tf.int64], stateful=True
+                fetch_batch, [number], [tf.string, tf.int32, tf.int64], stateful=True
             )
             data.set_shape([rows])
             image_format.set_shape([rows])
             seed.set_shape([rows, 2])
             return data, image_format, seed
 
-        numbers = self._numbers()
-        dataset = tf.data.Dataset.range(numbers.start, numbers.stop)
+        dataset = tf.data.Dataset.range(start, self._numbers().stop)
         dataset = dataset.map(fetch, num_parallel_calls=_AHEAD).prefetch(_AHEAD).unbatch()
         dataset = dataset.map(process, num_parallel_calls=threads, deterministic=True)
         dataset = dataset.batch(rows, drop_remainder=True)
@@ -266,29 +299,34 @@ class _Reader:
         options.deterministic = True
         options.autotune.enabled = False
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        dataset = dataset.prefetch(_AHEAD).with_options(options)
-        number = 0
-        iterator = dataset.as_numpy_iterator()
-        while True:
-            try:
-                images = next(iterator)
-            except StopIteration:
-                return
-            except tf.errors.OpError as e:
-                raise self._explain(number, process, e) from e
-            yield images
-            number += 1
+        yield from dataset.prefetch(_AHEAD).with_options(options).as_numpy_iterator()
 
-    def _fetch(self, number: np.int64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _put_aside(self, number: int, process: Callable[..., Any]) -> bool:
+        """Puts the records of a failed batch that cannot be processed into quarantine; whether there were any."""
+        if self.quarantine is None or number in self.failed:
+            return False
+        tf = ops_lib.import_tf()
+        found = False
+        records, index_B, _ = self._records(number)
+        for record, index in zip(records, index_B.tolist(), strict=True):
+            try:
+                process(record["image"], tf.constant(sniff(record["image"])), tf.zeros(2, tf.int64))
+            except tf.errors.OpError as e:
+                self.quarantine.add(index, str(record["id"]), f"cannot be processed ({_reason(e)})")
+                found = True
+        return found
+
+    def _fetch(self, graph: int, number: np.int64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Encoded images, formats and int64 [B, 2] seeds of a batch; the rest of it is kept for `batches`."""
         try:
-            records = self._records(int(number))
-            batch = self._batch(int(number), records)
+            records, *rest = self._records(int(number))
+            batch = self._batch(int(number), records, *rest)
             data = [r["image"] for r in records]
         except Exception as e:
             self.failed[int(number)] = e  # TensorFlow would pass on no more than its text
             raise
-        self.fetched[int(number)] = batch
+        if graph == self.graphs:
+            self.fetched[graph, int(number)] = batch
         hash_B = hash_positions(batch["position"], self.seed, _AUGMENT)
         seeds_B2 = np.stack([hash_B.view(np.int64), np.zeros_like(batch["position"])], axis=1)
         return _objects(data), np.array([sniff(d) for d in data], np.int32), seeds_B2
@@ -299,7 +337,7 @@ class _Reader:
             return self.failed[number]
         tf = ops_lib.import_tf()
         shapes = {}
-        for record in self._records(number):
+        for record in self._records(number)[0]:
             name = f"image {record['id']!r} of {self.source.name}"
             try:
                 decode_image(record["image"])

@@ -38,6 +38,9 @@ class Source(Protocol):
         """Changes when the content does."""
         ...
 
+    # A `quarantine.Quarantine`, where bad records are to be replaced instead of ending the program.
+    quarantine: Any
+
     def __len__(self) -> int:
         """Number of records."""
         ...
@@ -127,6 +130,33 @@ def open_source(spec: str, *, require: str | None = None) -> Source:
     return source
 
 
+def first_record(source: Source) -> dict[str, Any]:
+    """The first record that can be read, of which it is taken what all have.
+
+    Raises:
+      UserError: if none of the first hundred can.
+    """
+    for index in range(min(len(source), 100)):
+        try:
+            return source.__getitems__([index])[0]
+        except (UserError, OSError, RuntimeError) as e:
+            if index + 1 == min(len(source), 100):
+                raise
+            del e
+    raise UserError(f"{source.name} is empty: give another data set.")
+
+
+def readable_records(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """The records of these numbers that can be read."""
+    try:
+        return source.__getitems__(indices)
+    except (UserError, OSError, RuntimeError):
+        if len(indices) == 1:
+            return []
+        middle = len(indices) // 2
+        return readable_records(source, indices[:middle]) + readable_records(source, indices[middle:])
+
+
 def _open_one(spec: str) -> Source:
     kind, colon, rest = spec.partition(":")
     examples = ", ".join(example for _, _, example in KINDS.values())
@@ -157,7 +187,7 @@ def _check(source: Source, what: str) -> None:
     """Raises UserError if records lack `what`; a source that knows better than its first record says so itself."""
     if hasattr(source, "require"):
         source.require(what)  # type: ignore[attr-defined]
-    record = source.__getitems__([0])[0]
+    record = first_record(source)
     if what not in record:
         have = ", ".join(k for k in record if k not in ("id", "grid")) or "nothing else"
         advice = {

@@ -19,7 +19,7 @@ from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.data import ops as ops_lib
-from imagegpt_jax.data import packing, sources
+from imagegpt_jax.data import packing, quarantine, sources
 from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.models import gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
@@ -118,7 +118,7 @@ def setup(config: Config) -> Setup:
         text = text_lib.load_tokenizer(data.text_tokenizer)
     else:
         text = text_lib.train_tokenizer(_captions(opened["train"], data.text_tokenizer_examples), data.text_vocab_size)
-    encode = "codes" not in opened["train"].__getitems__([0])[0]
+    encode = "codes" not in sources.first_record(opened["train"])
     labels = opened["train"].label_names
     if data.use_labels and data.num_classes not in (0, len(labels)):
         raise UserError(
@@ -152,14 +152,16 @@ def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
 
 
 def _captions(source: Any, limit: int) -> list[str]:
-    """All captions of at most `limit` records, evenly spread."""
+    """All sound captions of at most `limit` records, evenly spread."""
     indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source)), dtype=np.int64))
-    return [caption for record in source.__getitems__(indices.tolist()) for caption in record.get("captions", [])]
+    records = sources.readable_records(source, indices.tolist())
+    captions = [caption for record in records for caption in record.get("captions", [])]
+    return [caption for caption in captions if quarantine.refuse_caption(caption) is None]
 
 
 def _check_codes(setup: Setup, split: str, source: Any) -> None:
     """Raises UserError if token shards were made by a tokenizer of another shape, or images do not fit the grid."""
-    record = source.__getitems__([0])[0]
+    record = sources.first_record(source)
     if "codes" not in record:
         if "tokenizer" not in setup.networks:
             raise UserError(

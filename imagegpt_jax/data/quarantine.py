@@ -1,0 +1,269 @@
+"""Bad records: found out, listed once with the reason, and replaced by the record of the next position.
+
+Whether a record is bad follows from its bytes and the ops alone, so every run, host and resumption replaces the same
+ones. Refused are, besides what cannot be read or decoded, pictures that are probably not what they seem: of four colour
+channels (CMYK), of 16 bits, animated, one pixel thin or a hundred times longer than wide, larger than 2^27 pixels, of
+another format than the file's name says; and captions that are not UTF-8 or longer than 64 KiB. `accept` lets kinds
+through that decode to something sensible.
+
+Shape suffixes: B rows of a batch on this host.
+"""
+
+import collections
+import io
+import json
+import pathlib
+import re
+import struct
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from imagegpt_jax.cli import UserError, suggest
+
+# What `accept` may name: these decode, each to one picture.
+KINDS = ("cmyk", "16-bit", "animated", "extension", "thin")
+MAX_PIXELS = 1 << 27
+MAX_CAPTION_BYTES = 1 << 16
+_LONGEST = 100  # times the shorter side
+# Records that must have been drawn before their share of bad ones says anything.
+_ENOUGH = 256
+_EXTENSIONS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+}
+_KNOWN_EXTENSIONS = {extension for group in _EXTENSIONS.values() for extension in group}
+
+
+class Quarantine:
+    """The bad records of one source.
+
+    Args:
+      max_share: above this share of bad ones among the records drawn, the run stops.
+      accept: kinds of `KINDS` that are let through.
+      report: called once for each bad record, with its id and the reason.
+      known: ids that were reported before.
+
+    Raises:
+      UserError: if `accept` names something else.
+    """
+
+    def __init__(
+        self,
+        max_share: float = 0.1,
+        accept: Collection[str] = (),
+        report: Callable[[str, str], None] | None = None,
+        known: Collection[str] = (),
+    ):
+        for kind in accept:
+            if kind not in KINDS:
+                raise UserError(f"config.data.quarantine.accept has {kind!r}.{suggest(kind, KINDS)}")
+        self._max_share, self._accept, self._report = max_share, frozenset(accept), report
+        self._reported = set(known)
+        self._reasons: dict[int, tuple[str, str]] = {}
+        self._drawn = self._refused = 0
+        self._lock = threading.Lock()
+
+    def fetch(
+        self, source: Any, order: Callable[[np.ndarray], np.ndarray], position_B: np.ndarray
+    ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+        """Reads the records at some positions, each bad one replaced by the next position's that is not.
+
+        Args:
+          source: see `sources.Source`.
+          order: positions -> numbers of records.
+          position_B: global positions.
+
+        Returns:
+          (records, their numbers [B], which of them stand at their own position [B])
+
+        Raises:
+          UserError: if too many records are bad.
+        """
+        position_B = position_B.copy()
+        records: list[Any] = [None] * len(position_B)
+        index_B = np.zeros(len(position_B), np.int64)
+        left = np.arange(len(position_B))
+        own_B = np.ones(len(position_B), bool)
+        while len(left):
+            index_B[left] = order(position_B[left])
+            found = self._read(source, index_B[left].tolist())
+            for row, record in zip(left.tolist(), found, strict=True):
+                records[row] = record
+            left = np.array([row for row in left.tolist() if records[row] is None], np.int64)
+            own_B[left] = False
+            position_B[left] += 1
+        self._count(len(own_B), int((~own_B).sum()))
+        return records, index_B, own_B
+
+    def _read(self, source: Any, indices: list[int]) -> list[dict[str, Any] | None]:
+        """Records by number; None for the bad ones."""
+        wanted = sorted({i for i in indices if i not in self._reasons})
+        try:
+            read = dict(zip(wanted, source.__getitems__(wanted), strict=True)) if wanted else {}
+        except (UserError, OSError, RuntimeError):  # one of them: which?
+            read = {}
+            for index in wanted:
+                try:
+                    read[index] = source.__getitems__([index])[0]
+                except (UserError, OSError, RuntimeError) as e:
+                    self.add(index, f"record {index} of {source.name}", " ".join(str(e).split()))
+        for index, record in list(read.items()):
+            if reason := refuse(record, self._accept):
+                self.add(index, str(record["id"]), reason)
+                del read[index]
+        return [read.get(i) for i in indices]
+
+    def add(self, index: int, name: str, reason: str) -> None:
+        """Notes that a record is bad, and reports it unless it was before."""
+        with self._lock:
+            self._reasons[index] = (name, reason)
+            if name in self._reported:
+                return
+            self._reported.add(name)
+        if self._report is not None:
+            self._report(name, reason)
+
+    def _count(self, drawn: int, refused: int) -> None:
+        with self._lock:
+            self._drawn += drawn
+            self._refused += refused
+            if self._drawn < _ENOUGH or self._refused <= self._max_share * self._drawn:
+                return
+            share = self._refused / self._drawn
+            reasons = list(self._reasons.values())
+        kinds = collections.Counter(re.split(r"[:(]", reason)[0].strip() for _, reason in reasons)
+        name, reason = reasons[0]
+        shown = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
+        raise UserError(
+            f"{share:.0%} of the first {self._drawn} examples are bad ({shown}; the first is {name}: {reason}): clean"
+            " the data, let kinds of them through with --config.data.quarantine.accept, or raise"
+            f" --config.data.quarantine.max_share={self._max_share:g}."
+        )
+
+
+class Report:
+    """`quarantine.jsonl` of a workdir: one line {"id", "reason"} for each bad record, from whichever run found it.
+
+    Args:
+      workdir: the run's folder.
+      process: number of this process; each writes a file of its own.
+      log: an `events.Log`.
+    """
+
+    def __init__(self, workdir: epath.PathLike, process: int, log: Any):
+        self._folder, self._log = epath.Path(workdir), log
+        self._path = self._folder / ("quarantine.jsonl" if process == 0 else f"quarantine.process-{process}.jsonl")
+
+    def known(self) -> set[str]:
+        """Ids that are listed already, by any process."""
+        found = set()
+        for path in self._folder.glob("quarantine*.jsonl"):
+            for line in path.read_text().splitlines():
+                try:
+                    found.add(json.loads(line)["id"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # cut off by a kill; found and listed again
+        return found
+
+    def __call__(self, name: str, reason: str) -> None:
+        """Lists a record."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"id": name, "reason": reason}) + "\n")
+        self._log.write("quarantine", id=name, reason=reason)
+
+
+# ------------------------------------------------------------------------------------------------ looking at a record
+
+
+def refuse(record: dict[str, Any], accept: Collection[str] = ()) -> str | None:
+    """Why a record is not to be trained on, judged by its captions and the header of its picture; None if it may be."""
+    for caption in record.get("captions", ()):
+        if reason := refuse_caption(caption):
+            return reason
+    return _refuse_image(record["image"], str(record["id"]), accept) if "image" in record else None
+
+
+def refuse_caption(caption: str) -> str | None:
+    """Why a caption is not to be trained on; None if it may be."""
+    if "\ufffd" in caption:
+        return "a caption that is not UTF-8"
+    size = len(caption.encode("utf-8", "replace"))
+    return f"a caption of {size} bytes: at most {MAX_CAPTION_BYTES}" if size > MAX_CAPTION_BYTES else None
+
+
+def _refuse_image(data: bytes, name: str, accept: Collection[str]) -> str | None:
+    try:
+        form, width, height, traits = _header(data)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, Image.DecompressionBombError) as e:
+        return f"not a sound image: {' '.join(str(e).split()) or type(e).__name__}"
+    if width * height > MAX_PIXELS:
+        return f"a decompression bomb: {width} x {height} pixels"
+    if "truncated" in traits:
+        return f"a truncated image: the end of its {form} is missing"
+    for kind, words in (
+        ("cmyk", "four colour channels (CMYK)"),
+        ("16-bit", "16 bits per channel"),
+        ("animated", "an animation"),
+    ):
+        if kind in traits and kind not in accept:
+            return words
+    if "thin" not in accept and (min(width, height) < 2 or max(width, height) > _LONGEST * min(width, height)):
+        return f"a thin image: {width} x {height} pixels"
+    extension = pathlib.PurePosixPath(name).suffix.lower()
+    if "extension" not in accept and extension in _KNOWN_EXTENSIONS and extension not in _EXTENSIONS.get(form, ()):
+        return f"a wrong extension: the file is {form} and not {extension}"
+    return None
+
+
+def _header(data: bytes) -> tuple[str, int, int, set[str]]:
+    """(format, width, height, traits), without decoding; of PNG and JPEG without Pillow, which takes longer."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        width, height, depth = struct.unpack(">IIB", data[16:25])
+        traits = {"16-bit"} if depth == 16 else set()
+        traits |= {"animated"} if b"acTL" in data[33:1024] else set()
+        return "PNG", width, height, traits | (set() if b"IEND" in data[-64:] else {"truncated"})
+    if data[:3] == b"\xff\xd8\xff":
+        height, width, channels, depth = _jpeg_frame(data)
+        traits = {"cmyk"} if channels == 4 else set()
+        traits |= {"16-bit"} if depth > 8 else set()
+        return "JPEG", width, height, traits | (set() if data.rfind(b"\xff\xd9") > 0 else {"truncated"})
+    with Image.open(io.BytesIO(data)) as image:
+        traits = {"animated"} if getattr(image, "n_frames", 1) > 1 else set()
+        traits |= {"cmyk"} if image.mode == "CMYK" else set()
+        traits |= {"16-bit"} if image.mode.startswith(("I", "F")) else set()
+        return str(image.format), image.width, image.height, traits
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int, int]:
+    """(height, width, channels, bits) of the frame header of a JPEG (ITU-T T.81, B.2.2)."""
+    place = 2
+    while place + 9 < len(data):
+        if data[place] != 0xFF:
+            raise ValueError("a damaged JPEG header")
+        marker = data[place + 1]
+        if marker == 0xFF:  # fill bytes
+            place += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            depth, height, width, channels = struct.unpack(">BHHB", data[place + 4 : place + 10])
+            return height, width, channels, depth
+        place += (
+            2 if marker == 0x01 or 0xD0 <= marker <= 0xD8 else 2 + struct.unpack(">H", data[place + 2 : place + 4])[0]
+        )
+    raise ValueError("a JPEG without a picture")
+
+
+def attach(sources: dict[str, Any], policy: Any, report: Report | None) -> None:
+    """Gives opened sources a quarantine each, by the policy of `config.data.quarantine`."""
+    known: Sequence[str] | set[str] = report.known() if report is not None else ()
+    for source in sources.values():
+        source.quarantine = Quarantine(policy.max_share, tuple(policy.accept), report, known)

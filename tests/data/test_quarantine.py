@@ -1,0 +1,246 @@
+"""Bad records: each is listed once with its reason and replaced by the next position's, every time the same."""
+
+import io
+import json
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagegpt_jax import events
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.data import quarantine, shards, sources
+from imagegpt_jax.data.pipeline import Batches, position_after
+
+
+def picture(seed, size=(24, 24)):
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image, form, **options):
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def bomb():
+    """A PNG of a few hundred bytes that says it has 50,000 x 50,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def scrambled(data):
+    """The same header and end, and noise in between."""
+    middle = np.random.default_rng(1).integers(0, 255, len(data) - 200, np.uint8).tobytes()
+    return data[:100] + middle + data[-100:]
+
+
+def files():
+    """File name -> (bytes, a word of the reason)."""
+    jpeg = encoded(picture(0, (64, 64)), "JPEG", quality=95)
+    png = encoded(picture(1, (64, 64)), "PNG")
+    frames = [picture(i) for i in range(3)]
+    wide = Image.fromarray(np.arange(24 * 24, dtype=np.uint16).reshape(24, 24) * 100)
+    animated = {"save_all": True, "append_images": frames[1:]}
+    return {
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "truncated.png": (png[: len(png) // 2], "truncated"),
+        "scrambled.png": (scrambled(png), "cannot be processed"),
+        "empty.jpg": (b"", "not a sound image"),
+        "text.png": (b"this is no picture", "not a sound image"),
+        "cmyk.jpg": (encoded(picture(2).convert("CMYK"), "JPEG"), "CMYK"),
+        "deep.png": (encoded(wide, "PNG"), "16 bits"),
+        "animated.gif": (encoded(frames[0], "GIF", **animated), "animation"),
+        "animated.webp": (encoded(frames[0], "WEBP", **animated), "animation"),
+        "one.png": (encoded(picture(3, (1, 1)), "PNG"), "thin"),
+        "thin.png": (encoded(picture(4, (1, 10_000)), "PNG"), "thin"),
+        "bomb.png": (bomb(), "bomb"),
+        "really_png.jpg": (encoded(picture(5), "PNG"), "wrong extension"),
+        "latin.png": (encoded(picture(6), "PNG"), "not UTF-8"),
+        "long.png": (encoded(picture(7), "PNG"), "1048576 bytes"),
+    }
+
+
+def captions():
+    """Sidecar name -> bytes."""
+    return {"latin.txt": "Caf\xe9".encode("latin-1"), "long.txt": b"x" * (1 << 20)}
+
+
+def write_folder(folder, good):
+    """A folder of `good` sound pictures with captions, and one of each kind above among them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(good):
+        (folder / f"good{i:04}.png").write_bytes(encoded(picture(100 + i), "PNG"))
+        (folder / f"good{i:04}.txt").write_text(f"picture {i}")
+    for name, (data, _) in files().items():
+        (folder / name).write_bytes(data)
+        (folder / f"{name.rsplit('.', 1)[0]}.txt").write_text("a caption")
+    for name, data in captions().items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+OPS = "decode|resize(16)|value_range(-1,1)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("hostile") / "data", good=60)
+
+
+def opened(folder, max_share=0.5, accept=(), report=None, known=()):
+    source = sources.open_source(f"folder:{folder}")
+    source.quarantine = quarantine.Quarantine(max_share, accept, report, known)
+    return source
+
+
+def read(source, batches=20, **settings):
+    stream = Batches(source, ops=OPS, batch_size=8, **settings)
+    found = [next(stream) for _ in range(batches)]
+    stream.close()
+    return found
+
+
+def test_every_kind_is_listed_once_with_its_reason(folder):
+    reports = []
+    read(opened(folder, report=lambda *line: reports.append(line)))
+    expected = {name: word for name, (_, word) in files().items()}
+    assert sorted(name for name, _ in reports) == sorted(expected)
+    for name, reason in reports:
+        assert expected[name] in reason, (name, reason)
+
+
+def test_bad_records_are_replaced_by_the_next_position_and_all_else_stays(folder):
+    plain = sources.open_source(f"folder:{folder}")
+    bad = set(files())
+    clean = read(opened(folder))
+    # What each position is without looking at any picture.
+    names = [b["id"] for b in read_ids(plain, 21 * 8)]
+    for number, batch in enumerate(clean):
+        for row, (name, position) in enumerate(zip(batch["id"], batch["position"], strict=True)):
+            assert position == number * 8 + row
+            expected = next(n for n in names[position:] if n not in bad)
+            assert name == expected
+
+
+def read_ids(source, count):
+    stream = Batches(source, batch_size=1, columns=())
+    for _ in range(count):
+        yield {"id": str(next(stream)["id"][0])}
+    stream.close()
+
+
+def test_the_same_twice_and_from_the_middle(folder):
+    first, again = read(opened(folder)), read(opened(folder))
+    middle = read(opened(folder), batches=12, position=8 * 8)
+    for a, b in [*zip(first, again, strict=True), *zip(first[8:], middle, strict=True)]:
+        assert a["id"].tolist() == b["id"].tolist()
+        np.testing.assert_array_equal(a["image"], b["image"])
+
+
+def test_halves_of_the_batch_make_the_whole(folder):
+    whole = read(opened(folder))
+    halves = [read(opened(folder), rows=rows) for rows in (slice(0, 4), slice(4, 8))]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(batch["image"], np.concatenate([p["image"] for p in parts]))
+
+
+def test_an_evaluation_counts_no_example_twice(folder):
+    batches = list(Batches(opened(folder), ops=OPS, batch_size=8, shuffle=False, epochs=1))
+    names = [name for b in batches for name, counts in zip(b["id"], b["mask"], strict=True) if counts]
+    assert sorted(names) == [f"good{i:04}.png" for i in range(60)]
+
+
+def test_kinds_that_are_accepted_are_used(folder):
+    reports = []
+    source = opened(folder, accept=quarantine.KINDS, report=lambda *line: reports.append(line[0]))
+    used = {name for batch in read(source) for name in batch["id"]}
+    decodable = {"cmyk.jpg", "deep.png", "animated.gif", "animated.webp", "one.png", "thin.png", "really_png.jpg"}
+    assert decodable <= used
+    assert not decodable & set(reports)
+
+
+def test_too_many_bad_records_stop_with_a_summary(folder):
+    with pytest.raises(UserError, match=r"of the first \d+ examples are bad \(.*2 x an animation.*max_share=0.1"):
+        read(opened(folder, max_share=0.1), batches=60)
+
+
+def test_without_a_quarantine_the_first_bad_record_stops(folder):
+    with pytest.raises(UserError, match="image '.*' of folder:"):
+        read(sources.open_source(f"folder:{folder}"))
+
+
+def test_a_misspelt_kind_is_an_error():
+    with pytest.raises(UserError, match="'cymk'. Did you mean 'cmyk'"):
+        quarantine.Quarantine(accept=("cymk",))
+
+
+def test_a_corrupt_block_of_an_array_record_is_put_aside(tmp_path):
+    records = [
+        {"id": str(i), "image": encoded(picture(i, (64, 64)), "PNG"), "captions": [f"picture {i}"]} for i in range(40)
+    ]
+    ranges = shards.shard_ranges(len(records), len(records))
+    writer = shards.ShardWriter(tmp_path / "packed", "train", ranges, kind="images", made_from="here")
+    writer.write(0, records)
+    writer.finish()
+    path = max((tmp_path / "packed").glob("*.array_record*"), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 64] = bytes(64)
+    path.write_bytes(bytes(data))
+    reports = []
+    source = sources.open_source(f"array_record:{tmp_path / 'packed'}")
+    source.quarantine = quarantine.Quarantine(0.9, (), lambda *line: reports.append(line))
+    used = {name for batch in read(source, batches=10) for name in batch["id"]}
+    assert reports
+    assert all("damaged" in reason for _, reason in reports)
+    assert len(used) + len(reports) == 40
+
+
+def test_memory_stays_bounded(folder):
+    """The bomb would take 7.5 GB, and the long caption a megabyte for every time it is drawn."""
+    read(opened(folder), batches=5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read(opened(folder), batches=40)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_the_list_of_a_workdir_has_each_record_once(tmp_path):
+    for process in (0, 1):
+        report = quarantine.Report(tmp_path, process, events.Log(tmp_path))
+        held = quarantine.Quarantine(0.5, (), report, report.known())
+        held.add(3, "a.png", "torn")
+        held.add(3, "a.png", "torn")
+    lines = [json.loads(x) for p in tmp_path.glob("quarantine*.jsonl") for x in p.read_text().splitlines()]
+    assert lines == [{"id": "a.png", "reason": "torn"}]
+    assert [e["id"] for e in events.read(tmp_path)] == ["a.png"]
+
+
+def out_of(windows, position):
+    for first, end in windows:
+        if first <= position < end:
+            position = end
+    return position
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_windows_that_are_left_out(start):
+    """Against walking from batch to batch."""
+    rng = np.random.default_rng(start)
+    for _ in range(300):
+        size = int(rng.integers(1, 6))
+        edges = np.unique(rng.integers(0, 40, 2 * int(rng.integers(0, 3))))
+        windows = [tuple(w) for w in edges[: len(edges) // 2 * 2].reshape(-1, 2).tolist()]
+
+        position = out_of(windows, start)
+        for batches in range(12):
+            assert position_after(start, batches, size, windows) == position
+            position = out_of(windows, position + size)

@@ -1,12 +1,22 @@
-"""Stage 1, the image tokenizer: `--config=configs/tokenizer.py:size=emoji[,res=32]`.
+"""Stage 1, the image tokenizer: `--config=configs/tokenizer.py:size=emoji[,res=32][,quantizer=fsq]` or `:recipe=ibq_16k`.
 
 Sizes:
   test    seconds on a laptop: for tests
   emoji   the demo: 32 px emoji on two CPU cores, 64 codes an image
   vq16    LlamaGen VQ-16 (arXiv:2406.06525): 256 px, 16 pixels per code, 71.9 M parameters
   vq8     LlamaGen VQ-8: 256 px, 8 pixels per code
+
+Recipes, published systems with all their numbers, on ImageNet at 256 px:
+  llamagen_vq16  LlamaGen VQ-16 (arXiv:2406.06525): 16384 codes of 8 dimensions on the unit sphere
+  ibq_16k        IBQ (arXiv:2412.02692): 16384 codes of 256, index backpropagation
+  open_magvit2   Open-MAGVIT2 (arXiv:2409.04410): 2^18 codes of signs; the network is VQGAN's, its decoder without the
+                 published adaptive norms
+  vqgan_f16      VQGAN f16-16384 (arXiv:2012.09841, the tokenizer of DALL-E mini): 16384 codes of 256
+
+Quantizers, put into any size at its number of codes (9 bits and more): see QUANTIZER_KINDS below.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -31,6 +41,28 @@ QUANTIZERS = {
     "vq16": {"num_codes": 16384, "code_dim": 8, "revival_steps": 0},
     "vq8": {"num_codes": 16384, "code_dim": 8, "revival_steps": 0},
 }
+# Quantizer -> its keys, for K codes (or as many as it takes) of the size; bits = log2(K).
+QUANTIZER_KINDS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "vq": lambda codes, bits: {},
+    "vq_plain": lambda codes, bits: {"l2_normalize": False},
+    "vq_ema": lambda codes, bits: {"l2_normalize": False, "codebook_update": "ema"},
+    "ibq": lambda codes, bits: {
+        "kind": "ibq", "l2_normalize": False, "index_weight": 1.0, "commitment_weight": 1.0, "codebook_weight": 0.25,
+        "entropy_weight": 0.05,
+    },
+    "fsq": lambda codes, bits: {
+        "kind": "fsq", "levels": (8,) * (bits // 3), "code_dim": bits // 3, "num_codes": 8 ** (bits // 3),
+        "l2_normalize": False, "revival_steps": 0,
+    },
+    "lfq": lambda codes, bits: {
+        "kind": "lfq", "code_dim": bits, "l2_normalize": False, "entropy_weight": 0.1, "revival_steps": 0,
+    },
+    "bsq": lambda codes, bits: {"kind": "lfq", "code_dim": bits, "entropy_weight": 0.1, "revival_steps": 0},
+    "residual": lambda codes, bits: {"l2_normalize": False, "depth": 3, "num_codes": 2 ** (bits // 3)},
+    "grouped": lambda codes, bits: {
+        "l2_normalize": False, "groups": 3, "code_dim": 9, "num_codes": 2 ** (bits // 3)
+    },
+}  # fmt: skip
 # Run length and cadence: steps, batch, and how often to log, evaluate and save.
 RUNS = {
     "test": {"res": 16, "steps": 8, "batch_size": 8, "log": 2, "evaluate": 4, "save": 2},
@@ -39,11 +71,66 @@ RUNS = {
     "vq16": {"res": 256, "steps": 400_000, "batch_size": 128, "log": 100, "evaluate": 5_000, "save": 2_500},
     "vq8": {"res": 256, "steps": 400_000, "batch_size": 128, "log": 100, "evaluate": 5_000, "save": 2_500},
 }
+IMAGENET = 1_281_167  # pictures of an epoch
+
+
+def _steps(epochs: int, batch_size: int) -> int:
+    """Steps of so many epochs of ImageNet."""
+    return epochs * IMAGENET // batch_size
+
+
+# What IBQ and Open-MAGVIT2 share: their discriminator judges for the generator only after its own step.
+_VOKEN = {
+    "batch_size": 256, "eval_batch_size": 256, "ema_decay": 0.9999,
+    "model.encoder_blocks": 4, "model.decoder_blocks": 5,
+    "loss.l1": 1.0, "loss.l2": 0.0, "loss.lpips": 1.0, "loss.gan": 0.1, "loss.gan_kind": "non_saturating_hinge",
+    "loss.gan_start": 0, "loss.adaptive": False, "loss.discriminator_first": True, "loss.lecam": 0.05,
+    "model.quantizer.l2_normalize": False, "model.quantizer.entropy_temperature": 0.01,
+}  # fmt: skip
+# Recipe -> (size it starts from, what differs), and of both optimizers. Numbers that the papers leave open are those of
+# the published configs of the systems.
+RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llamagen_vq16": ("vq16", {"steps": _steps(40, 128)}, {}),
+    "ibq_16k": (
+        "vq16",
+        {
+            **_VOKEN, "steps": _steps(330, 256), "model.quantizer.kind": "ibq", "model.quantizer.code_dim": 256,
+            "model.quantizer.index_weight": 1.0, "model.quantizer.commitment_weight": 1.0,
+            "model.quantizer.codebook_weight": 0.25, "model.quantizer.entropy_weight": 0.05,
+        },
+        {"b1": 0.5, "b2": 0.9, "clip_norm": 0.0, "schedule": "drops", "drop_factor": 0.1,
+         "drops": (_steps(250, 256), _steps(300, 256))},
+    ),
+    "open_magvit2": (
+        "vq16",
+        {
+            **_VOKEN, "steps": _steps(270, 256), "model.attention_levels": (), "model.mid_attention": False,
+            "model.z_channels": 18, "model.quant_conv": False, "model.quantizer.kind": "lfq",
+            "model.quantizer.code_dim": 18, "model.quantizer.num_codes": 2**18,
+            "model.quantizer.commitment_weight": 0.25, "model.quantizer.entropy_weight": 0.1,
+        },
+        {"b1": 0.5, "b2": 0.9, "clip_norm": 0.0},
+    ),
+    # Its code swaps the weights of commitment and codebook: beta = 0.25 is that of the codebook.
+    "vqgan_f16": (
+        "vq16",
+        {
+            "steps": 500_000, "model.quantizer.code_dim": 256, "model.quantizer.l2_normalize": False,
+            "model.quantizer.commitment_weight": 1.0, "model.quantizer.codebook_weight": 0.25, "loss.l1": 1.0,
+            "loss.l2": 0.0, "loss.gan": 0.8, "loss.gan_start": 250_001, "loss.adaptive": True, "ema_decay": 0.0,
+        },
+        {"b1": 0.5, "b2": 0.9, "clip_norm": 0.0, "lr": 4.5e-6 * 128},  # 4.5e-6 for each picture of a batch
+    ),
+}  # fmt: skip
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the config of a size; `res` = 0 takes the size's own resolution."""
-    args = parse_arg(arg, size="emoji", res=0)
+    """Returns the config of a size or recipe; `res` = 0 takes the size's own resolution, `quantizer` = "" its own."""
+    args = parse_arg(arg, size="emoji", res=0, recipe="", quantizer="")
+    changes: dict[str, Any] = {}
+    of_optimizers: dict[str, Any] = {}
+    if args.recipe:
+        args.size, changes, of_optimizers = choose("recipe", args.recipe, RECIPES)
     run = choose("size", args.size, RUNS)
     small = args.size in ("test", "emoji")
     res = args.res or run["res"]
@@ -169,4 +256,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # --- A run whose parameters this one begins with; init_partial allows that some do not fit.
     config.init_from = ""
     config.init_partial = False
+
+    # --- Recipe and quantizer: what differs from the size.
+    config.update_from_flattened_dict(changes)
+    config.optim.update(of_optimizers)
+    config.discriminator_optim.update(of_optimizers)
+    if args.quantizer:
+        codes = config.model.quantizer.num_codes
+        kind = choose("quantizer", args.quantizer, QUANTIZER_KINDS)
+        config.model.quantizer.update(kind(codes, codes.bit_length() - 1))
     return config

@@ -1,4 +1,4 @@
-"""Stage 1, the image tokenizer: `--config=configs/tokenizer.py:size=emoji[,res=32][,quantizer=fsq]` or `:recipe=ibq_16k`.
+"""Stage 1, the image tokenizer: `--config=configs/tokenizer.py:size=emoji[,quantizer=fsq]`, or `:recipe=ibq_16k`.
 
 Sizes:
   test    seconds on a laptop: for tests

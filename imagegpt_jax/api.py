@@ -9,6 +9,7 @@ Shapes: B batch, H W C image, h w code grid, L = h * w codes in raster order, V 
 import functools
 import hashlib
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from typing import Any
@@ -24,7 +25,7 @@ from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.data.packing import NO_LABEL
-from imagegpt_jax.generate import TILE, Sampling, generate_codes
+from imagegpt_jax.generate import TILE, Sampling, generate_codes, place
 from imagegpt_jax.models.gpt import GPT, Output, Sequence
 from imagegpt_jax.tasks import decoder as decoder_task
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
@@ -206,6 +207,15 @@ class Decoder(nnx.Module):
         self.setup = setup
         self.path, self.step = path, step
 
+    def placed(self, weights: str = "") -> GPT:
+        """The network as decoding wants it (`generate.place`), made once for each precision of the weights."""
+        kept, leaves = _PLACED.setdefault(self, {}), jax.tree.leaves(self.gpt)
+        made_of, placed = kept.get(weights, ((), self.gpt))
+        if len(made_of) != len(leaves) or any(a is not b for a, b in zip(made_of, leaves, strict=True)):
+            placed = place(self.gpt, weights)
+            kept[weights] = leaves, placed
+        return placed
+
     @property
     def config(self) -> Any:
         """The run's config, an `ml_collections.ConfigDict`."""
@@ -274,6 +284,10 @@ class Decoder(nnx.Module):
             return load_tokenizer(self.config.tokenizer)
         params = decoder_task.tokenizer_params(self.setup)
         return Tokenizer(self.setup.tokenizer, params, path="", step=0)
+
+
+# What `Decoder.placed` made, and of which parameters; outside the module, whose copies have parameters of their own.
+_PLACED: weakref.WeakKeyDictionary[Decoder, dict[str, tuple[list[jax.Array], GPT]]] = weakref.WeakKeyDictionary()
 
 
 def _plain(name: str) -> str:
@@ -352,7 +366,7 @@ def generate_tiles(
         for start in range(0, len(prompts) * num_images, TILE):
             index = np.arange(start, min(start + TILE, len(prompts) * num_images))
             codes_BL = generate_codes(
-                gpt.gpt,
+                gpt.placed(sampling.weights),
                 layout,
                 [texts[i // num_images] for i in index],
                 [labels[i // num_images] for i in index],

@@ -200,6 +200,18 @@ def module_specs(abstract_module: nnx.Module, mesh: Mesh) -> Any:
     return nnx.to_pure_dict(specs)
 
 
+def tensor_shardings(abstract_module: Any, mesh: Mesh) -> Any:
+    """Layout of an abstract module's parameters for decoding: cut over `tensor`, else whole on every device."""
+    leaves, treedef = jax.tree.flatten(abstract_module)
+    variables = jax.tree.leaves(abstract_module, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    layouts = []
+    for leaf, variable in zip(leaves, variables, strict=True):
+        spec = spec_for(leaf.shape, getattr(variable, "axes", None), mesh)
+        only = (tuple(n for n in as_tuple(entry) if n not in FSDP) or None for entry in spec)
+        layouts.append(NamedSharding(mesh, P(*only)))
+    return jax.tree.unflatten(treedef, layouts)
+
+
 def tree_specs(tree: Any, params: Any, param_specs: Any) -> Any:
     """Specs for a state tree (optimizer, EMA, ...): a leaf whose path ends in a parameter's path is laid out like it.
 

@@ -1,4 +1,4 @@
-"""Sampling: filters against definitions, the compiled loop against full forward passes, images that stand alone."""
+"""Sampling: the compiled loop against full forward passes, and images that stand alone."""
 
 import dataclasses
 
@@ -9,8 +9,9 @@ import pytest
 
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.packing import Layout, TokenSpace
-from imagegpt_jax.generate import Sampling, _decode, choose, generate_codes, generate_text, prefill, step
+from imagegpt_jax.generate import FREE, Sampling, generate_codes, generate_text, image_job, prefill, run, step
 from imagegpt_jax.models.gpt import GPT, GPTConfig, Sequence
+from imagegpt_jax.sampling import engine
 
 SPACE = TokenSpace(text_vocab=20, num_classes=3, num_codes=30)
 LAYOUT = Layout(space=SPACE, text_length=5, grid=(2, 3))
@@ -43,63 +44,6 @@ def image_logits(gpt, texts, labels, codes_BN, layout=LAYOUT, features=None) -> 
     return np.asarray(forward(gpt, sequence))[:, layout.text_length : -2, start : start + size]
 
 
-# ------------------------------------------------------------------------------------------------------------ filters
-
-
-def frequencies(logits_V, draws=4000, **kwargs) -> np.ndarray:
-    sampling = Sampling(**kwargs)
-    temperature, top_k, top_p, _ = sampling.arrays()
-    logits_BV = jnp.broadcast_to(jnp.asarray(logits_V, jnp.float32), (draws, len(logits_V)))
-    drawn = jax.jit(choose, static_argnames="candidates")(
-        logits_BV,
-        jax.random.split(jax.random.key(0), draws),
-        temperature,
-        top_k,
-        top_p,
-        candidates=sampling.candidates(len(logits_V)),
-    )
-    return np.bincount(drawn, minlength=len(logits_V)) / draws
-
-
-def test_choose_without_filters_is_softmax_at_a_temperature():
-    logits = np.array([0.0, 1.0, 2.0, -1.0])
-    for temperature in (0.5, 1.0, 3.0):
-        expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
-        np.testing.assert_allclose(frequencies(logits, temperature=temperature), expected, atol=0.03)
-
-
-def test_top_k_keeps_k_and_renormalises():
-    np.testing.assert_allclose(frequencies(np.log([0.1, 0.4, 0.2, 0.3]), top_k=2), [0, 4 / 7, 0, 3 / 7], atol=0.03)
-    assert frequencies(np.log([0.1, 0.4, 0.2, 0.3]), top_k=9).min() > 0
-
-
-def test_top_p_keeps_the_fewest_that_reach_p():
-    probs = np.log([0.1, 0.4, 0.2, 0.3])
-    np.testing.assert_allclose(frequencies(probs, top_p=0.6), [0, 4 / 7, 0, 3 / 7], atol=0.03)
-    np.testing.assert_allclose(frequencies(probs, top_p=0.8), [0, 4 / 9, 2 / 9, 3 / 9], atol=0.03)
-    np.testing.assert_allclose(frequencies(probs, top_p=0.01), [0, 1, 0, 0])
-    # After top-k, p is of what top-k left.
-    np.testing.assert_allclose(frequencies(probs, top_k=2, top_p=0.5), [0, 1, 0, 0])
-
-
-def test_temperature_zero_takes_the_largest():
-    for kwargs in ({}, {"top_k": 3}, {"top_p": 0.9}):
-        np.testing.assert_array_equal(frequencies([0.0, 1e-4, 0.0], temperature=0.0, **kwargs), [0, 1, 0])
-
-
-def test_settings_may_differ_by_row():
-    drawn = choose(
-        jnp.log(jnp.broadcast_to(jnp.array([0.1, 0.2, 0.3, 0.4]), (400, 4))),
-        jax.random.split(jax.random.key(0), 400),
-        jnp.ones(400),
-        jnp.array([1, 2] * 200),
-        jnp.ones(400),
-        candidates=4,
-    )
-    assert set(drawn[::2].tolist()) == {3}
-    assert set(drawn[1::2].tolist()) == {2, 3}
-
-
 # ----------------------------------------------------------------------------------------------------------- decoding
 
 VARIANTS = {
@@ -116,18 +60,18 @@ def test_greedy_codes_are_the_argmax_of_a_full_pass(name):
     gpt = make(**VARIANTS[name])
     layout = dataclasses.replace(LAYOUT, target_positions=gpt.config.target_positions)
     labels = [-1, 2, 1, -1, 0]
-    codes_BN = generate_codes(gpt, layout, TEXTS, labels, Sampling(temperature=0.0), tile=3)
+    codes_BN = generate_codes(gpt, layout, TEXTS, labels, Sampling(temperature=0.0), tile=4)
     assert codes_BN.shape == (5, 6)
     assert len({tuple(c) for c in codes_BN}) == 5
     np.testing.assert_array_equal(image_logits(gpt, TEXTS, labels, codes_BN, layout).argmax(-1), codes_BN)
 
 
 def test_guidance_is_the_formula():
-    codes_BN = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0, cfg_scale=3.0), tile=3)
+    codes_BN = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0, cfg_scale=3.0), tile=4)
     given = image_logits(GPT_SMALL, TEXTS, None, codes_BN)
     without = image_logits(GPT_SMALL, [[]] * 5, None, codes_BN)
     np.testing.assert_array_equal((without + 3.0 * (given - without)).argmax(-1), codes_BN)
-    plain = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0), tile=3)
+    plain = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0), tile=4)
     assert (plain != codes_BN).any()
     # The unconditional prompt is its own guide.
     np.testing.assert_array_equal(plain[1], codes_BN[1])
@@ -139,7 +83,7 @@ def test_features_and_guidance(conditioning):
     features = np.random.default_rng(0).normal(size=(3, 4, 12)).astype(np.float32)
     mask = np.ones((3, 4), bool)
     codes_BN = generate_codes(
-        gpt, LAYOUT, [[]] * 3, None, Sampling(temperature=0.0, cfg_scale=2.0), features=(features, mask), tile=3
+        gpt, LAYOUT, [[]] * 3, None, Sampling(temperature=0.0, cfg_scale=2.0), features=(features, mask), tile=4
     )
     given, without = (
         image_logits(gpt, [[]] * 3, None, codes_BN, features={"features": features, "feature_mask": m})
@@ -169,15 +113,117 @@ def test_draws_follow_the_model():
     np.testing.assert_allclose(first, np.exp(logits) / np.exp(logits).sum(), atol=0.06)
 
 
-def test_changing_settings_compiles_nothing():
+def test_changing_settings_or_prompts_compiles_nothing():
     generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.9, top_k=5, cfg_scale=2.0), tile=4)
-    compiled = _decode._cache_size()
-    for sampling in (
-        Sampling(temperature=1.3, top_k=7, top_p=0.5, cfg_scale=4.0),
-        Sampling(temperature=0.0, top_k=29, cfg_scale=0.0),
+    compiled = engine.start._cache_size(), engine.advance._cache_size()
+    for texts, sampling in (
+        (TEXTS[:1], Sampling(temperature=1.3, top_k=7, top_p=0.5, cfg_scale=4.0)),
+        ([[]], Sampling(temperature=0.0, top_k=29, min_p=0.1, cfg_scale=0.0)),
+        ([[1, 2, 3, 4, 5]] * 7, Sampling(cfg_scale=3.0, cfg_schedule="power_cosine", cfg_power=2.75)),
+        ([[9]], Sampling(top_k=0, cfg_scale=3.0, cfg_schedule="interval", cfg_start=0.2, cfg_end=0.6)),
     ):
-        generate_codes(GPT_SMALL, LAYOUT, TEXTS[:1], None, sampling, seed=3, tile=4)
-    assert _decode._cache_size() == compiled
+        generate_codes(GPT_SMALL, LAYOUT, texts, None, sampling, seed=3, tile=4)
+    assert (engine.start._cache_size(), engine.advance._cache_size()) == compiled
+
+
+def test_a_negative_prompt_takes_the_place_of_none():
+    sampling = Sampling(temperature=0.0, cfg_scale=2.5)
+    codes_BN = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, sampling, negative=[[11, 12]] * 5, tile=4)
+    given = image_logits(GPT_SMALL, TEXTS, None, codes_BN)
+    away = image_logits(GPT_SMALL, [[11, 12]] * 5, None, codes_BN)
+    np.testing.assert_array_equal((away + 2.5 * (given - away)).argmax(-1), codes_BN)
+    assert (codes_BN != generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, sampling, tile=4)).any()
+    with pytest.raises(UserError, match="cfg_scale"):
+        generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, negative=[[1]] * 5)
+
+
+@pytest.mark.parametrize("schedule", ["interval", "linear", "cosine", "power_cosine"])
+def test_guidance_follows_its_schedule(schedule):
+    how = {"cfg_schedule": schedule, "cfg_power": 2.0, "cfg_start": 0.3, "cfg_end": 0.7}
+    codes_BN = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0, cfg_scale=6.0, **how), tile=4)
+    given, none = (image_logits(GPT_SMALL, t, None, codes_BN) for t in (TEXTS, [[]] * 5))
+    for i in range(6):
+        t = i / 6
+        scale = {
+            "interval": 6.0 if 0.3 <= t < 0.7 else 1.0,
+            "linear": 1 + 5 * t,
+            "cosine": 1 + 5 * (1 - np.cos(np.pi * t)) / 2,
+            "power_cosine": 1 + 5 * (1 - np.cos(np.pi * t * t)) / 2,
+        }[schedule]
+        np.testing.assert_array_equal((none + scale * (given - none))[:, i].argmax(-1), codes_BN[:, i])
+    constant = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0, cfg_scale=6.0), tile=4)
+    assert (constant != codes_BN).any()
+
+
+def test_given_codes_stay_and_the_others_follow_them():
+    rng = np.random.default_rng(0)
+    given_BN = np.where(rng.random((5, 6)) < 0.5, rng.integers(0, 30, (5, 6)), FREE)
+    codes_BN = generate_codes(
+        GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0, cfg_scale=2.0), given=given_BN, tile=4
+    )
+    kept_BN = given_BN != FREE
+    np.testing.assert_array_equal(codes_BN[kept_BN], given_BN[kept_BN])
+    given, none = (image_logits(GPT_SMALL, t, None, codes_BN) for t in (TEXTS, [[]] * 5))
+    best_BN = (none + 2.0 * (given - none)).argmax(-1)
+    np.testing.assert_array_equal(best_BN[~kept_BN], codes_BN[~kept_BN])
+    assert (best_BN[kept_BN] != codes_BN[kept_BN]).any()
+
+
+def test_prompts_are_mixed_by_their_shares():
+    first, second = TEXTS[::2], [[11], [12], [13]]
+    shares_B = np.array([0.0, 0.4, 1.0])
+    sampling = Sampling(temperature=0.0, cfg_scale=2.0)
+    job = image_job(LAYOUT, [(first, None), (second, None)], sampling, mix=np.stack([1 - shares_B, shares_B], axis=1))
+    drawn = run(GPT_SMALL, job, sampling, tile=4)
+    one, two, none = (image_logits(GPT_SMALL, t, None, drawn.tokens) for t in (first, second, [[]] * 3))
+    mixed = (1 - shares_B)[:, None, None] * one + shares_B[:, None, None] * two
+    np.testing.assert_array_equal((none + 2.0 * (mixed - none)).argmax(-1), drawn.tokens)
+    alone = generate_codes(GPT_SMALL, LAYOUT, first[:1], None, sampling, tile=4)
+    np.testing.assert_array_equal(alone[0], drawn.tokens[0])
+    with pytest.raises(UserError, match="sum to 1"):
+        image_job(LAYOUT, [(first, None), (second, None)], sampling, mix=np.ones((3, 2)))
+
+
+def test_likelihood_is_that_of_a_full_pass():
+    sampling = Sampling(top_k=5)
+    drawn = run(GPT_SMALL, image_job(LAYOUT, [(TEXTS, None)], sampling), sampling, tile=4)
+    log_probs = jax.nn.log_softmax(image_logits(GPT_SMALL, TEXTS, None, drawn.tokens), axis=-1)
+    expected_B = np.take_along_axis(np.asarray(log_probs), drawn.tokens[..., None], axis=-1).sum((1, 2))
+    np.testing.assert_allclose(drawn.log_likelihood, expected_B, rtol=1e-5)
+
+
+def test_nothing_drawn_twice():
+    codes_BN = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0, no_repeat=1), tile=4)
+    assert all(len(set(codes_N)) == 6 for codes_N in codes_BN.tolist())
+    logits = image_logits(GPT_SMALL, TEXTS, None, codes_BN).copy()
+    for b, i in np.ndindex(codes_BN.shape):
+        logits[b, i, codes_BN[b, :i]] = -np.inf
+    np.testing.assert_array_equal(logits.argmax(-1), codes_BN)
+    plain = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0), tile=4)
+    assert any(len(set(codes_N)) < 6 for codes_N in plain.tolist())
+
+
+def test_steps_can_be_watched():
+    seen = []
+    codes_BN = generate_codes(
+        GPT_SMALL, LAYOUT, TEXTS, None, tile=4, on_step=lambda i, drawn: seen.append((i, drawn.copy()))
+    )
+    assert [i for i, _ in seen] == [1, 2, 3, 4, 5, 6] * 2
+    for i, drawn in seen[:6]:
+        np.testing.assert_array_equal(drawn[:, :i], codes_BN[:4, :i])
+        assert not drawn[:, i:].any()
+    np.testing.assert_array_equal(codes_BN, generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, tile=4))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_another_grid(guided):
+    """Positions say where a code stands, so a decoder draws pictures of another shape."""
+    wide = dataclasses.replace(LAYOUT, grid=(3, 2))
+    sampling = Sampling(temperature=0.0, cfg_scale=2.0 if guided else 1.0)
+    codes_BN = generate_codes(GPT_SMALL, wide, TEXTS, None, sampling, tile=4)
+    given, none = (image_logits(GPT_SMALL, t, None, codes_BN, wide) for t in (TEXTS, [[]] * 5))
+    np.testing.assert_array_equal((none + sampling.cfg_scale * (given - none)).argmax(-1), codes_BN)
+    assert np.abs(given - image_logits(GPT_SMALL, TEXTS, None, codes_BN)).max() > 0.1, "where codes stand matters"
 
 
 def test_progress_counts_samples():
@@ -246,6 +292,12 @@ def test_a_server_interleaves_requests():
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"cfg_scale": -2.0}, "cfg_scale"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"no_repeat": -1}, "no_repeat"),
+        ({"cfg_schedule": "cosin"}, "Did you mean 'cosine'"),
+        ({"cfg_power": 0.0}, "cfg_power"),
+        ({"cfg_start": 0.6, "cfg_end": 0.5}, "cfg_start"),
+        ({"weights": "int4"}, "weights"),
     ],
 )
 def test_settings_out_of_range(kwargs, word):
@@ -257,6 +309,8 @@ def test_calls_that_do_not_fit():
     codes_BN = np.zeros((1, 6), int)
     with pytest.raises(UserError, match="sample_indices"):
         generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, sample_indices=[1])
+    with pytest.raises(UserError, match="given codes"):
+        generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, given=np.full((5, 6), 30))
     with pytest.raises(UserError, match="tile"):
         generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, tile=0)
     with pytest.raises(UserError, match="without guidance"):

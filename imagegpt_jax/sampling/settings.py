@@ -1,0 +1,88 @@
+"""How tokens are drawn: the settings that a person chooses, checked, and the schedules of guidance. NumPy only.
+
+Shapes: N tokens to decode.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+
+from imagegpt_jax.cli import UserError, suggest
+
+SCHEDULES = ("constant", "interval", "linear", "cosine", "power_cosine")
+WEIGHTS = ("", "float32", "bfloat16", "int8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. Filters apply in the order temperature, top_k, top_p, min_p.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the largest.
+      top_k: keep the k most likely tokens; 0 = all.
+      top_p: then keep the fewest most likely tokens whose probabilities sum to at least p (arXiv:1904.09751).
+      min_p: then keep the tokens at least this share as likely as the likeliest (arXiv:2407.01082); 0 = all.
+      no_repeat: no run of this many tokens appears twice in what is drawn; 1 = every token at most once, 0 = off.
+      cfg_scale: classifier-free guidance, logits = none + scale (prompt - none) (arXiv:2207.12598); 1 = off.
+      cfg_schedule: how the scale changes from token to token, see `guidance`.
+      cfg_power: exponent of "power_cosine" (arXiv:2411.00776).
+      cfg_start: first share of the tokens at which "interval" guides (arXiv:2404.07724).
+      cfg_end: share of the tokens at which "interval" ends.
+      weights: precision of the weights while decoding: "float32", "bfloat16" or "int8" (matrices of blocks only, a
+        scale for each column); "" = the decoder's own.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    no_repeat: int = 0
+    cfg_scale: float = 1.0
+    cfg_schedule: str = "constant"
+    cfg_power: float = 1.0
+    cfg_start: float = 0.0
+    cfg_end: float = 1.0
+    weights: str = ""
+
+    def __post_init__(self):
+        for name, least in (("temperature", 0), ("cfg_scale", 0)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
+        for name, what in (("top_k", "0 keeps all tokens"), ("no_repeat", "0 allows repetition")):
+            value = getattr(self, name)
+            if value < 0 or int(value) != value:
+                raise UserError(f"{name}={value} must be a whole number, at least 0 ({what}).")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps all tokens).")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p} must lie in 0 to 1 (0 keeps all tokens).")
+        if self.cfg_schedule not in SCHEDULES:
+            raise UserError(f"unknown cfg_schedule {self.cfg_schedule!r}.{suggest(self.cfg_schedule, SCHEDULES)}")
+        if not self.cfg_power > 0:
+            raise UserError(f"cfg_power={self.cfg_power} must be above 0.")
+        if not 0 <= self.cfg_start <= self.cfg_end <= 1:
+            raise UserError(f"cfg_start={self.cfg_start} and cfg_end={self.cfg_end} must rise within 0 to 1.")
+        if self.weights not in WEIGHTS:
+            raise UserError(f"unknown weights {self.weights!r}.{suggest(self.weights, WEIGHTS[1:])}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether rows without the prompt are needed."""
+        return self.cfg_scale != 1
+
+    def guidance(self, steps: int) -> Float[np.ndarray, " N"]:
+        """The scale at each of `steps` tokens, float32; token i stands at the share t = i / steps.
+
+        "constant": s. "interval": s where cfg_start <= t < cfg_end, else 1. "linear": 1 + (s - 1) t. "power_cosine":
+        1 + (s - 1) (1 - cos(pi t^power)) / 2, as in RAR (arXiv:2411.00776). "cosine": the same with power 1.
+        """
+        t = np.arange(steps, dtype=np.float64) / max(steps, 1)
+        share = {
+            "constant": np.ones(steps),
+            "interval": ((t >= self.cfg_start) & (t < self.cfg_end)).astype(np.float64),
+            "linear": t,
+            "cosine": (1 - np.cos(np.pi * t)) / 2,
+            "power_cosine": (1 - np.cos(np.pi * t**self.cfg_power)) / 2,
+        }[self.cfg_schedule]
+        return (1 + (self.cfg_scale - 1) * share).astype(np.float32)

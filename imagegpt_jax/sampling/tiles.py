@@ -1,0 +1,189 @@
+"""Any number of samples through programs of one size: tiles of rows, on one device or on every device of a mesh.
+
+The draws of sample i depend on (seed, i) alone, and a device always decodes tiles of the same size, the last one filled
+up with its last sample: a picture does not depend on how many others are made beside it, nor on the number of devices.
+
+Shapes: B samples, N tokens, G prompts of a sample.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from imagegpt_jax import sharding
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.models.gpt import GPT
+from imagegpt_jax.models.gpt import Sequence as Sequence_
+from imagegpt_jax.sampling import engine
+from imagegpt_jax.sampling.draw import Filters
+from imagegpt_jax.sampling.prepare import prepare, prepared
+from imagegpt_jax.sampling.settings import Sampling
+
+TILE = 8
+Packed = dict[str, np.ndarray]  # what `Layout.prompt` returns
+OnStep = Callable[[int, np.ndarray], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Samples to decode.
+
+    Attributes:
+      prompts: G packed prompts, each of B rows.
+      without: the prompt of guidance, B rows; None without guidance.
+      offsets: int32 [N, 3], see `engine.Settings`.
+      start: first of the ids that may be drawn.
+      size: how many there are.
+      mix: float32 [B, G], shares of the prompts; None for one prompt.
+      given: int32 [B, N], see `engine.Rows`.
+      bias: float32 [size], see `engine.Settings`.
+    """
+
+    prompts: Sequence[Packed]
+    without: Packed | None
+    offsets: np.ndarray
+    start: int
+    size: int
+    mix: np.ndarray | None = None
+    given: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+    @property
+    def total(self) -> int:
+        """B."""
+        return len(self.prompts[0]["tokens"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What came of some samples.
+
+    Attributes:
+      tokens: int32 [B, N], numbers within the ids that may be drawn.
+      log_likelihood: float32 [B], see `engine.State`.
+    """
+
+    tokens: np.ndarray
+    log_likelihood: np.ndarray
+
+
+def place(gpt: GPT, weights: str = "", mesh: Mesh | None = None) -> GPT:
+    """`prepare`, with every device of a mesh holding all parameters, but for those that `tensor` cuts.
+
+    Raises:
+      UserError: if heads, columns or the vocabulary do not divide over `tensor`.
+    """
+    if prepared(gpt):
+        return gpt
+    if mesh is None:
+        return prepare(gpt, weights)
+    config = gpt.config
+    sharding.check_divides(
+        {"model.heads": config.heads, "model.kv_heads": config.num_kv_heads, "model.mlp_width": config.mlp_width},
+        "tensor",
+        mesh,
+    )
+    with jax.set_mesh(mesh):
+        make = functools.partial(prepare, weights=weights)
+        return jax.jit(make, out_shardings=sharding.tensor_shardings(jax.eval_shape(make, gpt), mesh))(gpt)
+
+
+def run(
+    gpt: GPT,
+    job: Job,
+    sampling: Sampling,
+    seed: int = 0,
+    *,
+    sample_indices: Sequence[int] | np.ndarray | None = None,
+    tile: int = TILE,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
+) -> Drawn:
+    """Decodes a job, a tile on every device at a time.
+
+    Args:
+      gpt: the decoder, as trained or from `place`.
+      job: what to decode.
+      sampling: how to draw.
+      seed: with the sample's index, all that its draws depend on.
+      sample_indices: index of each sample (default 0, 1, ...).
+      tile: samples that a device decodes at once.
+      mesh: devices to decode on: rows are cut over its `data` and `fsdp` axes, heads and matrices over `tensor`. By
+        default the device that the parameters are on.
+      progress: called with (samples done, samples in all) after each tile.
+      on_step: called after every token with (tokens drawn, those of all samples of the tile [b, N], zero where not yet
+        drawn); this leaves the compiled loop at every token.
+
+    Raises:
+      UserError: for a tile below 1, or sample indices of another number than the samples.
+    """
+    total = job.total
+    if tile < 1:
+        raise UserError(f"tile={tile} must be at least 1.")
+    indices = np.arange(total) if sample_indices is None else np.asarray(sample_indices)
+    if indices.shape != (total,):
+        raise UserError(f"sample_indices has {indices.size} entries for {total} samples.")
+    gpt = place(gpt, sampling.weights, mesh)
+    steps = len(job.offsets)
+    shape = engine.Shape(job.start, job.size, len(job.prompts), job.without is not None, sampling.no_repeat)
+    settings = engine.Settings(
+        jnp.asarray(job.offsets), Filters.of(sampling), jnp.asarray(sampling.guidance(steps)), _array(job.bias)
+    )
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
+    devices = 1 if mesh is None else sharding.batch_shards(mesh)
+    tokens, scores = np.zeros((total, steps), np.int32), np.zeros(total, np.float32)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for first in range(0, total, tile * devices):
+            # The last tiles are filled with the last sample.
+            samples = np.minimum(np.arange(first, first + tile * devices), total - 1)
+            count = min(tile * devices, total - first)
+            rows = _rows(job, keys, samples.reshape(devices, tile), mesh)
+            state = engine.start(gpt, rows, settings, shape=shape)
+            if on_step is not None:
+                on_step(1, _fetch(state.drawn)[:count])
+                for i in range(2, steps + 1):
+                    state = engine.advance(gpt, rows, settings, state, i, shape=shape)
+                    on_step(i, _fetch(state.drawn)[:count])
+            else:
+                state = engine.advance(gpt, rows, settings, state, steps, shape=shape)
+            tokens[first : first + count] = _fetch(state.drawn)[:count]
+            scores[first : first + count] = _fetch(state.log_likelihood)[:count]
+            if progress is not None:
+                progress(first + count, total)
+    return Drawn(tokens, scores)
+
+
+def _rows(job: Job, keys: jax.Array, samples_DT: np.ndarray, mesh: Mesh | None) -> engine.Rows:
+    """The rows of T samples on each of D devices: device by device, on each prompt by prompt."""
+    groups = [*job.prompts, *([] if job.without is None else [job.without])]
+    packed = {
+        name: np.concatenate([group[name][samples_T] for samples_T in samples_DT for group in groups])
+        for name in job.prompts[0]
+    }
+    flat = samples_DT.reshape(-1)
+    rows = engine.Rows(
+        prompt=Sequence_.from_batch(packed),
+        keys=keys[flat],
+        mix=_array(None if job.mix is None else job.mix[flat]),
+        given=_array(None if job.given is None else job.given[flat]),
+    )
+    return rows if mesh is None else jax.device_put(rows, sharding.batch_sharding(mesh))
+
+
+def _array(values: np.ndarray | None) -> jax.Array | None:
+    return None if values is None else jnp.asarray(values)
+
+
+def _fetch(array: jax.Array) -> np.ndarray:
+    """All of an array, also where other processes hold parts of it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

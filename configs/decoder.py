@@ -87,13 +87,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "num_classes": 1000 if classes else 0,  # 0 = as many as the data have
         "vocab_multiple": 1 if small else 128,  # rows are added to the token table to fill a multiple of this
         "text_tokenizer": "",  # folder of a tokenizer; "" trains one on the captions of `train`
-        "text_vocab_size": {"emoji": 4096, "20B": 16384}.get(args.size, 1024),
+        "text_vocab_size": {"emoji": 4096, "20B": 16384}.get(args.size, 1024),  # 0 = no words
         "text_tokenizer_examples": 100_000,  # captions it is trained on
         "text_length": 1 if classes else 12 if small else 128,  # length of the text region; longer captions are cut
         "text_weight": 0.0 if classes else 0.1,  # loss weights of text and image targets
         "image_weight": 1.0,
         "guidance_dropout": 0.1,  # share of sequences without their text, for classifier-free guidance
         "image_to_text": 0.0,  # share of sequences turned around: captioning
+        # Codes in random order (RAR) until a step, from there a falling share, none from another; 0 = raster order.
+        "order": {"random_until": 0, "raster_from": 0},
         "quarantine": {"max_share": 0.1, "accept": ()},  # bad records, see imagegpt_jax/data/quarantine.py
     }
 

@@ -8,6 +8,9 @@ index. Positions do not see that padding: with n real tokens, text token i is at
 code of row r and column c at (n + 1, n + 1 + r, n + 1 + c), and what follows a picture of h x w codes goes on at
 n + 1 + max(h, w) on all three axes. Dropping the text (guidance dropout) leaves an empty text region: n = 0.
 
+The codes of text -> image may stand in any other order (random-order training, arXiv:2411.00776): each keeps the
+position of its place in the picture, and `target_positions` says which place comes next.
+
 Shapes: B batch, T text region, N codes of a picture, L length.
 """
 
@@ -155,6 +158,7 @@ class Layout:
         codes_BN: np.ndarray,
         directions_B: Sequence[int] | np.ndarray | None = None,
         drops_B: Sequence[bool] | np.ndarray | None = None,
+        orders_BN: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Packs examples for training.
 
@@ -164,6 +168,8 @@ class Layout:
           codes_BN: image codes, [B, N] or [B, rows, columns].
           directions_B: TEXT_TO_IMAGE (default) or IMAGE_TO_TEXT.
           drops_B: where True the text region is left empty (guidance dropout); for text -> image only.
+          orders_BN: the place in raster order of the first code, the second, ...; raster order by default. For text ->
+            image only, and with `target_positions`: nothing else tells which code is to come.
 
         Returns:
           tokens, targets, segments: int32 [B, L]; positions: int32 [B, L, 3]; weights: float32 [B, L]; kind: int8
@@ -171,8 +177,10 @@ class Layout:
           with `target_positions` also those, int32 [B, L, 3].
 
         Raises:
-          UserError: if codes do not fit the grid, or ids the token space.
+          UserError: if codes do not fit the grid, or ids the token space; for orders without `target_positions`.
         """
+        if orders_BN is not None and not self.target_positions:
+            raise UserError("codes in any order need target_positions: nothing else tells which one comes next.")
         codes_BN = np.asarray(codes_BN)
         batch = codes_BN.shape[0]
         codes_BN = self._check_codes(codes_BN)
@@ -185,14 +193,16 @@ class Layout:
         out["kind"] = np.full((batch, self.length), NONE, np.int8)
         image_ids = codes_BN + self.space.image_start
         first, count, side = self.text_length, self.num_codes, max(self.grid)
+        offsets_N3, raster_N = self.image_offsets(), np.arange(count)
         for b, prefix in enumerate(prefixes):
             row = {k: v[b] for k, v in out.items() if k != "condition"}
             if directions[b] == TEXT_TO_IMAGE:
                 prefix = prefix[:0] if drops[b] else prefix
                 self._put_prefix(row, prefix)
-                row["tokens"][first + 1 :] = [*image_ids[b], self.space.eoi]
+                order_N = raster_N if orders_BN is None else orders_BN[b]
+                row["tokens"][first + 1 :] = [*image_ids[b][order_N], self.space.eoi]
                 row["segments"][first + 1 :] = SEGMENT
-                row["positions"][first + 1 : -1] = len(prefix) + 1 + self.image_offsets()
+                row["positions"][first + 1 : -1] = len(prefix) + 1 + offsets_N3[order_N]
                 row["positions"][-1] = len(prefix) + 1 + side
                 row["targets"][first : first + count + 1] = row["tokens"][first + 1 :]
                 row["kind"][first : first + count] = IMAGE
@@ -207,7 +217,7 @@ class Layout:
                 end = count + 2 + len(prefix)
                 row["tokens"][:end] = [self.space.boi, *image_ids[b], self.space.eoi, *prefix]
                 row["segments"][:end] = SEGMENT
-                row["positions"][1 : count + 1] = 1 + self.image_offsets()
+                row["positions"][1 : count + 1] = 1 + offsets_N3
                 row["positions"][count + 1 : end] = 1 + side + np.arange(end - count - 1)[:, None]
                 row["targets"][:end] = [*row["tokens"][1:end], self.space.eot]
                 row["kind"][:count] = IMAGE

@@ -94,6 +94,11 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> TextTokenizer:
     return TextTokenizer(tokenizer)
 
 
+def no_words() -> TextTokenizer:
+    """A tokenizer without any id, for decoders that see no text: every text is empty to it."""
+    return TextTokenizer(tokenizers.Tokenizer(models.BPE()))
+
+
 def load_tokenizer(folder: epath.PathLike) -> TextTokenizer:
     """Loads a folder with a `tokenizer.json`, or one that `transformers.AutoTokenizer` makes a fast tokenizer of.
 

@@ -34,6 +34,23 @@ def test_text_to_image():
     assert packed["condition"].tolist() == [PAD]
 
 
+def test_codes_in_any_order():
+    """Each keeps the position of its place; the token before it is told where it will stand."""
+    layout = dataclasses.replace(LAYOUT, target_positions=True)
+    order = np.array([[5, 0, 3, 1, 4, 2]])
+    packed, raster = layout.pack([[5, 6]], None, CODES, None, None, order), layout.pack([[5, 6]], None, CODES)
+    assert packed["tokens"][0, 5:-1].tolist() == [IMAGE_IDS[i] for i in order[0]]
+    assert packed["targets"][0, 4:-2].tolist() == [IMAGE_IDS[i] for i in order[0]]
+    np.testing.assert_array_equal(packed["positions"][0, 5:-1], raster["positions"][0, 5:-1][order[0]])
+    np.testing.assert_array_equal(packed["target_positions"][0, 4:-2], packed["positions"][0, 5:-1])
+    for name in ("segments", "kind", "weights", "condition"):
+        np.testing.assert_array_equal(packed[name], raster[name])
+    reverse = layout.pack([[5, 6]], None, CODES, [IMAGE_TO_TEXT], None, order)
+    assert reverse["tokens"][0, 1:7].tolist() == IMAGE_IDS
+    with pytest.raises(UserError, match="target_positions"):
+        LAYOUT.pack([[5, 6]], None, CODES, None, None, order)
+
+
 def test_image_to_text():
     packed = LAYOUT.pack([[5, 6]], None, CODES, [IMAGE_TO_TEXT])
     assert packed["tokens"][0].tolist() == [BOI, *IMAGE_IDS, EOI, 5, 6, PAD, PAD]

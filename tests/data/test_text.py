@@ -135,3 +135,11 @@ def test_bad_arguments(tmp_path):
 def test_importing_is_light():
     code = "import sys, imagegpt_jax.data.text; print({'transformers', 'jax', 'tensorflow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_tokenizer_without_words_keeps_nothing(tmp_path):
+    text.no_words().save(tmp_path)
+    for tokenizer in (text.no_words(), text.load_tokenizer(tmp_path)):
+        assert tokenizer.vocab_size == 0
+        assert tokenizer.encode_batch(["a red heart", ""]) == [[], []]
+        assert tokenizer.decode([]) == ""

@@ -1,11 +1,13 @@
 """The decoder's batches and loss against plain definitions."""
 
+import dataclasses
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import sharding
@@ -13,6 +15,7 @@ from imagegpt_jax.cli import UserError
 from imagegpt_jax.data import packing
 from imagegpt_jax.models import gpt
 from imagegpt_jax.tasks import decoder
+from imagegpt_jax.tasks.decoder import examples
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
@@ -54,8 +57,9 @@ def test_codes_made_in_the_step_are_those_that_packing_would_place(setup, batch,
     raw = None
     original = setup.layout.pack
 
-    def spy(texts, labels, _, directions, drops):
+    def spy(texts, labels, _, directions, drops, orders):
         nonlocal raw
+        assert orders is None
         packed = original(texts, labels, codes, directions, drops)
         raw = packed if raw is None else raw  # the pipeline runs ahead
         return packed
@@ -165,3 +169,68 @@ def test_evaluation_scores_the_split_and_draws_the_same_pictures_every_time(setu
     assert images["samples"].dtype == np.uint8
     assert images["samples"].std() > 0
     np.testing.assert_array_equal(images["samples"], same["samples"])
+
+
+# --------------------------------------------------------------------------------------------------- random order
+
+
+@pytest.fixture(scope="module")
+def random_setup():
+    changes = {"data.image_to_text": 0.3, "model.target_positions": True}
+    return decoder.setup(get_config(**changes, **{"data.order.random_until": 4, "data.order.raster_from": 8}))
+
+
+def test_random_orders_anneal_to_raster(random_setup):
+    """All sequences before step 4, half of them at step 6, none from step 8 on; batches are of 8."""
+    share = examples.random_share(random_setup, np.array([0, 8 * 4 - 1, 8 * 4, 8 * 6, 8 * 7, 8 * 8, 10**6]))
+    np.testing.assert_allclose(share, [1, 1, 1, 0.5, 0.25, 0, 0])
+    raster = np.arange(random_setup.layout.num_codes)
+    for step, expected in ((0, 0.0), (6, 0.5), (8, 1.0)):
+        wide = dataclasses.replace(random_setup, config=ConfigDict(random_setup.config.to_dict()))
+        wide.config.batch_size = 4000
+        orders = examples.orders(wide, 4000 * step + np.arange(4000))
+        assert np.all(np.sort(orders, axis=1) == raster)
+        assert np.mean(np.all(orders == raster, axis=1)) == pytest.approx(expected, abs=0.03)
+
+
+def test_each_place_is_as_often_the_first(random_setup):
+    orders = examples.orders(random_setup, np.arange(32))
+    np.testing.assert_array_equal(orders, examples.orders(random_setup, np.arange(64))[:32])  # of the position alone
+    wide = dataclasses.replace(random_setup, config=ConfigDict(random_setup.config.to_dict()))
+    wide.config.batch_size = 8000
+    counts = np.bincount(examples.orders(wide, np.arange(8000))[:, 0], minlength=16)
+    assert np.all(np.abs(counts - 500) < 5 * np.sqrt(500))
+
+
+def test_codes_made_in_the_step_stand_in_their_sequences_order(random_setup):
+    stream = decoder.batches(random_setup, "train", batch_size=16)
+    batch = next(stream)
+    stream.close()
+    reverse = batch["tokens"][:, 0] == random_setup.space.boi
+    assert 0 < reverse.sum() < 16
+    state = decoder.init_state(random_setup, jax.random.key(0))
+    prepared = decoder.prepare_batch(random_setup, state, {k: jnp.asarray(v) for k, v in batch.items()})
+    tokenizer = random_setup.networks["tokenizer"].module(state.params("tokenizer"))
+    ids = (
+        np.asarray(tokenizer.encode_codes(jnp.asarray(batch["image"]))).reshape(16, 16) + random_setup.space.image_start
+    )
+    length = random_setup.layout.text_length
+    for b in range(16):
+        start = 1 if reverse[b] else length + 1
+        places = batch["positions"][b, start : start + 16, 1:] - batch["positions"][b, start : start + 16, 1:].min(0)
+        raster = places @ [4, 1]  # where each code stands, from its position
+        assert reverse[b] == np.array_equal(raster, np.arange(16))
+        np.testing.assert_array_equal(prepared["tokens"][b, start : start + 16], ids[b][raster])
+        np.testing.assert_array_equal(prepared["targets"][b, start - 1 : start + 15], ids[b][raster])
+        np.testing.assert_array_equal(
+            batch["target_positions"][b, start - 1 : start + 15], batch["positions"][b, start : start + 16]
+        )
+
+
+def test_random_orders_need_target_positions():
+    with pytest.raises(UserError, match="model.target_positions=True"):
+        decoder.setup(get_config(**{"data.order.raster_from": 8}))
+    with pytest.raises(UserError, match="must not be before"):
+        decoder.setup(
+            get_config(**{"data.order.random_until": 9, "data.order.raster_from": 8, "model.target_positions": True})
+        )

@@ -92,7 +92,13 @@ def _build(
         grid=tuple(data.grid),
         text_weight=data.text_weight,
         image_weight=data.image_weight,
+        target_positions=config.model.target_positions,
     )
+    if data.order.random_until > data.order.raster_from or (data.order.raster_from and not layout.target_positions):
+        raise UserError(
+            f"data.order is random until step {data.order.random_until} and raster from {data.order.raster_from}: the"
+            " second must not be before the first, and random orders need model.target_positions=True."
+        )
     rows = math.ceil(space.vocab_size / data.vocab_multiple) * data.vocab_multiple
     model = to_dataclass(GPTConfig, {**config.model.to_dict(), "vocab_size": rows})
     networks = {"decoder": state_lib.network(lambda key: gpt.GPT(model, key=key))}
@@ -112,10 +118,12 @@ def setup(config: Config) -> Setup:
     for name in ("train_ops", "eval_ops"):
         ops_lib.parse(data[name])
     tokenizer_config(config)
-    needs = "label" if data.use_labels else "captions" if data.text_length else None
+    needs = "label" if data.use_labels else "captions" if data.text_vocab_size else None
     opened = {split: sources.open_source(data[split], require=needs) for split in ("train", "validation")}
     if data.text_tokenizer:
         text = text_lib.load_tokenizer(data.text_tokenizer)
+    elif not data.text_vocab_size:
+        text = text_lib.no_words()
     else:
         text = text_lib.train_tokenizer(_captions(opened["train"], data.text_tokenizer_examples), data.text_vocab_size)
     encode = "codes" not in sources.first_record(opened["train"])

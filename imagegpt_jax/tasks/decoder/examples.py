@@ -17,8 +17,8 @@ from imagegpt_jax.data import order, packing, pipeline
 from imagegpt_jax.state import TrainState
 from imagegpt_jax.tasks.decoder.assembly import Setup
 
-# Keep the draws of guidance dropout and direction apart from each other and from the pipeline's.
-_DROP, _DIRECTION = 1 << 42, 1 << 43
+# Keep the draws of guidance dropout, direction and order apart from each other and from the pipeline's.
+_DROP, _DIRECTION, _RANDOM, _ORDER = 1 << 42, 1 << 43, 1 << 44, 1 << 45
 # Rows that an accelerator's kernels work on at once.
 TILE = 128
 
@@ -71,15 +71,41 @@ def pack(setup: Setup, batch: dict[str, np.ndarray], *, train: bool) -> dict[str
         name: order.hash_positions(positions_B, seed, use) / 2.0**64
         for name, use in (("drop", _DROP), ("direction", _DIRECTION))
     }
+    orders_BN = orders(setup, positions_B) if train else None
     packed = setup.layout.pack(
         texts if data.text_length else None,
         batch["label"] if data.use_labels else None,
         codes_BN,
         (draws["direction"] < data.image_to_text) * packing.IMAGE_TO_TEXT if train else None,
         (draws["drop"] < data.guidance_dropout) if train else None,
+        orders_BN,
     )
     keep = {name: batch[name] for name in ("image", "mask", "position") if name in batch}
+    if orders_BN is not None and "image" in batch:
+        keep["order"] = orders_BN  # the codes are not there yet
     return packed | keep
+
+
+def random_share(setup: Setup, positions_B: np.ndarray) -> np.ndarray:
+    """Share of sequences in random order among the examples at these positions of the run (arXiv:2411.00776, eq. 5).
+
+    One until step `data.order.random_until`, from there falling linearly to zero at `data.order.raster_from`.
+    """
+    annealing, step_B = setup.config.data.order, positions_B // setup.config.batch_size
+    length = max(annealing.raster_from - annealing.random_until, 1)
+    return np.clip((annealing.raster_from - step_B) / length, 0.0, 1.0)
+
+
+def orders(setup: Setup, positions_B: np.ndarray) -> np.ndarray | None:
+    """int32 [B, N]: the order of each sequence's codes, a function of its position; None if all are in raster order."""
+    if not setup.config.data.order.raster_from:
+        return None
+    count, seed = setup.layout.num_codes, setup.config.seed
+    places_BN = positions_B[:, None] * count + np.arange(count)
+    shuffled_BN = np.argsort(order.hash_positions(places_BN, seed, _ORDER), axis=1)
+    draws_B = order.hash_positions(positions_B, seed, _RANDOM) / 2.0**64
+    random_B = draws_B < random_share(setup, positions_B)
+    return np.where(random_B[:, None], shuffled_BN, np.arange(count)).astype(np.int32)
 
 
 def used_length(setup: Setup) -> int:
@@ -117,10 +143,16 @@ def take_places(x_BL: jax.Array, start: int | jax.Array, count: int) -> jax.Arra
 
 def _starts(layout: packing.Layout, tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Where the first image target and the first text target of each sequence are (they differ by direction)."""
-    reverse_B = tokens_BL[:, 0] == layout.space.boi
+    reverse_B = _reversed(layout, tokens_BL)
     image_B = jnp.where(reverse_B, 0, layout.text_length)
     text_B = jnp.where(reverse_B, layout.num_codes + 1, 0)
     return image_B, text_B
+
+
+def _reversed(layout: packing.Layout, tokens_BL: jax.Array) -> jax.Array:
+    """Which sequences are image -> text. Where there is no text region, none is."""
+    first_B = tokens_BL[:, 0] == layout.space.boi
+    return first_B if layout.text_length else jnp.zeros_like(first_B)
 
 
 def prepare_batch(setup: Setup, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -144,6 +176,9 @@ def encode_into(setup: Setup, params: state_lib.Params, batch: dict[str, jax.Arr
             f" and config.data.grid is {tuple(setup.layout.grid)}: change one of them."
         )
     ids_BN = codes_Bhw.reshape(codes_Bhw.shape[0], -1) + setup.space.image_start
+    if "order" in batch:
+        permuted_BN = jnp.take_along_axis(ids_BN, batch["order"], axis=1)
+        ids_BN = jnp.where(_reversed(setup.layout, batch["tokens"])[:, None], ids_BN, permuted_BN)
     index_BN = _starts(setup.layout, batch["tokens"])[0][:, None] + jnp.arange(ids_BN.shape[1])
     put = jax.vmap(lambda row, index, ids: row.at[index].set(ids))
     return {

@@ -40,6 +40,8 @@ def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, flo
     columns = likelihood.COLUMNS
     if "tokenizer" in setup.networks:
         params["tokenizer"], columns = state.params("tokenizer"), (*columns, "image")
+    if setup.layout.target_positions:
+        columns = (*columns, "target_positions")
     rows = sharding.host_rows(mesh, config.eval_batch_size)
     scores = likelihood.evaluate(
         _scorer(setup),

@@ -6,6 +6,7 @@ does not depend on what else is in the call.
 Shapes: B batch, H W C image, h w code grid, L = h * w codes in raster order, V vocabulary.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -24,9 +25,11 @@ from imagegpt_jax import checkpoint, images, sharding
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.convert import reading
+from imagegpt_jax.convert.formats import Options
 from imagegpt_jax.data.packing import NO_LABEL
 from imagegpt_jax.generate import TILE, Sampling, generate_codes, place
-from imagegpt_jax.models.gpt import GPT, Output, Sequence
+from imagegpt_jax.models.gpt import GPT, Output, Sequence, plain_sequence
 from imagegpt_jax.tasks import decoder as decoder_task
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
 
@@ -168,6 +171,9 @@ class Tokenizer:
 
 def read_tokenizer(path: epath.PathLike, step: int | None = None) -> tuple[tokenizer_task.Setup, state_lib.Params, int]:
     """Static part, parameters and step of an image tokenizer; errors as in `load_tokenizer`."""
+    if reading.is_weights(path):
+        loaded = reading.load(path, "tokenizer")
+        return tokenizer_task.setup_for_weights(loaded.config, loaded.network), loaded.params, 0
     setup = tokenizer_task.setup_for_inference(read_config(path, "tokenizer"), path)
     step = checkpoint.choose_step(path, step)
     abstract = jax.eval_shape(functools.partial(tokenizer_task.init_state, setup), jax.eval_shape(jax.random.key, 0))
@@ -178,12 +184,13 @@ def load_tokenizer(path: epath.PathLike, step: int | None = None, *, rows: int =
     """Loads an image tokenizer.
 
     Args:
-      path: workdir of its training run.
-      step: checkpoint; the newest by default.
+      path: workdir of its training run; or weights: a portable folder, or the file or folder of a published system,
+        recognised by content (docs/weights.md).
+      step: checkpoint of a run; the newest by default.
       rows: images that each device runs at once.
 
     Raises:
-      UserError: if there is no such run or checkpoint.
+      UserError: if there is no such run, checkpoint or tokenizer.
     """
     setup, params, step = read_tokenizer(path, step)
     return Tokenizer(setup, params, path=str(path), step=step, rows=rows)
@@ -225,17 +232,32 @@ class Decoder(nnx.Module):
         """Runs the network on sequences, see `models.gpt.GPT`."""
         return self.gpt(sequence, key=key)
 
-    def logits(self, ids_BL: Images) -> jax.Array:
+    def logits(self, ids_BL: Images, features: tuple[Images, Images] | None = None) -> jax.Array:
         """Next-token logits of plain ids, float32 [B, L, V]: token i is at position (i, i, i), all of one segment.
 
+        A published decoder of images on a grid has the first id before the picture, the others at their places in it.
+
+        Args:
+          ids_BL: integers, from the first token on.
+          features: a text encoder's output [B, P, E] and its mask [B, P], for a decoder with `feature_width`.
+
         Raises:
-          UserError: for ids that are not integers [B, L] in the token space.
+          UserError: for ids that are not integers [B, L] in the token space, or more than it has positions for.
         """
         ids = np.asarray(ids_BL)
         size = self.setup.space.vocab_size
         if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= size:
             raise UserError(f"ids are integers [B, L] from 0 to {size - 1}; these are {ids.dtype} {ids.shape}.")
-        return _logits(self.gpt, ids.astype(np.int32))
+        sequence = plain_sequence(jnp.asarray(ids, jnp.int32))
+        if isinstance(self.setup, reading.DecoderSetup):
+            positions_L3 = self.setup.positions(ids.shape[1])
+            if positions_L3 is not None:
+                positions_BL3 = jnp.broadcast_to(positions_L3, (*ids.shape, 3))
+                sequence = dataclasses.replace(sequence, positions=positions_BL3)
+        if features is not None:
+            values_BPE, mask_BP = (jnp.asarray(x) for x in features)
+            sequence = dataclasses.replace(sequence, features=values_BPE, feature_mask=mask_BP.astype(bool))
+        return _logits(self.gpt, sequence)
 
     def sampling(self, **settings: float | None) -> Sampling:
         """The run's `config.sampling`, with the settings that are given (not None) in place of its own.
@@ -295,25 +317,43 @@ def _plain(name: str) -> str:
 
 
 @jax.jit
-def _logits(gpt: GPT, ids_BL: jax.Array) -> jax.Array:
-    return gpt.logits(ids_BL)
+def _logits(gpt: GPT, sequence: Sequence) -> jax.Array:
+    return gpt(sequence).logits
 
 
-def load_decoder(path: epath.PathLike, step: int | None = None, *, tokenizer: epath.PathLike | None = None) -> Decoder:
+def load_decoder(
+    path: epath.PathLike,
+    step: int | None = None,
+    *,
+    tokenizer: epath.PathLike | None = None,
+    heads: int | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Decoder:
     """Loads a decoder.
 
     Args:
-      path: workdir of its training run.
-      step: checkpoint; the newest by default.
+      path: workdir of its training run; or weights: a portable folder, or the file or folder of a published system,
+        recognised by content (docs/weights.md).
+      step: checkpoint of a run; the newest by default.
       tokenizer: workdir of its image tokenizer, if that is no longer where the decoder's config says.
+      heads: of a LlamaGen decoder of unpublished size, which its weights do not tell.
+      grid: (rows, columns) of codes of a LlamaGen decoder's pictures, if they are not 16 x 16.
 
     Raises:
-      UserError: if there is no such run or checkpoint.
+      UserError: if there is no such run, checkpoint or decoder.
     """
-    config = read_config(path, "decoder")
+    loaded = None
+    if reading.is_weights(path):
+        loaded = reading.load(path, "decoder", Options(heads=heads, grid=grid))
+        if not loaded.run:
+            setup: Any = reading.DecoderSetup(loaded.config, loaded.layout, str(path), loaded.text)
+            return Decoder(loaded.module(), setup, path=str(path), step=0)
+    config = read_config(path, "decoder") if loaded is None else loaded.run
     if tokenizer is not None:
         config.tokenizer = str(tokenizer)
     setup = decoder_task.setup_for_inference(config, path)
+    if loaded is not None:
+        return Decoder(loaded.module(), setup, path=str(path), step=0)
     step = checkpoint.choose_step(path, step)
     abstract = jax.eval_shape(functools.partial(decoder_task.init_state, setup), jax.eval_shape(jax.random.key, 0))
     params = checkpoint.load_params(path, abstract, "decoder", step)
@@ -352,6 +392,8 @@ def generate_tiles(
       UserError: for prompts, classes or a tokenizer that do not fit the decoder.
     """
     layout = gpt.setup.layout
+    if layout is None:
+        raise UserError(f"{gpt.path} is a language model: it draws no pictures.")
     if tok.num_codes != layout.space.num_codes:
         raise UserError(
             f"the tokenizer has {tok.num_codes} codes and the decoder was trained with {layout.space.num_codes}: give"

@@ -127,7 +127,11 @@ class Attention(nnx.Module):
     def __init__(self, config: "GPTConfig", *, key: jax.Array):
         q_key, k_key, v_key, out_key = jax.random.split(key, 4)
         heads, kv_heads = config.heads * config.head_width, config.num_kv_heads * config.head_width
-        shared: dict[str, Any] = {"bias": config.bias, "dtype": config.dtype, "param_dtype": config.param_dtype}
+        shared: dict[str, Any] = {
+            "bias": config.bias or config.attention_bias,
+            "dtype": config.dtype,
+            "param_dtype": config.param_dtype,
+        }
         self.config = config
         self.query = layers.Linear(config.width, heads, key=q_key, axes=("embed", "heads"), **shared)
         self.key = layers.Linear(config.width, kv_heads, key=k_key, axes=("embed", "kv_heads"), **shared)
@@ -147,6 +151,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         length: Int[Array, "*B"] | None = None,
         key: jax.Array | None = None,
+        layer: jax.Array | int = 0,
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
         """Returns the attention output (before the residual) and this layer's cache with the new tokens at `length`."""
         config = self.config
@@ -161,6 +166,10 @@ class Attention(nnx.Module):
             q_BLNH, k_BLKH = self.query_norm(q_BLNH), self.key_norm(k_BLKH)
         if rotary is not None:
             q_BLNH, k_BLKH = layers.rotate(q_BLNH, rotary), layers.rotate(k_BLKH, rotary)
+        if config.attention_scale or config.attention_scale_by_layer:
+            # All implementations divide by sqrt(H): what differs from that goes into the queries.
+            scale = config.attention_scale * math.sqrt(config.head_width) if config.attention_scale else 1.0
+            q_BLNH = q_BLNH * jnp.asarray(scale / (layer + 1 if config.attention_scale_by_layer else 1), q_BLNH.dtype)
         if cache is None and visible.ndim == 2:
             y_BLNH = flash_attention(
                 q_BLNH, k_BLKH, v_BLKH, visible, resolve(config.attention, config.attention_dropout)

@@ -20,12 +20,17 @@ STREAM = ("batch", "length", "residual")
 
 
 class MLP(nnx.Module):
-    """Feed-forward part of a block: SwiGLU, or GELU with one hidden layer."""
+    """Feed-forward part of a block: SwiGLU, or GELU with one hidden layer; both with another activation if asked."""
 
     def __init__(self, config: GPTConfig, *, key: jax.Array):
         up_key, gate_key, down_key = jax.random.split(key, 3)
-        shared: dict[str, Any] = {"bias": config.bias, "dtype": config.dtype, "param_dtype": config.param_dtype}
+        shared: dict[str, Any] = {
+            "bias": config.bias or config.mlp_bias,
+            "dtype": config.dtype,
+            "param_dtype": config.param_dtype,
+        }
         width, mlp_width = config.width, config.mlp_width
+        self.activation = config.activation or ("silu" if config.mlp == "swiglu" else "gelu_tanh")
         std = layers.fan_in_std(mlp_width) * config.residual_scale
         self.up = layers.Linear(width, mlp_width, key=up_key, axes=("embed", "mlp"), **shared)
         if config.mlp == "swiglu":
@@ -36,11 +41,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the mlp, before the residual."""
+        activation = layers.ACTIVATIONS[self.activation]
         up_BLF = self.up(x_BLD)
-        if self.gate is not None:
-            hidden_BLF = jax.nn.silu(self.gate(x_BLD)) * up_BLF
-        else:
-            hidden_BLF = jax.nn.gelu(up_BLF, approximate=True)
+        hidden_BLF = activation(up_BLF) if self.gate is None else activation(self.gate(x_BLD)) * up_BLF
         return self.down(sharding.constrain(hidden_BLF, ("batch", "length", "mlp")))
 
 
@@ -66,6 +69,7 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         length: Int[Array, "*B"] | None = None,
         key: jax.Array | None = None,
+        layer: jax.Array | int = 0,
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
         """Returns the new residual stream and the layer's new cache."""
         config = self.config
@@ -75,7 +79,7 @@ class Block(nnx.Module):
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = modulate(self.modulation, condition_BD, 6)
         h_BLD = _whole(adapt(self.attention_norm(x_BLD), shift1, scale1))
-        y_BLD, cache = self.attention(h_BLD, rotary, visible, cache, length, keys[0])
+        y_BLD, cache = self.attention(h_BLD, rotary, visible, cache, length, keys[0], layer)
         y_BLD = sharding.constrain(y_BLD, STREAM)
         x_BLD = x_BLD + gated(layers.dropout(y_BLD, config.residual_dropout, keys[1]), gate1)
         h_BLD = _whole(adapt(self.mlp_norm(x_BLD), shift2, scale2))

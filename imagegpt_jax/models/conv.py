@@ -1,6 +1,7 @@
 """Convolution, group normalisation and the blocks that the image tokenizer is made of.
 
-Shapes: B batch, H height, W width, C channels in, O channels out, G groups, N = M = H * W.
+Shapes: B batch, H height, W width, C channels in, O channels out, G groups, N = M = H * W, a heads, c channels of a
+head, h w grid of codes, Z code dimension.
 Kernels are stored [height, width, in, out].
 """
 
@@ -140,45 +141,125 @@ class GroupNorm(nnx.Module):
         return (x_BHWC * scale_BC[:, None, None] + shift_BC[:, None, None]).astype(self.dtype)
 
 
-class ResBlock(nnx.Module):
-    """norm, swish, conv, norm, swish, conv, plus the input (through a 1x1 convolution where the width changes)."""
+class SpatialNorm(nnx.Module):
+    """Group normalisation scaled and shifted, at every place, by maps of the codes there (MoVQ, arXiv:2209.09002)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, groups: int, impl: str, dtype: str, param_dtype: str, key
-    ):
-        keys = jax.random.split(key, 3)
-        conv = functools.partial(Conv, impl=impl, dtype=dtype, param_dtype=param_dtype)
-        norm = functools.partial(GroupNorm, groups=groups, dtype=dtype, param_dtype=param_dtype)
-        self.norm1 = norm(in_channels)
-        self.conv1 = conv(in_channels, out_channels, key=keys[0])
-        self.norm2 = norm(out_channels)
-        self.conv2 = conv(out_channels, out_channels, key=keys[1])
-        self.nin_shortcut = conv(in_channels, out_channels, 1, key=keys[2]) if in_channels != out_channels else None
+        self, channels: int, *, code_dim: int, groups: int, dtype: str, param_dtype: str, key: jax.Array
+    ) -> None:
+        keys = jax.random.split(key)
+        conv = functools.partial(Conv, code_dim, channels, 1, dtype=dtype, param_dtype=param_dtype)
+        self.norm = GroupNorm(channels, groups, dtype=dtype, param_dtype=param_dtype)
+        self.scale, self.shift = (conv(key=k) for k in keys)
 
-    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W O"]:
-        """Applies the block."""
-        h = self.conv1(nnx.swish(self.norm1(x_BHWC)))
-        h = self.conv2(nnx.swish(self.norm2(h)))
-        return (x_BHWC if self.nin_shortcut is None else self.nin_shortcut(x_BHWC)) + h
+    def __call__(self, x_BHWC: Float[Array, "B H W C"], z_BhwZ: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
+        """Normalises; H and W are multiples of h and w."""
+        # The maps are 1x1 and the codes only repeat: mapped first, it is the same for a fraction of the work.
+        scale, shift = (_repeat(layer(z_BhwZ), x_BHWC.shape[1:3]) for layer in (self.scale, self.shift))
+        return self.norm(x_BHWC) * scale + shift
+
+
+def _repeat(x_BhwC: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[Array, "B H W C"]:
+    """Nearest-neighbour enlargement to a multiple of the size."""
+    B, h, w, C = x_BhwC.shape
+    rows, columns = size[0] // h, size[1] // w
+    x = jnp.broadcast_to(x_BhwC[:, :, None, :, None], (B, h, rows, w, columns, C))
+    return x.reshape(B, h * rows, w * columns, C)
+
+
+def make_norm(
+    channels: int, *, code_dim: int, groups: int, dtype: str, param_dtype: str, key: jax.Array
+) -> GroupNorm | SpatialNorm:
+    """A group norm; a spatial norm where it is told the dimension of the codes."""
+    kinds = {"groups": groups, "dtype": dtype, "param_dtype": param_dtype}
+    return SpatialNorm(channels, code_dim=code_dim, key=key, **kinds) if code_dim else GroupNorm(channels, **kinds)
+
+
+def normalize(norm: GroupNorm | SpatialNorm, x_BHWC: Array, z_BhwZ: Array | None) -> Float[Array, "B H W C"]:
+    """Applies a norm of either kind."""
+    if isinstance(norm, GroupNorm):
+        return norm(x_BHWC)
+    assert z_BhwZ is not None
+    return norm(x_BHWC, z_BhwZ)
+
+
+class ResBlock(nnx.Module):
+    """norm, swish, conv, norm, swish, conv, plus the input (through a 1x1 convolution where the width changes).
+
+    With `plain`, MaskGIT's block (arXiv:2202.04200): no biases, and where the width changes the 1x1 convolution reads
+    the block's own output instead of its input, so that the input is not added at all.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        code_dim: int = 0,
+        plain: bool = False,
+        groups: int,
+        impl: str,
+        dtype: str,
+        param_dtype: str,
+        key: jax.Array,
+    ):
+        keys = jax.random.split(key, 5 if code_dim else 3)
+        conv = functools.partial(Conv, impl=impl, dtype=dtype, param_dtype=param_dtype, use_bias=not plain)
+        norm = functools.partial(make_norm, code_dim=code_dim, groups=groups, dtype=dtype, param_dtype=param_dtype)
+        self.norm1 = norm(in_channels, key=keys[-1])
+        self.conv1 = conv(in_channels, out_channels, key=keys[0])
+        self.norm2 = norm(out_channels, key=keys[-2])
+        self.conv2 = conv(out_channels, out_channels, key=keys[1])
+        shortcut_in = out_channels if plain else in_channels
+        self.nin_shortcut = conv(shortcut_in, out_channels, 1, key=keys[2]) if in_channels != out_channels else None
+        self.plain = plain
+
+    def __call__(
+        self, x_BHWC: Float[Array, "B H W C"], z_BhwZ: Float[Array, "B h w Z"] | None = None
+    ) -> Float[Array, "B H W O"]:
+        """Applies the block; z are the codes, for spatial norms."""
+        h = self.conv1(nnx.swish(normalize(self.norm1, x_BHWC, z_BhwZ)))
+        h = self.conv2(nnx.swish(normalize(self.norm2, h, z_BhwZ)))
+        if self.nin_shortcut is None:
+            return x_BHWC + h
+        return self.nin_shortcut(h if self.plain else x_BHWC) + h
 
 
 class AttnBlock(nnx.Module):
-    """Single-head self-attention over all positions of the image, with 1x1 convolutions, plus the input."""
+    """Self-attention over all positions of the image, with 1x1 convolutions, plus the input."""
 
-    def __init__(self, channels: int, *, groups: int, dtype: str, param_dtype: str, key: jax.Array):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        code_dim: int = 0,
+        heads: int = 1,
+        groups: int,
+        dtype: str,
+        param_dtype: str,
+        key: jax.Array,
+    ):
         keys = jax.random.split(key, 4)
         conv = functools.partial(Conv, channels, channels, 1, dtype=dtype, param_dtype=param_dtype)
-        self.norm = GroupNorm(channels, groups, dtype=dtype, param_dtype=param_dtype)
+        norm_key = jax.random.fold_in(key, 0)
+        self.norm = make_norm(
+            channels, code_dim=code_dim, groups=groups, dtype=dtype, param_dtype=param_dtype, key=norm_key
+        )
         self.q, self.k, self.v, self.proj_out = (conv(key=k) for k in keys)
+        self.heads = heads
 
-    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Applies the block."""
+    def __call__(
+        self, x_BHWC: Float[Array, "B H W C"], z_BhwZ: Float[Array, "B h w Z"] | None = None
+    ) -> Float[Array, "B H W C"]:
+        """Applies the block; z are the codes, for spatial norms."""
         B, H, W, C = x_BHWC.shape
-        h = self.norm(x_BHWC)
-        q_BNC, k_BMC, v_BMC = (layer(h).reshape(B, H * W, C) for layer in (self.q, self.k, self.v))
+        heads = self.heads
+        h = normalize(self.norm, x_BHWC, z_BhwZ)
+        q_BNac, k_BMac, v_BMac = (layer(h).reshape(B, H * W, heads, -1) for layer in (self.q, self.k, self.v))
         # Written out, because the softmax of jax.nn.dot_product_attention is float32 in float64 too.
-        scores_BNM = jnp.einsum("bnc,bmc->bnm", q_BNC, k_BMC, preferred_element_type=layers.wide(h.dtype)) * C**-0.5
-        h = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(scores_BNM, axis=-1).astype(h.dtype), v_BMC)
+        scores_BaNM = jnp.einsum("bnac,bmac->banm", q_BNac, k_BMac, preferred_element_type=layers.wide(h.dtype))
+        weights_BaNM = jax.nn.softmax(scores_BaNM * (C // heads) ** -0.5, axis=-1).astype(h.dtype)
+        h = jnp.einsum("banm,bmac->bnac", weights_BaNM, v_BMac)
         return x_BHWC + self.proj_out(h.reshape(B, H, W, C))
 
 
@@ -195,6 +276,15 @@ class Downsample(nnx.Module):
         return self.conv(x_BHWC)
 
 
+class MeanPool(nnx.Module):
+    """Halves height and width by the mean of 2 x 2 places; without parameters."""
+
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+        """Halves the resolution."""
+        B, H, W, C = x_BHWC.shape
+        return jnp.mean(x_BHWC.reshape(B, H // 2, 2, W // 2, 2, C), axis=(2, 4))
+
+
 class Upsample(nnx.Module):
     """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
 
@@ -203,9 +293,8 @@ class Upsample(nnx.Module):
 
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
         """Doubles the resolution."""
-        B, H, W, C = x_BHWC.shape
-        x = jnp.broadcast_to(x_BHWC[:, :, None, :, None], (B, H, 2, W, 2, C))
-        return self.conv(x.reshape(B, 2 * H, 2 * W, C))
+        H, W = x_BHWC.shape[1:3]
+        return self.conv(_repeat(x_BHWC, (2 * H, 2 * W)))
 
 
 def space_to_depth(x_BHWC: Float[Array, "B H W C"], patch: int) -> Float[Array, "B H2 W2 C2"]:

@@ -74,8 +74,8 @@ class Output:
 
     Attributes:
       hidden: final normed states of the tokens (prefix features are dropped).
-      logits: fp32 scores of the next token over the whole vocabulary. Under jit they cost nothing where unused:
-        `GPT.unembed` scores a part of the vocabulary at a part of the positions.
+      logits: fp32 scores of the next token over the vocabulary (its first `head_size` ids). Under jit they cost nothing
+        where unused: `GPT.unembed` scores a part of the vocabulary at a part of the positions.
       cache: the cache with the tokens added, if one was given.
     """
 
@@ -95,7 +95,8 @@ class GPT(nnx.Module):
         if config.tie_embeddings:
             self.head = nnx.data(None)
         else:
-            self.head = layers.Embedding(config.vocab_size, config.width, key=keys[1], std=EMBED_STD, **kinds)
+            rows = config.head_size or config.vocab_size
+            self.head = layers.Embedding(rows, config.width, key=keys[1], std=EMBED_STD, **kinds)
         if config.position == "learned":
             shape = (3, config.max_length + config.feature_length, config.width)
             table = EMBED_STD * jax.random.normal(keys[2], shape, layers.as_dtype(config.param_dtype))
@@ -225,9 +226,12 @@ class GPT(nnx.Module):
         if sequence.features is not None and sequence.feature_mask is not None:
             features_BPD, mask_BP = self.features(sequence.features, sequence.feature_mask)
             if config.conditioning == "prefix":
+                if config.feature_begins:
+                    x_BLD = jnp.concatenate([features_BPD[:, -1:], x_BLD[:, 1:]], axis=1)
+                    features_BPD, mask_BP = features_BPD[:, :-1], mask_BP[:, :-1]
                 x_BLD = jnp.concatenate([features_BPD, x_BLD], axis=1)
                 # Feature i stands at i - P, so that the first token is at 0 with or without features.
-                before_P = jnp.arange(-config.feature_length, 0, dtype=positions_BL3.dtype)
+                before_P = jnp.arange(-mask_BP.shape[1], 0, dtype=positions_BL3.dtype)
                 before_BP3 = jnp.broadcast_to(before_P[:, None], (*mask_BP.shape, 3))
                 positions_BL3 = jnp.concatenate([before_BP3, positions_BL3], axis=1)
                 segments_BL = jnp.concatenate([mask_BP.astype(segments_BL.dtype), segments_BL], axis=1)
@@ -236,18 +240,17 @@ class GPT(nnx.Module):
                 pooled_BD = jnp.sum(features_BPD * weight_BP1.astype(features_BPD.dtype), axis=1)
                 condition_BD = pooled_BD if condition_BD is None else condition_BD + pooled_BD
         if config.position == "rope":
-            return (
-                x_BLD,
-                layers.rotary_table(
-                    positions_BL3,
-                    config.rotary_axes,
-                    config.head_width,
-                    config.rope_theta,
-                    layers.wide(x_BLD.dtype),
-                ),
-                segments_BL,
-                condition_BD,
+            rotary = layers.rotary_table(
+                positions_BL3,
+                config.rotary_axes,
+                config.head_width,
+                config.rope_theta,
+                layers.wide(x_BLD.dtype),
+                config.rope_scaling,
             )
+            if config.rope_zero_prefix:
+                rotary = tuple(jnp.where(positions_BL3[..., :1] > 0, table, 0) for table in rotary)
+            return x_BLD, rotary, segments_BL, condition_BD
         index_BL3 = positions_BL3 + config.feature_length
         for axis in range(3):
             x_BLD = x_BLD + self.position[axis].at[index_BL3[..., axis]].get(mode="clip").astype(x_BLD.dtype)
@@ -268,7 +271,7 @@ class GPT(nnx.Module):
 
             def apply(x_BLD, index, block):
                 keys = None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-                return gather(block)(x_BLD, rotary, seen, condition_BD, key=keys)[0]
+                return gather(block)(x_BLD, rotary, seen, condition_BD, key=keys, layer=index)[0]
 
             if config.remat != "none" or gather is not fsdp.keep:
                 apply = jax.checkpoint(apply, policy=REMAT[config.remat], prevent_cse=not config.scan)
@@ -289,8 +292,9 @@ class GPT(nnx.Module):
         cache = dataclasses.replace(cache, segments_BS=segments_BS)
         mask_BLS = cache_mask(cache, segments_BL)
         pairs = []
-        for block, keys, values in zip(unstack(self.blocks, self.config.depth), cache.keys, cache.values, strict=True):
-            x_BLD, pair = block(x_BLD, rotary, mask_BLS, condition_BD, (keys, values), length)
+        blocks = unstack(self.blocks, self.config.depth)
+        for i, (block, keys, values) in enumerate(zip(blocks, cache.keys, cache.values, strict=True)):
+            x_BLD, pair = block(x_BLD, rotary, mask_BLS, condition_BD, (keys, values), length, layer=i)
             pairs.append(pair)
         keys, values = zip(*pairs, strict=True)
         return x_BLD, Cache(keys, values, segments_BS, length + x_BLD.shape[1])

@@ -5,10 +5,12 @@ import math
 
 from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.models import flash, layers
+from imagegpt_jax.models.rope import RopeScaling
 
 CHOICES = {
     "norm": layers.NORMS,
     "mlp": ("swiglu", "gelu"),
+    "activation": ("", *layers.ACTIVATIONS),
     "position": ("rope", "learned"),
     "conditioning": ("prefix", "adaptive_norm"),
     "remat": ("none", "full", "attention", "dots"),
@@ -31,14 +33,23 @@ class GPTConfig:
       mlp_width: F, hidden width of the mlp.
       norm: "rms" or "layer".
       norm_eps: added to the variance.
-      mlp: "swiglu" (arXiv:2002.05202) or "gelu" (tanh form, as in GPT-2).
+      mlp: "swiglu" (arXiv:2002.05202) or "gelu" (one hidden layer, in GPT-2's tanh form).
+      activation: what stands in for SiLU in "swiglu" or GELU in "gelu", one of `layers.ACTIVATIONS`; "" = as named.
       bias: biases in linear maps and in layer norm.
+      attention_bias: biases in the linear maps of attention, without `bias`.
+      mlp_bias: biases in the linear maps of the mlp, without `bias`.
+      attention_scale: multiplies queries times keys; 0 = 1 / sqrt(H).
+      attention_scale_by_layer: layer i (from 0) divides its attention scale by i + 1 as well, as GPT-2 may.
       position: "rope" (rotary) or "learned" (one table for each of t, row, column, summed).
       rope_theta: base of the rotary wavelengths.
       rotary_dims: head dimensions turned by (t, row, column); () = a quarter, three eighths, three eighths.
+      rope_scaling: stretches the wavelengths for longer sequences; for rotary_dims along t alone.
+      rope_zero_prefix: tokens with t <= 0 get cos = sin = 0, so that no query or key of theirs is left, as LlamaGen's
+        code does with its class and text prefix; for its weights only.
       max_length: rows of each learned position table; positions must be below it. Unused by "rope".
       qk_norm: RMS norm of queries and keys per head (arXiv:2302.05442).
       tie_embeddings: the token table is also the output head.
+      head_size: ids 0 .. head_size - 1 are scored, the others can only be read; 0 = all.
       token_dropout: dropout after the embedding.
       residual_dropout: dropout of each attention output.
       mlp_dropout: dropout of each mlp output.
@@ -47,6 +58,7 @@ class GPTConfig:
         RAR, arXiv:2411.00776).
       feature_width: E, width of a text encoder's features; 0 = none.
       feature_length: P, number of features per example.
+      feature_begins: the last feature stands in place of the first token, as in LlamaGen, which has no <boi>.
       conditioning: "prefix" (features are put before the tokens), or "adaptive_norm": each block is modulated by the
         embedding of `Sequence.condition_B` and the mean of the features (adaLN-zero, arXiv:2212.09748).
       attention: how whole sequences are attended to: "xla" (any platform), "splash" (TPU), "cudnn" (GPU), or "auto".
@@ -67,13 +79,21 @@ class GPTConfig:
     norm: str = "rms"
     norm_eps: float = 1e-5
     mlp: str = "swiglu"
+    activation: str = ""
     bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_scale: float = 0.0
+    attention_scale_by_layer: bool = False
     position: str = "rope"
     rope_theta: float = 10000.0
     rotary_dims: tuple[int, ...] = ()
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    rope_zero_prefix: bool = False
     max_length: int = 0
     qk_norm: bool = False
     tie_embeddings: bool = False
+    head_size: int = 0
     token_dropout: float = 0.0
     residual_dropout: float = 0.0
     mlp_dropout: float = 0.0
@@ -81,6 +101,7 @@ class GPTConfig:
     target_positions: bool = False
     feature_width: int = 0
     feature_length: int = 0
+    feature_begins: bool = False
     conditioning: str = "prefix"
     attention: str = "auto"
     remat: str = "none"
@@ -115,6 +136,10 @@ class GPTConfig:
                 f" head_dim={self.head_width}",
             )
             check(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1")
+            check(
+                self.rope_scaling.kind == "default" or dims == (dims[0], 0, 0),
+                f"rope_scaling={self.rope_scaling.kind!r} is for positions along t alone, and rotary_dims={dims}",
+            )
         else:
             check(self.max_length >= 1, f"learned positions need max_length >= 1, not {self.max_length}")
         check(
@@ -124,6 +149,14 @@ class GPTConfig:
         check(
             not self.attention_dropout or self.attention in ("auto", "xla"),
             f"attention_dropout={self.attention_dropout} needs attention='xla': flash kernels have no dropout",
+        )
+        check(
+            0 <= self.head_size <= self.vocab_size and not (self.head_size and self.tie_embeddings),
+            f"head_size={self.head_size} must be 0 to vocab_size={self.vocab_size}, and 0 with tied embeddings",
+        )
+        check(
+            not self.feature_begins or (self.feature_width > 0 and self.conditioning == "prefix"),
+            "feature_begins needs prefix features: give feature_width and feature_length",
         )
         check(not self.target_positions or self.width % 2 == 0, "target_positions needs an even width")
 

@@ -7,8 +7,9 @@ maps to a mesh.
 Shapes: B batch, L length, D input width, F output width, N heads, H head dim, V vocabulary; `_` any leading dimensions.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +19,29 @@ from jaxtyping import Array, Float, Int
 
 from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.models import rope
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "float64": jnp.float64}
 NORMS = ("rms", "layer")
+# By the names of this project; `convert` knows what other libraries call them.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "clipped_gelu": lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": functools.partial(jax.nn.leaky_relu, negative_slope=0.01),
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "mish": jax.nn.mish,
+    "hard_swish": jax.nn.hard_swish,
+    "laplace": lambda x: 0.5 * (1 + jax.scipy.special.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "sqrt_softplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "identity": lambda x: x,
+}
 
 
 def as_dtype(name: str) -> jnp.dtype:
@@ -195,6 +216,7 @@ def rotary_table(
     head_dim: int,
     theta: float,
     dtype: Any = jnp.float32,
+    scaling: rope.RopeScaling | None = None,
 ) -> tuple[Float[Array, "B L H/2"], Float[Array, "B L H/2"]]:
     """(cos, sin) of the angles of rotary positions with several axes.
 
@@ -208,15 +230,19 @@ def rotary_table(
       head_dim: H.
       theta: base of the geometric series of wavelengths.
       dtype: of the angles and the result; `wide` of the computation's.
+      scaling: stretches the wavelengths of positions along t; the only axis then.
     """
-    angles = []
+    angles, factor = [], 1.0
     for axis, size in enumerate(dims):
-        wave_P = theta ** (-jnp.arange(0, size, 2, dtype=dtype) / max(size, 1))
+        if scaling is not None and scaling.kind != "default" and axis == 0:
+            wave_P, factor = rope.scaled(scaling, theta, size, positions_BL3[..., 0], dtype)
+        else:
+            wave_P = theta ** (-jnp.arange(0, size, 2, dtype=dtype) / max(size, 1))
         angles.append(positions_BL3[..., axis, None].astype(dtype) * wave_P)
     rest = (head_dim - sum(dims)) // 2
     angles.append(jnp.zeros((*positions_BL3.shape[:-1], rest), dtype))
     angles_BLP = jnp.concatenate(angles, axis=-1)
-    return jnp.cos(angles_BLP), jnp.sin(angles_BLP)
+    return factor * jnp.cos(angles_BLP), factor * jnp.sin(angles_BLP)
 
 
 def rotate(

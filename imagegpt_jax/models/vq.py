@@ -1,6 +1,7 @@
 """The image tokenizer: convolutional encoder and decoder around a vector quantizer (VQGAN, arXiv:2012.09841).
 
-At `VQConfig()` it is LlamaGen's VQ-16 (arXiv:2406.06525): 71.9 M parameters, module names as in its checkpoints.
+At `VQConfig()` it is LlamaGen's VQ-16 (arXiv:2406.06525): 71.9 M parameters, module names as in its checkpoints. Other
+published tokenizers of the family are other values of the config, with which `convert` reads their weights.
 Shapes: B batch, H W pixels, h w grid of codes, C channels, Z code dimension, K codes. Images are float in [-1, 1].
 """
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.models import conv, layers
+from imagegpt_jax.models import conv, layers, temporal
 from imagegpt_jax.models.quantizers import Quantized, Quantizer, QuantizerConfig
 
 Block = TypeVar("Block", bound=nnx.Module)
@@ -26,14 +27,25 @@ class VQConfig:
 
     Attributes:
       in_channels: channels of the image.
+      out_channels: channels of the reconstruction; 0 = in_channels.
       stem_patch: space-to-depth patch before the first and after the last convolution; 1 is none.
       base_width: channels of the first level.
       width_mults: width of each level in units of `base_width`; each level but the last halves the resolution.
       encoder_blocks: residual blocks in each level of the encoder.
       decoder_blocks: residual blocks in each level of the decoder.
       attention_levels: indices of `width_mults` whose residual blocks are each followed by attention.
+      attention_heads: heads of all attention.
       mid_attention: whether the middle of encoder and decoder has attention between its two residual blocks.
+      mid_blocks: residual blocks in the middle of encoder and decoder; attention stands between two.
       z_channels: channels of the encoder's output, before the projection to `quantizer.code_dim`.
+      double_latent: the encoder's output has twice as many channels, of which the published networks have no use: they
+        decode and cannot encode.
+      quant_conv: whether there are projections to `quantizer.code_dim` and back; without, it is `z_channels`.
+      plain_blocks: MaskGIT's residual blocks, resampling and outer convolutions, see `conv.ResBlock`.
+      spatial_norm: the decoder's norms are scaled and shifted by the codes, see `conv.SpatialNorm`.
+      frames: frames of a film that become one grid of codes, with convolutions along time, see `temporal.Frames`;
+        0 = a tokenizer of images.
+      decoder: whether there is one; some published tokenizers come without.
       norm_groups: groups of every group normalisation.
       conv_impl: "auto", "xla" or "winograd"; see `conv.Conv`.
       remat: whether to recompute each block in the backward pass instead of keeping its activations.
@@ -43,14 +55,23 @@ class VQConfig:
     """
 
     in_channels: int = 3
+    out_channels: int = 0
     stem_patch: int = 1
     base_width: int = 128
     width_mults: tuple[int, ...] = (1, 1, 2, 2, 4)
     encoder_blocks: int = 2
     decoder_blocks: int = 3
     attention_levels: tuple[int, ...] = (4,)
+    attention_heads: int = 1
     mid_attention: bool = True
+    mid_blocks: int = 2
     z_channels: int = 256
+    double_latent: bool = False
+    quant_conv: bool = True
+    plain_blocks: bool = False
+    spatial_norm: bool = False
+    frames: int = 0
+    decoder: bool = True
     norm_groups: int = 32
     conv_impl: str = "auto"
     remat: bool = False
@@ -68,6 +89,20 @@ class VQConfig:
             raise UserError(f"attention_levels={outside} do not exist: width_mults has levels 0 to {levels - 1}.")
         if self.stem_patch < 1:
             raise UserError(f"stem_patch={self.stem_patch} is not possible: give 1 (no patches) or more.")
+        if self.mid_attention and self.mid_blocks != 2:
+            raise UserError(
+                f"mid_blocks={self.mid_blocks} leaves no middle for attention: give 2, or mid_attention=False."
+            )
+        if not self.quant_conv and self.z_channels != self.quantizer.code_dim:
+            raise UserError(
+                f"without quant_conv the codes have z_channels={self.z_channels} dimensions, and quantizer.code_dim is"
+                f" {self.quantizer.code_dim}: make them equal."
+            )
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the reconstruction."""
+        return self.out_channels or self.in_channels
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -80,85 +115,111 @@ class VQConfig:
         return self.stem_patch * 2 ** (len(self.width_mults) - 1)
 
 
-def _layers(config: VQConfig):
+def _layers(config: VQConfig, decoder: bool):
     """Constructors of the layers, with what is the same for all of them filled in."""
     precision = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-    groups = {"groups": config.norm_groups}
+    norm = {"groups": config.norm_groups, "code_dim": _condition(config) if decoder else 0}
     impl = {"impl": config.conv_impl}
     return (
         functools.partial(conv.Conv, **impl, **precision),
-        functools.partial(conv.ResBlock, **groups, **impl, **precision),
-        functools.partial(conv.AttnBlock, **groups, **precision),
-        functools.partial(conv.GroupNorm, **groups, **precision),
+        functools.partial(conv.ResBlock, plain=config.plain_blocks, **norm, **impl, **precision),
+        functools.partial(conv.AttnBlock, heads=config.attention_heads, **norm, **precision),
+        functools.partial(conv.make_norm, **norm, **precision),
     )
+
+
+def _condition(config: VQConfig) -> int:
+    """Dimension of the codes that the decoder's norms see; 0 where they see none."""
+    return config.quantizer.code_dim if config.spatial_norm else 0
 
 
 class Level(nnx.Module):
     """Residual blocks at one resolution, each followed by attention where asked; `resample` changes the resolution."""
 
     def __init__(
-        self, config: VQConfig, index: int, in_width: int, blocks: int, resample: str | None, *, key: jax.Array
+        self,
+        config: VQConfig,
+        index: int,
+        in_width: int,
+        blocks: int,
+        resample: str | None,
+        *,
+        decoder: bool,
+        key: jax.Array,
     ):
-        _, res, attn, _ = _layers(config)
+        _, res, attn, _ = _layers(config, decoder)
         width = config.widths[index]
         keys = iter(jax.random.split(key, 2 * blocks + 1))
         self.res = nnx.List([res(in_width if i == 0 else width, width, key=next(keys)) for i in range(blocks)])
         self.attn = nnx.List([attn(width, key=next(keys)) for _ in range(blocks * (index in config.attention_levels))])
-        resampler = {"down": conv.Downsample, "up": conv.Upsample, None: None}[resample]
         precision = {"impl": config.conv_impl, "dtype": config.dtype, "param_dtype": config.param_dtype}
-        self.downsample = resampler(width, key=next(keys), **precision) if resampler is conv.Downsample else None
-        self.upsample = resampler(width, key=next(keys), **precision) if resampler is conv.Upsample else None
+        down = upsample = None
+        if resample == "down":
+            down = conv.MeanPool() if config.plain_blocks else conv.Downsample(width, key=next(keys), **precision)
+        elif resample == "up":
+            upsample = conv.Upsample(width, key=next(keys), **precision)
+        self.downsample, self.upsample = down, upsample
         self.remat = config.remat
 
-    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C2"]:
-        """Applies the level."""
+    def __call__(self, x_BHWC: Float[Array, "B H W C"], z_BhwZ: Array | None = None) -> Float[Array, "B H2 W2 C2"]:
+        """Applies the level; z are the codes, for spatial norms."""
         for i, block in enumerate(self.res):
-            x_BHWC = _apply(block, x_BHWC, self.remat)
+            x_BHWC = _apply(block, x_BHWC, self.remat, z_BhwZ)
             if len(self.attn):
-                x_BHWC = _apply(self.attn[i], x_BHWC, self.remat)
+                x_BHWC = _apply(self.attn[i], x_BHWC, self.remat, z_BhwZ)
         for resample in (self.downsample, self.upsample):
             x_BHWC = x_BHWC if resample is None else resample(x_BHWC)
         return x_BHWC
 
 
-def _apply(block: nnx.Module, x_BHWC: Array, remat: bool) -> Array:
-    def call(block, x):
-        return block(x)
+def _apply(block: nnx.Module, x_BHWC: Array, remat: bool, z_BhwZ: Array | None = None) -> Array:
+    def call(block, x, z):
+        return block(x, z)
 
-    x_BHWC = (jax.checkpoint(call) if remat else call)(block, x_BHWC)
+    x_BHWC = (jax.checkpoint(call) if remat else call)(block, x_BHWC, z_BhwZ)
     return sharding.constrain(x_BHWC, ("batch", None, None, None))
 
 
-def _mid(config: VQConfig, *, key: jax.Array) -> nnx.List:
-    _, res, attn, _ = _layers(config)
+def _mid(config: VQConfig, *, decoder: bool, key: jax.Array) -> nnx.List:
+    _, res, attn, _ = _layers(config, decoder)
     width = config.widths[-1]
-    keys = jax.random.split(key, 3)
-    middle = [attn(width, key=keys[1])] if config.mid_attention else []
-    return nnx.List([res(width, width, key=keys[0]), *middle, res(width, width, key=keys[2])])
+    first, *keys = jax.random.split(key, config.mid_blocks + 1)
+    blocks = [res(width, width, key=k) for k in (first, *keys[1:])]
+    return nnx.List([blocks[0], attn(width, key=keys[0]), *blocks[1:]] if config.mid_attention else blocks)
 
 
 class Encoder(nnx.Module):
     """Image -> features, from high to low resolution."""
 
     def __init__(self, config: VQConfig, *, key: jax.Array):
-        make_conv, _, _, norm = _layers(config)
+        make_conv, _, _, norm = _layers(config, False)
         widths = config.widths
         keys = jax.random.split(key, len(widths) + 3)
-        self.conv_in = make_conv(config.in_channels * config.stem_patch**2, widths[0], key=keys[0])
+        plain = config.plain_blocks
+        channels = config.in_channels * config.stem_patch**2
+        self.conv_in = make_conv(channels, config.base_width, use_bias=not plain, key=keys[0])
         self.conv_blocks = nnx.List(
             Level(
                 config,
                 i,
-                widths[max(i - 1, 0)],
+                widths[i - 1] if i else config.base_width,
                 config.encoder_blocks,
                 "down" if i < len(widths) - 1 else None,
+                decoder=False,
                 key=keys[3 + i],
             )
             for i in range(len(widths))
         )
-        self.mid = _mid(config, key=keys[1])
-        self.norm_out = norm(widths[-1])
-        self.conv_out = make_conv(widths[-1], config.z_channels, key=keys[2])
+        self.mid = _mid(config, decoder=False, key=keys[1])
+        self.norm_out = norm(widths[-1], key=keys[2])
+        z_channels = config.z_channels * (1 + config.double_latent)
+        self.conv_out = make_conv(widths[-1], z_channels, 1 if plain else 3, key=keys[2])
+        if config.frames:
+            kinds = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+            frames_key = jax.random.fold_in(key, 0)
+            self.temporal = temporal.Frames(
+                z_channels, config.frames, config.encoder_blocks, encoder=True, key=frames_key, **kinds
+            )
         self.config = config
 
     def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w Z"]:
@@ -168,35 +229,55 @@ class Encoder(nnx.Module):
             x = level(x)
         for block in self.mid:
             x = _apply(block, x, self.config.remat)
-        return self.conv_out(nnx.swish(self.norm_out(x)))
+        x = self.conv_out(nnx.swish(conv.normalize(self.norm_out, x, None)))
+        return self.temporal(x) if self.config.frames else x
 
 
 class Decoder(nnx.Module):
     """Features -> image, from low to high resolution: the mirror of the encoder."""
 
     def __init__(self, config: VQConfig, *, key: jax.Array):
-        make_conv, _, _, norm = _layers(config)
+        make_conv, _, _, norm = _layers(config, True)
         widths = config.widths
         last = len(widths) - 1
         keys = jax.random.split(key, len(widths) + 3)
+        if config.frames:
+            kinds = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+            frames_key = jax.random.fold_in(key, 0)
+            self.temporal = temporal.Frames(
+                config.z_channels, config.frames, config.encoder_blocks, encoder=False, key=frames_key, **kinds
+            )
         self.conv_in = make_conv(config.z_channels, widths[-1], key=keys[0])
-        self.mid = _mid(config, key=keys[1])
+        self.mid = _mid(config, decoder=True, key=keys[1])
         self.conv_blocks = nnx.List(
-            Level(config, i, widths[min(i + 1, last)], config.decoder_blocks, "up" if i else None, key=keys[3 + i])
+            Level(
+                config,
+                i,
+                widths[min(i + 1, last)],
+                config.decoder_blocks,
+                "up" if i else None,
+                decoder=True,
+                key=keys[3 + i],
+            )
             for i in reversed(range(len(widths)))
         )
-        self.norm_out = norm(widths[0])
-        self.conv_out = make_conv(widths[0], config.in_channels * config.stem_patch**2, key=keys[2])
+        self.norm_out = norm(widths[0], key=jax.random.fold_in(keys[2], 0))
+        self.conv_out = make_conv(widths[0], config.image_channels * config.stem_patch**2, key=keys[2])
         self.config = config
 
-    def features(self, z_BhwZ: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
-        """Everything up to the last convolution."""
-        x = self.conv_in(z_BhwZ)
+    def features(
+        self, z_BhwC: Float[Array, "B h w C"], codes_BhwZ: Float[Array, "B h w Z"] | None = None
+    ) -> Float[Array, "B H W C"]:
+        """Everything up to the last convolution; spatial norms also need the codes as they were looked up."""
+        if self.config.frames:
+            z_BhwC = self.temporal(z_BhwC)
+            codes_BhwZ = None if codes_BhwZ is None else self.temporal(codes_BhwZ)
+        x = self.conv_in(z_BhwC)
         for block in self.mid:
-            x = _apply(block, x, self.config.remat)
+            x = _apply(block, x, self.config.remat, codes_BhwZ)
         for level in self.conv_blocks:
-            x = level(x)
-        return nnx.swish(self.norm_out(x))
+            x = level(x, codes_BhwZ)
+        return nnx.swish(conv.normalize(self.norm_out, x, codes_BhwZ))
 
     def to_pixels(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """The last convolution, and depth-to-space."""
@@ -204,17 +285,33 @@ class Decoder(nnx.Module):
         return conv.depth_to_space(pixels, self.config.stem_patch).astype(layers.wide(pixels.dtype))
 
 
+def _projection(
+    config: VQConfig, in_channels: int, out_channels: int, *, key: jax.Array
+) -> conv.Conv | temporal.Conv3d | None:
+    kinds = {"dtype": config.dtype, "param_dtype": config.param_dtype, "key": key}
+    if not config.quant_conv:
+        return None
+    if config.frames:
+        return temporal.Conv3d(in_channels, out_channels, (3, 1, 1), **kinds)
+    return conv.Conv(in_channels, out_channels, 1, impl=config.conv_impl, **kinds)
+
+
+def _project(layer: conv.Conv | temporal.Conv3d | None, x_BhwC: Array) -> Array:
+    if layer is None:
+        return x_BhwC
+    return layer(x_BhwC[:, None])[:, 0] if isinstance(layer, temporal.Conv3d) else layer(x_BhwC)
+
+
 class VQModel(nnx.Module):
     """Image tokenizer; nothing mutates in a forward pass."""
 
     def __init__(self, config: VQConfig, *, key: jax.Array):
-        make_conv, _, _, _ = _layers(config)
         keys = jax.random.split(key, 5)
         self.encoder = Encoder(config, key=keys[0])
-        self.quant_conv = make_conv(config.z_channels, config.quantizer.code_dim, 1, key=keys[1])
+        self.quant_conv = _projection(config, config.z_channels, config.quantizer.code_dim, key=keys[1])
         self.quantize = Quantizer(config.quantizer, param_dtype=layers.wide(config.param_dtype), key=keys[2])
-        self.post_quant_conv = make_conv(config.quantizer.code_dim, config.z_channels, 1, key=keys[3])
-        self.decoder = Decoder(config, key=keys[4])
+        self.post_quant_conv = _projection(config, config.quantizer.code_dim, config.z_channels, key=keys[3])
+        self.decoder = Decoder(config, key=keys[4]) if config.decoder else None
         self.config = config
 
     def encode(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w Z"]:
@@ -230,14 +327,24 @@ class VQModel(nnx.Module):
                 f"images of {H} x {W} x {C} do not fit the tokenizer: it takes {self.config.in_channels} channels and"
                 f" sides that are multiples of {p}."
             )
-        return self.quant_conv(self.encoder(images_BHWC))
+        if self.config.double_latent:
+            raise UserError(
+                "a tokenizer with double_latent cannot encode: its projection takes half of what comes out."
+            )
+        return _project(self.quant_conv, self.encoder(images_BHWC))
 
     def decode_features(self, zq_BhwZ: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
         """Quantized codes -> the input of the decoder's last layer, through which adaptive weights pull gradients."""
-        return self.decoder.features(self.post_quant_conv(zq_BhwZ))
+        if self.decoder is None:
+            raise UserError("this tokenizer has no decoder: its weights came without one, so it can only encode.")
+        if self.config.frames and self.config.spatial_norm and self.config.z_channels != self.config.quantizer.code_dim:
+            raise UserError("a tokenizer of films decodes only if z_channels and quantizer.code_dim are equal.")
+        codes_BhwZ = zq_BhwZ if self.config.spatial_norm else None
+        return self.decoder.features(_project(self.post_quant_conv, zq_BhwZ), codes_BhwZ)
 
     def to_pixels(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """The decoder's last layer: features -> images, float32 (float64 in float64), not clipped to [-1, 1]."""
+        assert self.decoder is not None
         return self.decoder.to_pixels(features_BHWC)
 
     def decode(self, zq_BhwZ: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:

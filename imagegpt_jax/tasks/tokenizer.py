@@ -104,6 +104,12 @@ def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
     return _build(config, {})
 
 
+def setup_for_weights(model: Any, network: Network) -> Setup:
+    """Like `setup_for_inference` for weights that were published without a run: the network alone."""
+    never = gan.LossConfig(l1=0, l2=0, lpips=0, lpips_weights="", gan=0, gan_kind="hinge", gan_start=-1, adaptive=False)
+    return Setup(ConfigDict({"task": "tokenizer"}), model, never, {"generator": network}, {}, None, {})
+
+
 def setup_abstract(config: Config) -> Setup:
     """Like `setup` from the config alone, with the perceptual loss of VGG-16 if any: enough to compile, not to run."""
     return _build(config, {}, "vgg16" if config.loss.lpips else "")

@@ -1,0 +1,127 @@
+"""Emu3's tokenizer of films (arXiv:2409.18869) in `transformers`, as far as single images need it: config and table.
+
+Its encoder is a VQGAN's with linear maps in attention; the decoder's norms see the codes (MoVQ, arXiv:2209.09002); and
+between both and the codes stand convolutions along time.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.convert.core import CONV3D, Change, Rule, carry, rule
+from imagegpt_jax.convert.vqgan import SHARED, conv_rules, norm_rules, quantizer
+from imagegpt_jax.models.vq import VQConfig
+
+# A linear map as a 1 x 1 convolution.
+_POINTWISE = Change(lambda xs: [xs[0].T[None, None]], lambda xs: [xs[0][0, 0].T])
+
+
+def emu3_config(config: Mapping[str, Any]) -> VQConfig:
+    """Config of an Emu3 VQVAE from its `config.json`.
+
+    Raises:
+      UserError: for sizes at which the network cannot run.
+    """
+    mults, base = tuple(config["channel_multiplier"]), config["base_channels"]
+    at = tuple(sorted({i for i in config.get("attn_resolutions") or () if 0 <= i < len(mults)}))
+    wrong = [i for i in (*at, len(mults) - 1) if base * mults[i] != config["hidden_size"]]
+    if wrong:
+        raise UserError(
+            f"hidden_size={config['hidden_size']} is the width of attention, and level {wrong[0]} has"
+            f" {base * mults[wrong[0]]} channels: such a network cannot run."
+        )
+    blocks, channels = config["num_res_blocks"], config["in_channels"]
+    out_channels = config.get("out_channels", channels)
+    return VQConfig(
+        in_channels=channels,
+        out_channels=0 if out_channels == channels else out_channels,
+        base_width=base,
+        width_mults=mults,
+        encoder_blocks=blocks,
+        decoder_blocks=blocks + 1,
+        attention_levels=at,
+        attention_heads=config.get("num_attention_heads", 1),
+        z_channels=config["latent_channels"],
+        double_latent=bool(config.get("double_latent", False)),
+        spatial_norm=True,
+        frames=config["temporal_downsample_factor"],
+        quantizer=quantizer(config["codebook_size"], config["embed_dim"], l2_normalize=False),
+        **SHARED,
+    )
+
+
+def emu3_table(config: VQConfig) -> list[Rule]:
+    """Names of an Emu3VQVAE."""
+    levels = len(config.width_mults)
+    rules = [rule("quantize.embedding.weight", "quantize.embedding")]
+    rules += _conv3d("{conv:quant_conv|post_quant_conv}", "{conv}")
+    for half, theirs, resample in (
+        ("encoder", "encoder.down_block.down", "downsample"),
+        ("decoder", "decoder.up_block.up", "upsample"),
+    ):
+        norm = norm_rules if half == "encoder" else _spatial_norm
+        rules += conv_rules(f"{half}.{{conv:conv_in|conv_out}}", f"{half}.{{conv}}")
+        rules += norm(f"{half}.norm_out", f"{half}.norm_out")
+        for i in range(levels):
+            level = f"{theirs}.{i if half == 'encoder' else levels - 1 - i}"
+            ours = f"{half}.conv_blocks.{i}"
+            rules += _res(f"{level}.block.{{j}}", f"{ours}.res.{{j}}", norm)
+            rules += _attention(f"{level}.attn.{{j}}", f"{level}.attn_norms.{{j}}", f"{ours}.attn.{{j}}", norm)
+            rules += conv_rules(f"{level}.{resample}.conv", f"{ours}.{resample}.conv")
+        middle = f"{half}.middle_block"
+        rules += _res(f"{middle}.block_1", f"{half}.mid.0", norm) + _res(f"{middle}.block_2", f"{half}.mid.2", norm)
+        rules += _attention(f"{middle}.attn_1", f"{middle}.attn_norm", f"{half}.mid.1", norm)
+        rules += _conv3d(f"{half}.time_conv.{{i}}.conv", f"{half}.temporal.time_conv.{{i}}")
+        stack, ours = f"{half}.time_res_stack.{{i}}", f"{half}.temporal.time_res_stack.{{i}}"
+        rules += _conv3d(f"{stack}.{{conv:conv1|conv2}}", f"{ours}.{{conv}}")
+        for theirs_, kind in {
+            "weight": "scale",
+            "bias": "bias",
+            "running_mean": "mean",
+            "running_var": "variance",
+        }.items():
+            rules.append(rule(f"{stack}.{{norm:norm1|norm2}}.{theirs_}", f"{ours}.{{norm}}.{kind}"))
+        rules += carry(f"{stack}.{{norm:norm1|norm2}}.num_batches_tracked")
+    return rules
+
+
+def _conv3d(theirs: str, ours: str) -> list[Rule]:
+    return conv_rules(f"{theirs}.conv", ours, CONV3D)
+
+
+def _spatial_norm(theirs: str, ours: str) -> list[Rule]:
+    rules = norm_rules(f"{theirs}.norm_layer", f"{ours}.norm")
+    return rules + conv_rules(f"{theirs}.conv_y", f"{ours}.scale") + conv_rules(f"{theirs}.conv_b", f"{ours}.shift")
+
+
+def _res(theirs: str, ours: str, norm: Any) -> list[Rule]:
+    convs = conv_rules(f"{theirs}.{{conv:conv1|conv2|nin_shortcut}}", f"{ours}.{{conv}}")
+    return convs + norm(f"{theirs}.norm1", f"{ours}.norm1") + norm(f"{theirs}.norm2", f"{ours}.norm2")
+
+
+def _attention(theirs: str, theirs_norm: str, ours: str, norm: Any) -> list[Rule]:
+    rules = norm(theirs_norm, f"{ours}.norm")
+    for part, conv in {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "proj_out"}.items():
+        rules += conv_rules(f"{theirs}.{part}", f"{ours}.{conv}", _POINTWISE)
+    return rules
+
+
+def emu3_about(config: VQConfig) -> dict[str, Any]:
+    """The `config.json` of an Emu3VQVAE for a tokenizer of this config."""
+    return {
+        "architectures": ["Emu3VQVAE"],
+        "model_type": "emu3_vqgan",
+        "codebook_size": config.quantizer.num_codes,
+        "embed_dim": config.quantizer.code_dim,
+        "latent_channels": config.z_channels,
+        "double_latent": config.double_latent,
+        "in_channels": config.in_channels,
+        "out_channels": config.image_channels,
+        "temporal_downsample_factor": config.frames,
+        "base_channels": config.base_width,
+        "channel_multiplier": list(config.width_mults),
+        "num_res_blocks": config.encoder_blocks,
+        "attn_resolutions": list(config.attention_levels),
+        "hidden_size": config.widths[-1],
+        "num_attention_heads": config.attention_heads,
+    }

@@ -1,0 +1,337 @@
+"""Decoders of `transformers`: Llama, GPT-2 and ImageGPT, as configs and tables.
+
+A folder's `config.json` says all there is to know. Values that change what is computed in a way this project does not
+provide for are refused in one sentence.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.convert.core import LINEAR, Arrays, Change, Rule, cut, drop, rule
+from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.models.rope import KINDS, RopeScaling
+
+# Their names of activations -> ours (`layers.ACTIVATIONS`).
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_10": "clipped_gelu",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "hardswish": "hard_swish",
+    "laplace": "laplace",
+    "leaky_relu": "leaky_relu",
+    "linear": "identity",
+    "mish": "mish",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "relu6": "relu6",
+    "sigmoid": "sigmoid",
+    "silu": "silu",
+    "sqrtsoftplus": "sqrt_softplus",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
+def activation(name: str) -> str:
+    """Our name of an activation.
+
+    Raises:
+      UserError: for one that has parameters of its own, or that nobody knows.
+    """
+    if name not in ACTIVATIONS:
+        raise UserError(f"the activation {name!r} is not supported.{suggest(name, ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+# ------------------------------------------------------------------------------------------------------------- Llama
+
+
+def llama_config(config: Mapping[str, Any]) -> GPTConfig:
+    """Config of a Llama from its `config.json` (Touvron et al. 2023, arXiv:2302.13971).
+
+    Raises:
+      UserError: for values that are not supported.
+    """
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or width // heads
+    theta, scaling = _rope(config)
+    return GPTConfig(
+        vocab_size=config["vocab_size"],
+        width=width,
+        depth=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        mlp_width=config["intermediate_size"],
+        norm="rms",
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        mlp="swiglu",
+        activation=activation(config.get("hidden_act", "silu")),
+        attention_bias=bool(config.get("attention_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        position="rope",
+        rope_theta=theta,
+        rotary_dims=(head_dim, 0, 0),
+        rope_scaling=scaling,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        attention_dropout=float(config.get("attention_dropout") or 0.0),
+    )
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
+    """Base and stretching of a config, in the form of `transformers` 5 (rope_parameters) or 4 (rope_scaling)."""
+    values = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = values.get("rope_type") or values.get("type") or "default"
+    if kind not in KINDS:
+        raise UserError(f"the rope_type {kind!r} is not supported.{suggest(kind, KINDS)}")
+    share = values.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if share != 1.0 and kind not in ("default", "proportional"):  # "default" does not look at it
+        raise UserError(f"partial_rotary_factor={share} is not supported with rope_type={kind!r}: only 1 is.")
+    longest = config.get("max_position_embeddings", 2048)
+    original = (
+        config.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or longest
+    )
+    factor = values.get("factor")
+    stretched = {"kind": kind, "max_length": longest, "original_length": original, "share": share}
+    if kind in ("default", "proportional"):
+        factor = factor or 1.0
+    elif kind in ("yarn", "longrope"):
+        factor = factor or longest / original
+        stretched["attention_factor"] = _attention_factor(kind, factor, original, values)
+    if factor is None:
+        raise UserError(f"rope_type={kind!r} needs a factor, and the config has none.")
+    if kind == "yarn":
+        stretched |= {
+            "beta_fast": float(values.get("beta_fast") or 32),
+            "beta_slow": float(values.get("beta_slow") or 1),
+        }
+        stretched["truncate"] = bool(values.get("truncate", True))
+    if kind == "longrope":
+        stretched |= {name: tuple(map(float, values[name])) for name in ("short_factor", "long_factor")}
+    if kind == "llama3":
+        stretched |= {name: float(values[name]) for name in ("low_freq_factor", "high_freq_factor")}
+    return theta, RopeScaling(factor=float(factor), **stretched)
+
+
+def _attention_factor(kind: str, factor: float, original: int, values: Mapping[str, Any]) -> float:
+    """The factor of cos and sin that a config gives, or that its kind takes by default."""
+    given = values.get("attention_factor")
+    if given is not None:
+        return float(given)
+    if kind == "longrope":
+        return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    ours, all_dims = values.get("mscale"), values.get("mscale_all_dim")
+    return scale(ours) / scale(all_dims) if ours and all_dims else scale(1.0)
+
+
+def llama_table(config: GPTConfig, prefix: str = "model.") -> list[Rule]:
+    """Names of a LlamaForCausalLM (`prefix` "" for a LlamaModel)."""
+    layer, block = prefix + "layers.{i}.", "blocks.{i}."
+    maps = {
+        "self_attn.q_proj": "attention.query",
+        "self_attn.k_proj": "attention.key",
+        "self_attn.v_proj": "attention.value",
+        "self_attn.o_proj": "attention.out",
+        "mlp.gate_proj": "mlp.gate",
+        "mlp.up_proj": "mlp.up",
+        "mlp.down_proj": "mlp.down",
+    }
+    table = [
+        rule(prefix + "embed_tokens.weight", "embed.weight"),
+        rule(prefix + "norm.weight", "norm.scale"),
+        rule(layer + "input_layernorm.weight", block + "attention_norm.scale"),
+        rule(layer + "post_attention_layernorm.weight", block + "mlp_norm.scale"),
+        *drop(layer + "self_attn.rotary_emb.inv_freq"),
+    ]
+    for theirs, ours in maps.items():
+        table.append(rule(f"{layer}{theirs}.weight", f"{block}{ours}.weight", LINEAR))
+        table.append(rule(f"{layer}{theirs}.bias", f"{block}{ours}.bias"))
+    return table + _head(config)
+
+
+def _head(config: GPTConfig) -> list[Rule]:
+    return drop("lm_head.weight") if config.tie_embeddings else [rule("lm_head.weight", "head.weight")]
+
+
+# ------------------------------------------------------------------------------------------------- GPT-2 and ImageGPT
+
+
+def gpt2_config(config: Mapping[str, Any]) -> GPTConfig:
+    """Config of a GPT-2 from its `config.json`.
+
+    Raises:
+      UserError: for values that are not supported.
+    """
+    return _gpt2_like(config, "layer", config.get("activation_function", "gelu_new"), tied=True)
+
+
+def imagegpt_config(config: Mapping[str, Any]) -> GPTConfig:
+    """Config of an ImageGPT: a GPT-2 whose norms neither centre nor shift, and that never predicts its last id.
+
+    Raises:
+      UserError: for values that are not supported.
+    """
+    return _gpt2_like(config, "rms", config.get("activation_function", "quick_gelu"), tied=False)
+
+
+def _gpt2_like(config: Mapping[str, Any], norm: str, act: str, *, tied: bool) -> GPTConfig:
+    if config.get("add_cross_attention"):
+        raise UserError(
+            "add_cross_attention=True is not supported: decoders here read what they are given as a prefix."
+        )
+    tied = bool(config.get("tie_word_embeddings", tied))
+    width, vocab = config["n_embd"], config["vocab_size"]
+    return GPTConfig(
+        vocab_size=vocab,
+        width=width,
+        depth=config["n_layer"],
+        heads=config["n_head"],
+        mlp_width=config.get("n_inner") or 4 * width,
+        norm=norm,
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        mlp="gelu",
+        activation=activation(act),
+        bias=True,
+        attention_scale=0.0 if config.get("scale_attn_weights", True) else 1.0,
+        attention_scale_by_layer=bool(config.get("scale_attn_by_inverse_layer_idx", False)),
+        position="learned",
+        max_length=config["n_positions"],
+        tie_embeddings=tied,
+        head_size=vocab - 1 if norm == "rms" and not tied else 0,
+        token_dropout=float(config.get("embd_pdrop", 0.1)),
+        residual_dropout=float(config.get("resid_pdrop", 0.1)),
+        mlp_dropout=float(config.get("resid_pdrop", 0.1)),
+        attention_dropout=float(config.get("attn_pdrop", 0.1)),
+    )
+
+
+def gpt2_table(config: GPTConfig, prefix: str = "transformer.") -> list[Rule]:
+    """Names of a GPT2LMHeadModel or ImageGPTForCausalImageModeling (`prefix` "" for the models without a head).
+
+    Their Conv1D keeps [in, out] as we do, with queries, keys and values beside each other.
+    """
+    layer, block = prefix + "h.{i}.", "blocks.{i}."
+    thirds = [config.width] * 3
+    table = [
+        rule(prefix + "wte.weight", "embed.weight"),
+        rule(prefix + "wpe.weight", "position", _POSITIONS),
+        rule(prefix + "ln_f.weight", "norm.scale"),
+        *drop(layer + "attn.bias", layer + "attn.masked_bias"),
+    ]
+    norms = {layer + "ln_1": block + "attention_norm", layer + "ln_2": block + "mlp_norm"}
+    table += [rule(f"{theirs}.weight", f"{ours}.scale") for theirs, ours in norms.items()]
+    if config.norm == "layer":
+        table += [rule(f"{theirs}.bias", f"{ours}.bias") for theirs, ours in norms.items()]
+        table.append(rule(prefix + "ln_f.bias", "norm.bias"))
+    for kind in ("weight", "bias"):
+        parts = [f"{block}attention.{part}.{kind}" for part in ("query", "key", "value")]
+        table.append(rule(f"{layer}attn.c_attn.{kind}", parts, cut(thirds, -1)))
+        for theirs, ours in {"attn.c_proj": "attention.out", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}.items():
+            table.append(rule(f"{layer}{theirs}.{kind}", f"{block}{ours}.{kind}"))
+    return table + _head(config)
+
+
+def _one_table(arrays: Arrays) -> Arrays:
+    """One table of positions -> ours for (t, row, column): text moves along all three at once, so two are zero."""
+    (table,) = arrays
+    return [np.stack([table, np.zeros_like(table), np.zeros_like(table)])]
+
+
+def _only_table(arrays: Arrays) -> Arrays:
+    (tables,) = arrays
+    if tables[1:].any():
+        raise UserError(
+            "the learned positions of rows and columns are in use, and the other format has one table: it cannot be"
+            " written."
+        )
+    return [tables[0]]
+
+
+_POSITIONS = Change(_one_table, _only_table)
+
+
+# --------------------------------------------------------------------------------------------------- the way back
+
+_THEIRS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "clipped_gelu": "gelu_10", "identity": "linear",
+           "hard_swish": "hardswish", "sqrt_softplus": "sqrtsoftplus"}  # fmt: skip
+
+
+def _act(config: GPTConfig) -> str:
+    name = config.activation or ("silu" if config.mlp == "swiglu" else "gelu_tanh")
+    return _THEIRS.get(name, name)
+
+
+def llama_about(config: GPTConfig) -> dict[str, Any]:
+    """The `config.json` of a LlamaForCausalLM for a decoder of this config."""
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": scaling.kind, "rope_theta": config.rope_theta}
+    used = {
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "truncate"),
+        "longrope": ("factor", "attention_factor", "short_factor", "long_factor"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "proportional": ("factor",),
+    }
+    rope |= {name: getattr(scaling, name) for name in used.get(scaling.kind, ())}
+    if scaling.kind in ("yarn", "longrope", "llama3"):
+        rope["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "proportional":
+        rope["partial_rotary_factor"] = scaling.share
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": _act(config),
+        "max_position_embeddings": scaling.max_length or config.max_length or 2048,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_parameters": rope,
+        "attention_bias": config.attention_bias or config.bias,
+        "mlp_bias": config.mlp_bias or config.bias,
+        "attention_dropout": config.attention_dropout,
+    }
+
+
+def gpt2_about(config: GPTConfig) -> dict[str, Any]:
+    """The `config.json` of a GPT2LMHeadModel, or with RMS norms of an ImageGPTForCausalImageModeling."""
+    image = config.norm == "rms"
+    return {
+        "architectures": ["ImageGPTForCausalImageModeling" if image else "GPT2LMHeadModel"],
+        "model_type": "imagegpt" if image else "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_length,
+        "n_embd": config.width,
+        "n_layer": config.depth,
+        "n_head": config.heads,
+        "n_inner": config.mlp_width,
+        "activation_function": _act(config),
+        "layer_norm_epsilon": config.norm_eps,
+        "scale_attn_weights": config.attention_scale == 0.0,
+        "scale_attn_by_inverse_layer_idx": config.attention_scale_by_layer,
+        "tie_word_embeddings": config.tie_embeddings,
+        "embd_pdrop": config.token_dropout,
+        "resid_pdrop": config.residual_dropout,
+        "attn_pdrop": config.attention_dropout,
+    }

@@ -1,0 +1,133 @@
+"""Between a network's parameters and a flat list of named arrays, one name for each array of each layer.
+
+The decoder keeps its blocks stacked, files keep them apart: `blocks/mlp/up/weight` [layers, D, F] is
+`blocks.0.mlp.up.weight` [D, F], `blocks.1.mlp.up.weight`, and so on.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.convert.core import Shape
+from imagegpt_jax.models.gpt import GPT
+from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.models.palette import Palette, PaletteConfig
+from imagegpt_jax.models.vq import VQConfig, VQModel
+
+Config = VQConfig | PaletteConfig | GPTConfig
+_STACKED = "blocks"
+# What XLA asks of memory on the host that it is to use as it lies.
+_ALIGNMENT = 64
+
+
+def network(config: Config) -> state_lib.Network:
+    """The network that a config describes; nothing is allocated."""
+    if isinstance(config, GPTConfig):
+        return state_lib.network(lambda key: GPT(config, key=key))
+    if isinstance(config, PaletteConfig):
+        return state_lib.network(lambda key: Palette(config, key=key))
+    return state_lib.network(lambda key: VQModel(config, key=key))
+
+
+def _leaves(net: state_lib.Network) -> dict[tuple[Any, ...], jax.ShapeDtypeStruct]:
+    params = nnx.to_pure_dict(nnx.state(net.abstract))
+    return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def shapes(net: state_lib.Network) -> dict[str, Shape]:
+    """Shape of every array by its name, all layers of one parameter after each other."""
+    found: dict[str, Shape] = {}
+    for path, leaf in _leaves(net).items():
+        if path[0] == _STACKED:
+            found.update({_layer_name(path, i): leaf.shape[1:] for i in range(leaf.shape[0])})
+        else:
+            found[".".join(map(str, path))] = leaf.shape
+    return found
+
+
+def _layer_name(path: tuple[Any, ...], layer: int) -> str:
+    return ".".join(map(str, (path[0], layer, *path[1:])))
+
+
+def assemble(
+    net: state_lib.Network,
+    arrays: Iterable[tuple[str, np.ndarray]],
+    dtype_of: Callable[[str, np.dtype], np.dtype] = lambda name, dtype: dtype,
+) -> state_lib.Params:
+    """Puts named arrays into the network's parameters, which keep the arrays' dtypes.
+
+    Parameters are handed to JAX one by one as they become complete, so that with the arrays in the order of `shapes`
+    the host holds little more than the parameters.
+
+    Args:
+      net: the network.
+      arrays: (name, array), every name of `shapes` once.
+      dtype_of: (name, dtype in the file) -> dtype to keep.
+    """
+    leaves = _leaves(net)
+    place: dict[str, tuple[tuple[Any, ...], int | None]] = {}
+    for path, leaf in leaves.items():
+        if path[0] == _STACKED:
+            place.update({_layer_name(path, i): (path, i) for i in range(leaf.shape[0])})
+        else:
+            place[".".join(map(str, path))] = (path, None)
+    open_: dict[tuple[Any, ...], tuple[np.ndarray, set[int]]] = {}
+    params: state_lib.Params = {}
+    for name, array in arrays:
+        path, layer = place[name]
+        dtype = jax.dtypes.canonicalize_dtype(dtype_of(name, array.dtype))
+        if path not in open_:
+            open_[path] = (_empty(leaves[path].shape, dtype), set())
+        stack, have = open_[path]
+        if np.promote_types(stack.dtype, dtype) != stack.dtype:  # layers of different precision: all take the finest
+            stack = stack.astype(np.promote_types(stack.dtype, dtype))
+            open_[path] = (stack, have)
+        stack[... if layer is None else layer] = array
+        have.add(-1 if layer is None else layer)
+        if layer is None or len(have) == len(stack):
+            _put(params, path, _to_jax(stack))
+            del open_[path], stack
+    assert not open_, f"incomplete: {sorted(map(str, open_))}"
+    return params
+
+
+def _empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX on the CPU can take over without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _to_jax(array: np.ndarray) -> jax.Array:
+    return jax.device_put(array, jax.local_devices()[0], may_alias=True)
+
+
+def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def flat(params: Mapping[Any, Any]) -> Iterable[tuple[str, np.ndarray]]:
+    """Named arrays of parameters, read from their devices one at a time."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        keys = tuple(k.key for k in path)
+        if keys[0] == _STACKED:
+            for layer in range(leaf.shape[0]):
+                yield _layer_name(keys, layer), np.asarray(leaf[layer])
+        else:
+            yield ".".join(map(str, keys)), np.asarray(leaf)
+
+
+def dominant_dtype(params: Mapping[Any, Any]) -> str:
+    """Name of the dtype that most parameters have."""
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(params):
+        sizes[jnp.dtype(leaf.dtype).name] = sizes.get(jnp.dtype(leaf.dtype).name, 0) + leaf.size
+    return max(sizes, key=lambda name: sizes[name])

@@ -1,0 +1,164 @@
+"""Weights -> what `api.load_tokenizer` and `api.load_decoder` hand out: published ones, and portable folders."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.convert import core, files, formats, networks, portable
+from imagegpt_jax.convert.formats import Options, Published
+from imagegpt_jax.convert.layout import RasterLayout
+from imagegpt_jax.data import text as text_lib
+
+# Codes are compared in float32 whatever the file keeps.
+_CODEBOOK = "quantize.embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Weights in memory.
+
+    Attributes:
+      config: of the network.
+      network: its structure.
+      params: its parameters, in the dtypes of the file.
+      layout: how pictures become sequences, for published decoders of images.
+      run: config of the run, for a network that was trained here; {} otherwise.
+      text: folder of the text tokenizer; None without one.
+    """
+
+    config: networks.Config
+    network: state_lib.Network
+    params: state_lib.Params
+    layout: RasterLayout | None = None
+    run: Any = dataclasses.field(default_factory=dict)
+    text: pathlib.Path | None = None
+
+    def module(self) -> Any:
+        """The network with its parameters."""
+        return self.network.module(self.params)
+
+
+def is_weights(path: Any) -> bool:
+    """Whether a path holds weights, published or portable, and not a workdir of training."""
+    local = pathlib.Path(path).expanduser()
+    return files.holds_weights(local)
+
+
+def load(path: Any, kind: str, options: Options | None = None) -> Loaded:
+    """Reads weights.
+
+    Args:
+      path: file or folder.
+      kind: "tokenizer" or "decoder".
+      options: what published weights do not tell.
+
+    Raises:
+      UserError: if they are not known, damaged, or do not fit the network that they describe.
+    """
+    local = pathlib.Path(path).expanduser()
+    if local.is_dir() and portable.is_portable(local):
+        opened = portable.open_portable(local)
+        if opened.kind != kind:
+            raise UserError(f"{path} holds a {opened.kind}, not a {kind}.")
+        net, params = opened.params(_dtype_to_keep)
+        text = local / "text_tokenizer"
+        run = ConfigDict(opened.run) if opened.run else {}
+        return Loaded(opened.config, net, params, opened.layout, run, text if text.is_dir() else None)
+    published = formats.recognise(files.open_source(local), kind, options or Options())
+    folder = local if local.is_dir() else local.parent
+    has_text = kind == formats.DECODER and any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    return read(published, str(path), folder if has_text else None)
+
+
+def read(published: Published, what: str, text: pathlib.Path | None = None) -> Loaded:
+    """Reads the arrays of recognised weights; `what` names them in errors."""
+    net = networks.network(published.config)
+    stream = core.convert(published.table, published.tensors, networks.shapes(net), what)
+    arrays = ((name, array) for name, array in stream if not name.startswith(core.CARRIED))
+    params = networks.assemble(net, arrays, _dtype_to_keep)
+    return Loaded(published.config, net, params, published.layout, text=text)
+
+
+def _dtype_to_keep(name: str, dtype: np.dtype) -> np.dtype:
+    return np.promote_types(dtype, np.float32) if name == _CODEBOOK else jax.dtypes.canonicalize_dtype(dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecoderSetup:
+    """Stands for a decoder's `tasks.decoder.Setup` where it was not trained here.
+
+    Attributes:
+      model: the network's config.
+      layout: how pictures become sequences; None for a language model.
+      folder: where it came from.
+      text_folder: its text tokenizer; None without one.
+    """
+
+    model: Any
+    layout: RasterLayout | None
+    folder: str
+    text_folder: pathlib.Path | None
+
+    @property
+    def space(self) -> Any:
+        """The ids."""
+        if self.layout is not None:
+            return self.layout.space
+        return _WordSpace(self.model.vocab_size)
+
+    @functools.cached_property
+    def text(self) -> text_lib.TextTokenizer:
+        """The text tokenizer.
+
+        Raises:
+          UserError: if there is none.
+        """
+        if self.text_folder is None:
+            raise UserError(f"{self.folder} comes without a text tokenizer: encode prompts to ids yourself.")
+        return text_lib.load_tokenizer(self.text_folder)
+
+    @functools.cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Names of classes, from a `labels.json` beside the weights."""
+        path = pathlib.Path(self.folder) / "labels.json"
+        return tuple(json.loads(path.read_text())) if path.is_file() else ()
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """What `api` reads of a run's config: no data, no tokenizer, plain sampling."""
+        classes = self.space.num_classes if self.layout is not None else 0
+        return ConfigDict(
+            {
+                "task": "decoder",
+                "tokenizer": "",
+                "model": dataclasses.asdict(self.model),
+                "data": {"text_length": 0, "use_labels": classes > 0},
+                "sampling": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0},
+            }
+        )
+
+    def positions(self, length: int) -> np.ndarray | None:
+        """Positions [length, 3] of a plain sequence; None for (i, i, i).
+
+        Raises:
+          UserError: if it is longer than the network can tell positions apart.
+        """
+        if self.model.position == "learned" and length > self.model.max_length:
+            raise UserError(f"{length} tokens are more than the {self.model.max_length} positions of these weights.")
+        return self.layout.positions(length) if self.layout is not None and self.layout.by_row else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _WordSpace:
+    """Ids of a language model."""
+
+    vocab_size: int
+    num_classes: int = 0

@@ -80,6 +80,17 @@ def judge(config: Config, state: State, step: jax.Array, values: Totals) -> tupl
     }
 
 
+def calm(state: Mapping[str, State]) -> dict[str, State]:
+    """The state without the memory of the last bad row, as training goes on with after it went back."""
+    fresh = {"in_a_row": 0, "first": -1, "tripped": -1}
+    return {
+        phase: {
+            k: jax.device_put(jnp.asarray(fresh[k], x.dtype), x.sharding) if k in fresh else x for k, x in s.items()
+        }
+        for phase, s in state.items()
+    }
+
+
 def choose(good: jax.Array, new: Tree, old: Tree) -> Tree:
     """`new` if `good`, else `old`; leaves that are the same array are passed on."""
     return jax.tree.map(lambda a, b: a if a is b else jnp.where(good, a, b), new, old)

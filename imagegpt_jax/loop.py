@@ -149,7 +149,6 @@ class _Training:
         self.chip = hardware.chip_of(jax.devices()[0].device_kind)
         self.clock = metrics.Throughput(self.mesh.size, None if self.chip is None else self.chip.flops)
         self.scores: dict[str, float] = {}
-        self.skipped_steps = 0
 
     def run(self, begin: Begin) -> state_lib.TrainState:
         """Trains to the end, going back whenever the guard trips."""
@@ -169,6 +168,7 @@ class _Training:
     def _train(self, begin: Begin) -> state_lib.TrainState:
         config, task, setup, last = self.config, self.task, self.setup, self.config.steps
         state, first = begin.state, int(begin.state.step)
+        self._first, self.skipped_steps = first, guard.skipped(state.guard)
         batches = task.batches(
             setup,
             "train",
@@ -256,9 +256,10 @@ class _Training:
             {k: f"{values[f'train/{k}']:.4g}" for k in self.task.SHOWN if f"train/{k}" in values}, refresh=False
         )
         self.log.write("steps", step=step, **self.clock.last)
-        if skipped != self.skipped_steps:
-            self.log.write("skip", step=step, steps=skipped - self.skipped_steps, first=guard.newest(finished["guard"]))
-            self._keep_batch(guard.newest(finished["guard"]))
+        if skipped > self.skipped_steps:
+            newest = guard.newest(finished["guard"])
+            self.log.write("skip", step=step, steps=skipped - self.skipped_steps, newest=newest)
+            self._keep_batch(newest)
             self.skipped_steps = skipped
         if (first := guard.tripped(finished["guard"])) is not None:
             raise _Tripped(first)
@@ -311,6 +312,7 @@ class _Training:
 
     def _roll_back(self, begin: Begin, first: int) -> Begin:
         """The newest checkpoint, or the start, without the window of the data in which the bad steps began."""
+        first = max(first, self._first)  # what was drawn before is not drawn again
         window = (self._where(first), self._where(first + self.config.guard.patience))
         self.checkpoints.wait()
         restored = self.checkpoints.restore(begin.state)
@@ -322,6 +324,7 @@ class _Training:
             if hasattr(self.task, "load_frozen"):
                 state = self.task.load_frozen(self.setup, state, self.layout)
             found = Begin(state, 0)
+        found = dataclasses.replace(found, state=dataclasses.replace(found.state, guard=guard.calm(found.state.guard)))
         to = int(found.state.step)
         self.log.write("rollback", step=first + self.config.guard.patience, to=to, skipped_positions=window)
         self.writer.rewind(to)

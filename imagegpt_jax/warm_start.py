@@ -43,30 +43,34 @@ def load_params(state: TrainState, config: Config, log: events.Log) -> TrainStat
             f"{config.init_from} trains {', '.join(sorted(source)) or 'nothing'}, and this run"
             f" {', '.join(sorted(trainable))}: give config.init_from a run of the same task."
         )
-    lines, taken = [], 0
+    lines: list[str] = []
+    matches: dict[str, list[str]] = {}
     for name in names:
         here, held = flatten(trainable[name]), flatten(source[name])
-        match = [path for path in here if path in held and tuple(held[path].shape) == here[path].shape]
+        matches[name] = [path for path in here if path in held and tuple(held[path].shape) == here[path].shape]
         lines += [f"{name}/{p}: not in {config.init_from}" for p in here if p not in held]
         lines += [f"{name}/{p}: only in {config.init_from}" for p in held if p not in here]
         lines += [
             f"{name}/{p}: {here[p].shape} here, {tuple(held[p].shape)} there"
             for p in here
-            if p in held and p not in match
+            if p in held and p not in matches[name]
         ]
-        wanted = unflatten({p: here[p] for p in match}, trainable[name])
-        read = _read(folder, {field[name]: {name: wanted}})[field[name]][name]
-        found = flatten(read)
-        taken += len(match)
-        trainable[name] = unflatten({**here, **found}, trainable[name])
-        if name in ema:
-            ema[name] = jax.tree.map(lambda x: x.copy(), trainable[name])
     if lines and not config.init_partial:
         shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
         raise UserError(
             f"the parameters of {config.init_from} are not those of this run ({shown}): set"
             " --config.init_partial=True to take those that fit."
         )
+    for name, match in matches.items():
+        if not match:
+            continue
+        here = flatten(trainable[name])
+        wanted = unflatten({path: here[path] for path in match}, trainable[name])
+        read = _read(folder, {field[name]: {name: wanted}})[field[name]][name]
+        trainable[name] = unflatten({**here, **flatten(read)}, trainable[name])
+        if name in ema:
+            ema[name] = jax.tree.map(lambda x: x.copy(), trainable[name])
+    taken = sum(map(len, matches.values()))
     if distributed.is_first():
         print(
             f"{taken} arrays of step {step} of {config.init_from} were taken, {len(lines)} were not"

@@ -1,5 +1,6 @@
 """Saving and restoring the TrainState of a run, by all of its processes together."""
 
+import contextlib
 import importlib.metadata
 import sys
 import threading
@@ -235,4 +236,5 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._writer.close()
+            with contextlib.suppress(Exception):  # it would raise what `wait` has told already
+                self._writer.close()

@@ -1,6 +1,7 @@
 """Measures this program beside PyTorch on this machine's CPU.
 
   python tools/benchmark.py train --output=benchmark.json      # about a quarter of an hour
+  python tools/benchmark.py sample --output=sampling.json      # about half an hour
   python tools/benchmark.py train --ours_only --workloads=decoder
 
 `train` times whole training steps in float32: forward, backward, clipping and optimizer. PyTorch's networks are those
@@ -9,9 +10,12 @@ of `transformers` (`pip install -e '.[parity]'`). Each reading is a process of i
     decoder     LlamaGen-B on 4 x 256 codes of 16384, all scored; beside LlamaForCausalLM
     tokenizer   LlamaGen's VQ-16 at 128 px, batch 2, without perceptual and adversarial loss; beside JanusVQVAE
 
-Each process also times the product of two 4096 x 4096 matrices before and after its steps. The machine's rate is the
-better of the two libraries', and a step's share of it is model FLOPs / seconds / rate: three forward passes' products,
-causal attention counted once, nothing for the optimizer.
+`sample` times the drawing of 4 x 256 codes with LlamaGen-B's shape, guidance and top-k 2000, beside LlamaGen's own
+sampler, those of `transformers`, and the time to read weights and cache once a token (`benchmark_sampling.py`).
+
+Each process of `train` also times the product of two 4096 x 4096 matrices before and after its steps. The machine's
+rate is the better of the two libraries', and a step's share of it is model FLOPs / seconds / rate: three forward passes'
+products, causal attention counted once, nothing for the optimizer.
 """
 
 import importlib.util
@@ -24,17 +28,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import benchmark_sampling
 import benchmark_workloads as workloads
 from absl import flags
 
 from imagegpt_jax import cli
 
-COMMANDS = ("train",)
 OUTPUT = flags.DEFINE_string("output", None, "Write the figures to this JSON file as well.")
-SECONDS = flags.DEFINE_float("seconds", 30.0, "Time steps for at least this long in each process.", lower_bound=0.0)
+SECONDS = flags.DEFINE_float(
+    "seconds",
+    30.0,
+    "Time for at least this long in each process; `sample` draws one set of images anyway.",
+    lower_bound=0.0,
+)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Processes of each side.", lower_bound=1)
 SIZE = flags.DEFINE_enum("size", "full", workloads.SIZES, "full, or tiny for tests.")
-WORKLOADS = flags.DEFINE_list("workloads", list(workloads.WORKLOADS), "Which to time: decoder, tokenizer.")
+WORKLOADS = flags.DEFINE_list("workloads", list(workloads.WORKLOADS), "Which `train` times: decoder, tokenizer.")
 OURS_ONLY = flags.DEFINE_boolean("ours_only", False, "Leave PyTorch out.")
 
 SCRIPTS = {"ours": "benchmark_jax.py", "torch": "benchmark_torch.py"}
@@ -139,14 +148,7 @@ def train() -> None:
     for workload in WORKLOADS.value:
         if workload not in workloads.WORKLOADS:
             raise cli.UserError(f"unknown workload {workload!r}.{cli.suggest(workload, workloads.WORKLOADS)}")
-    if not OURS_ONLY.value and importlib.util.find_spec("torch") is None:
-        raise cli.UserError(
-            "the comparison needs PyTorch: install it with `pip install -e '.[parity]'`, or give --ours_only."
-        )
-    load = os.getloadavg()[0]
-    print(f"{workloads.cores()} cores, load average {load:.2f}", file=sys.stderr)
-    if load > BUSY:
-        print("Other programs are running: trust the ratio a little, and the seconds not at all.", file=sys.stderr)
+    load = look_around()
     summaries, versions = {}, {"python": sys.version.split()[0]}
     for workload in WORKLOADS.value:
         readings: dict[str, list[dict[str, Any]]] = {
@@ -161,24 +163,61 @@ def train() -> None:
         units = units_per_step(workload, workloads.make_config(workload, SIZE.value))
         summaries[workload] = summarise(readings, units, workloads.GEMM_SIDE[SIZE.value])
     print(table(summaries))
+    report(load, versions, {"workloads": summaries})
+
+
+def sample() -> None:
+    """Runs `sample`.
+
+    Raises:
+      UserError: without PyTorch.
+    """
+    load = look_around()
+    rows, versions = benchmark_sampling.run(SIZE.value, REPEATS.value, SECONDS.value, OURS_ONLY.value)
+    print(benchmark_sampling.text(rows))
+    report(load, versions, {"rows": rows, "ratios": benchmark_sampling.ratios(rows)})
+
+
+def look_around() -> float:
+    """The load average, and a word about what else is running.
+
+    Raises:
+      UserError: without PyTorch, if it is needed.
+    """
+    if not OURS_ONLY.value and importlib.util.find_spec("torch") is None:
+        raise cli.UserError(
+            "the comparison needs PyTorch: install it with `pip install -e '.[parity]'`, or give --ours_only."
+        )
+    load = os.getloadavg()[0]
+    print(f"{workloads.cores()} cores, load average {load:.2f}", file=sys.stderr)
+    if load > BUSY:
+        print("Other programs are running: trust the ratio a little, and the seconds not at all.", file=sys.stderr)
+    return load
+
+
+def report(load: float, versions: Mapping[str, str], found: Mapping[str, Any]) -> None:
+    """Prints the versions, and writes everything to --output."""
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     if OUTPUT.value:
         about = {"size": SIZE.value, "cores": workloads.cores(), "load_average": load, "versions": versions}
-        pathlib.Path(OUTPUT.value).write_text(json.dumps({**about, "workloads": summaries}, indent=1) + "\n")
+        pathlib.Path(OUTPUT.value).write_text(json.dumps({**about, **found}, indent=1) + "\n")
         print(f"Wrote {OUTPUT.value}", file=sys.stderr)
 
 
-def take_command(arguments: list[str]) -> None:
+COMMANDS = {"train": train, "sample": sample}
+
+
+def take_command(arguments: list[str]) -> str:
     """Takes the sub-command out of the arguments; ends the program with one sentence if there is none that it knows."""
     if {"--help", "-h", "-help"} & set(arguments):
-        return
+        return "train"
     if len(arguments) < 2 or arguments[1].startswith("-"):
-        cli.fail("say what to measure: python tools/benchmark.py train. See --help.", cli.EXIT_USAGE)
+        cli.fail("say what to measure: python tools/benchmark.py train, or sample. See --help.", cli.EXIT_USAGE)
     command = arguments.pop(1)
     if command not in COMMANDS:
         cli.fail(f"unknown command {command!r}.{cli.suggest(command, COMMANDS)}", cli.EXIT_USAGE)
+    return command
 
 
 if __name__ == "__main__":
-    take_command(sys.argv)
-    cli.run(train)
+    cli.run(COMMANDS[take_command(sys.argv)])

@@ -133,11 +133,8 @@ def run(
         raise UserError(f"sample_indices has {indices.size} entries for {total} samples.")
     gpt = place(gpt, sampling.weights, mesh)
     steps = len(job.offsets)
-    shape = engine.Shape(job.start, job.size, len(job.prompts), job.without is not None, sampling.no_repeat)
-    settings = engine.Settings(
-        jnp.asarray(job.offsets), Filters.of(sampling), jnp.asarray(sampling.guidance(steps)), _array(job.bias)
-    )
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
+    shape, settings = plan(job, sampling)
+    keys = sample_keys(seed, indices)
     devices = 1 if mesh is None else sharding.batch_shards(mesh)
     tokens, scores = np.zeros((total, steps), np.int32), np.zeros(total, np.float32)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -145,7 +142,7 @@ def run(
             # The last tiles are filled with the last sample.
             samples = np.minimum(np.arange(first, first + tile * devices), total - 1)
             count = min(tile * devices, total - first)
-            rows = _rows(job, keys, samples.reshape(devices, tile), mesh)
+            rows = rows_of(job, keys, samples.reshape(devices, tile), mesh)
             state = engine.start(gpt, rows, settings, shape=shape)
             if on_step is not None:
                 on_step(1, _fetch(state.drawn)[:count])
@@ -161,7 +158,19 @@ def run(
     return Drawn(tokens, scores)
 
 
-def _rows(job: Job, keys: jax.Array, samples_DT: np.ndarray, mesh: Mesh | None) -> engine.Rows:
+def plan(job: Job, sampling: Sampling) -> tuple[engine.Shape, engine.Settings]:
+    """What is the same for all tiles of a job."""
+    shape = engine.Shape(job.start, job.size, len(job.prompts), job.without is not None, sampling.no_repeat)
+    guidance = jnp.asarray(sampling.guidance(len(job.offsets)))
+    return shape, engine.Settings(jnp.asarray(job.offsets), Filters.of(sampling), guidance, _array(job.bias))
+
+
+def sample_keys(seed: int, indices: np.ndarray) -> jax.Array:
+    """The key of each sample."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
+
+
+def rows_of(job: Job, keys: jax.Array, samples_DT: np.ndarray, mesh: Mesh | None = None) -> engine.Rows:
     """The rows of T samples on each of D devices: device by device, on each prompt by prompt."""
     groups = [*job.prompts, *([] if job.without is None else [job.without])]
     packed = {

@@ -152,7 +152,7 @@ class Checkpoints:
             self._finishing = None
         self.poll()
 
-    def restore(self, state: TrainState) -> tuple[TrainState, Manifest] | None:
+    def restore(self, state: TrainState, last: int | None = None) -> tuple[TrainState, Manifest] | None:
         """The newest checkpoint that verifies, in the shardings of `state`; None if there is none.
 
         Every file is read and compared with the manifest first, each process taking a share of them. A step that does
@@ -160,13 +160,14 @@ class Checkpoints:
 
         Args:
           state: a state, or an abstract one whose leaves carry shardings.
+          last: steps after this one are not looked at; None = all are.
 
         Raises:
           UserError: if there are checkpoints, and none of them verifies.
         """
         started = time.perf_counter()
         share = (jax.process_index(), jax.process_count())
-        found = folders.numbered(self._workdir)
+        found = [step for step in folders.numbered(self._workdir) if last is None or step <= last]
         distributed.meet()  # nobody changes the folder before all have listed it
         damaged = []
         for step in reversed(found):

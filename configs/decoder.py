@@ -1,4 +1,4 @@
-"""Stage 2, the decoder over text and image tokens: `--config=configs/decoder.py:size=emoji[,res=32]`.
+"""Stage 2, the decoder over text and image tokens: `--config=configs/decoder.py:size=emoji[,res=32]`, `:recipe=rar_B`.
 
 Sizes:
   test             seconds on a laptop: for tests; encodes images with an untrained tokenizer
@@ -7,6 +7,13 @@ Sizes:
   7B               LlamaGen's largest text-conditional shape, on classes like the others
   20B              text to image after Parti (arXiv:2206.10789): 128 words, 1024 codes of 8192, Adafactor. Parti is an
                    encoder-decoder; this is a decoder of about its size
+
+Recipes, published systems with all their numbers (`recipes.py`):
+  llamagen_B L XL XXL 3B   LlamaGen (arXiv:2406.06525), 300 epochs on ten crops
+  rar_B L XL XXL           RAR (arXiv:2411.00776): random order annealed to raster, adaptive norm, 1024 codes
+  imagegpt_S M L           ImageGPT (Chen et al. 2020): 32 px pictures as 1024 of 512 colours
+  after_dalle_mini         decoder with DALL-E mini's width, codes, text length and Distributed Shampoo
+  after_parti_20b          decoder with Parti's width, codes, text length and Adafactor
 """
 
 from typing import Any
@@ -50,8 +57,10 @@ PARTI = {"tokenizer": "vq16", "res": 512, "steps": 450_000, "batch_size": 8192, 
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the config of a size; `res` = 0 takes the size's own resolution."""
-    args = parse_arg(arg, size="emoji", res=0)
+    """Returns the config of a size or a recipe; `res` = 0 takes the size's own resolution."""
+    args = parse_arg(arg, size="emoji", res=0, recipe="")
+    if args.recipe:
+        return _of_recipe(args.recipe, args.res)
     model = choose("size", args.size, MODELS)
     run = {"20B": PARTI, **RUNS}.get(args.size, LLAMAGEN)
     small = args.size in RUNS
@@ -181,4 +190,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # --- A run whose parameters this one begins with; init_partial allows that some do not fit.
     config.init_from = ""
     config.init_partial = False
+    return config
+
+
+def _of_recipe(name: str, res: int) -> ConfigDict:
+    """The config of the size that a recipe starts from, with what differs."""
+    recipe = choose("recipe", name, sibling(__file__, "recipes.py").RECIPES)
+    config: Any = get_config(f"size={recipe.size},res={res or recipe.res}")
+    of_tokenizer = f"{recipe.tokenizer},res={res or recipe.res}"
+    config.untrained_tokenizer = sibling(__file__, "tokenizer.py").get_config(of_tokenizer)
+    config.untrained_tokenizer.update_from_flattened_dict(recipe.tokenizer_changes)
+    side = (res or recipe.res) // recipe.downsample
+    config.data.grid = (side, side)
+    for split in ("train_ops", "eval_ops"):
+        config.data[split] = config.untrained_tokenizer.data.eval_ops
+    config.update_from_flattened_dict(recipe.changes)
     return config

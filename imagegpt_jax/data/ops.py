@@ -194,6 +194,23 @@ def random_crop(size: Size) -> WindowFn:
     return window
 
 
+def ten_crop(size: Size) -> ImageFn:
+    """Cuts size x size or (height, width) from a corner or the middle, mirrored or not: one of the ten, at random."""
+    h, w = _pair(size)
+
+    def apply(image: Any, seed: Any) -> Any:
+        tf = import_tf()
+        height, width = _at_least(tf.shape(image)[0], tf.shape(image)[1], h, w)
+        down, right = height - h, width - w
+        corners = tf.stack([[0, 0], [0, right], [down, 0], [down, right], [down // 2, right // 2]])
+        number = tf.minimum(tf.cast(_uniform(seed, ()) * 10, tf.int32), 9)
+        corner = corners[number // 2]
+        image = tf.ensure_shape(image[corner[0] : corner[0] + h, corner[1] : corner[1] + w], (h, w, 3))
+        return tf.cond(number % 2 == 0, lambda: image, lambda: tf.reverse(image, [1]))
+
+    return apply
+
+
 def random_resized_crop(
     size: Size,
     scale: tuple[float, float] = (0.08, 1.0),
@@ -287,7 +304,8 @@ def _at_least(height: Any, width: Any, h: int, w: int) -> tuple[Any, Any]:
 OPS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        decode, resize, resize_small, central_crop, random_crop, random_resized_crop, pad_square, flip_lr, value_range
+        decode, resize, resize_small, central_crop, random_crop, random_resized_crop, ten_crop, pad_square,
+        flip_lr, value_range,
     )
 }  # fmt: skip
 CROPS = ("central_crop", "random_crop", "random_resized_crop")

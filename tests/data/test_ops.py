@@ -212,6 +212,24 @@ def fast_crop(data, seed):
 CACHE = {}
 
 
+def test_ten_crop():
+    """The four corners and the middle of 24 x 30, each as it is and mirrored: all ten, equally often."""
+    tf = ops.import_tf()
+    image = textured(24, 30)
+    corners = [(0, 0), (0, 10), (4, 0), (4, 10), (2, 5)]
+    crops = [image[y : y + 20, x : x + 20] for y, x in corners]
+    expected = [out for crop in crops for out in (crop, crop[:, ::-1])]
+    crop = tf.function(ops.ten_crop(20))
+    counts = np.zeros(10)
+    for seed in range(300):
+        out = crop(tf.constant(image), tf.constant([seed, 3], tf.int64)).numpy()
+        counts += [np.array_equal(out, e) for e in expected]
+    assert counts.sum() == 300
+    assert np.all(np.abs(counts - 30) < 5 * np.sqrt(27))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="smaller than the crop"):
+        crop(tf.constant(image[:10]), tf.constant([0, 0], tf.int64))
+
+
 def test_random_resized_crop():
     tf = ops.import_tf()
     window = tf.function(ops.random_resized_crop(32, scale=(0.2, 0.5), ratio=(0.5, 2.0)))

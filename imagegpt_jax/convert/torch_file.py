@@ -139,9 +139,9 @@ def read(path: pathlib.Path) -> Any:
       UserError: if the file is not of this format, or names something that is not on the list.
     """
     if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"{path} is not a zip as PyTorch has written since version 1.6: load it with torch and save it again."
-        )
+        from imagegpt_jax.convert import torch_legacy  # which is made of this module
+
+        return torch_legacy.read(path)
     with zipfile.ZipFile(path) as archive:
         entries = {name.partition("/")[2]: archive.getinfo(name) for name in archive.namelist()}
         if "data.pkl" not in entries:

@@ -47,7 +47,9 @@ def read(path: pathlib.Path) -> Any:
             if _load(stream, path) != MAGIC or _load(stream, path) != _PROTOCOL:
                 raise UserError(f"{path} was not written by torch.save: give a file of weights.")
             if not _load(stream, path).get("little_endian", True):
-                raise UserError(f"{path} was written on a machine of the other byte order: save it as safetensors there.")
+                raise UserError(
+                    f"{path} was written on a machine of the other byte order: save it as safetensors there."
+                )
             start = stream.tell()
             # Where storages lie is known after the tensors that use them: the tensors are read twice.
             offsets: dict[str, int] = {}

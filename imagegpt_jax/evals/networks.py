@@ -1,0 +1,130 @@
+"""The frozen networks that scores are made of, loaded from files and ready for `features.extract`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from imagegpt_jax import state
+from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.evals import resizing
+from imagegpt_jax.evals.features import Network
+from imagegpt_jax.models.pretrained import clip, dinov2, efficientnet, inception, weights
+
+Loader = Callable[[str, str], Network]
+
+
+def load(name: str, path: str, resize: str) -> Network:
+    """Loads a network.
+
+    Args:
+      name: such as "inception".
+      path: file of its weights; "" for the public file, downloaded once.
+      resize: how images come to its size, see `resizing`.
+
+    Raises:
+      UserError: if there is no such network, or its weights are missing or do not fit.
+    """
+    if name not in LOADERS:
+        raise UserError(f"unknown feature network {name!r}.{suggest(name, LOADERS)}")
+    return LOADERS[name](path, resize)
+
+
+def wrap(
+    name: str,
+    about: Mapping[str, str],
+    module: nnx.Module,
+    prepare: Callable[[np.ndarray], np.ndarray],
+    outputs: Callable[[Any, jax.Array], Mapping[str, jax.Array]],
+) -> Network:
+    """A network from a module; `outputs` calls it: (module, prepared images) -> {output: array}."""
+    graph, params = state.split(module)
+    return Network(name, about, prepare, _Apply(graph, outputs), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """A module's pure function; those of equal modules are equal, and compiled once."""
+
+    graph: Any
+    outputs: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
+
+    def __call__(self, params: Any, images: jax.Array) -> Mapping[str, jax.Array]:
+        return self.outputs(state.merge(self.graph, params), images)
+
+
+def _about(path: str, file: weights.File, flag: str) -> dict[str, str]:
+    found = path or str(weights.fetch(file, flag))
+    return {"path": found, "sha256": weights.sha256(found)}
+
+
+def _inception_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
+    found = module(images)
+    return {"pool": found.pool, "spatial": found.spatial, "logits": found.logits}
+
+
+def _inception(path: str, resize: str) -> Network:
+    if path:
+        module = inception.Inception.load(path)  # before its hash: tells what is wrong with the path
+    about = _about(path, inception.FILE, "--feature_weights=FILE")
+    if not path:
+        module = inception.Inception.load(about["path"])
+    prepare = resizing.to_size(resize, inception.SIZE)
+    return wrap("inception", about, module, prepare, _inception_outputs)
+
+
+def _clip(path: str, resize: str) -> Network:
+    del resize  # CLIP is defined with its own
+    _require(path, "clip", "model.safetensors of openai/clip-vit-base-patch32, or the folder that holds it")
+    module = clip.CLIP.load(path)
+    prepare = resizing.to_size("pil_bicubic_crop", module.size)
+    return wrap("clip", _about_folder(path), module, prepare, _clip_outputs)
+
+
+def _clip_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
+    return {"embedding": module.embed_images(images)}
+
+
+def _dinov2(path: str, resize: str) -> Network:
+    del resize
+    _require(path, "dinov2", "model.safetensors of facebook/dinov2-large, or the folder that holds it")
+    module = dinov2.DINOv2.load(path)
+    prepare = resizing.to_size("pil_bicubic_crop", dinov2.SIZE)
+    return wrap("dinov2", _about_folder(path), module, prepare, _pool_outputs)
+
+
+def _efficientnet(path: str, resize: str) -> Network:
+    file = path or efficientnet.packaged()
+    module = efficientnet.EfficientNetLite0.load(file)
+    prepare = resizing.to_size(resize, efficientnet.SIZE)
+    return wrap("efficientnet_lite0", {"path": file, "sha256": weights.sha256(file)}, module, prepare, _pool_outputs)
+
+
+def _pool_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
+    return {"pool": module(images)}
+
+
+def _require(path: str, name: str, file: str) -> None:
+    if not path:
+        raise UserError(f"no weights of {name}: give --feature_weights={name}=PATH, {file}.")
+
+
+def _about_folder(path: str) -> dict[str, str]:
+    """As `_about`, of a folder the hash of its file of weights."""
+    place = epath.Path(path)
+    if place.is_dir():
+        found = sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".bin"))
+        place = found[0]
+    return {"path": path, "sha256": weights.sha256(place)}
+
+
+LOADERS: Mapping[str, Loader] = {
+    "inception": _inception,
+    "clip": _clip,
+    "dinov2": _dinov2,
+    "efficientnet_lite0": _efficientnet,
+}

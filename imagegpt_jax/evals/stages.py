@@ -1,0 +1,375 @@
+"""Scores trained checkpoints: one flat mapping of scores, each beside a control that shows what it is worth.
+
+A tokenizer is scored by how well it reproduces images and how much of its codebook it uses; a decoder by how well it
+predicts tokens, and by whether the pictures that it draws can be told apart by what they should show.
+Heavy imports are inside the functions, so that a wrong flag is told at once.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from imagegpt_jax import cli
+from imagegpt_jax.evals.files import write
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from imagegpt_jax.api import Decoder, Tokenizer
+    from imagegpt_jax.data.sources import Source
+
+Scores = dict[str, float | int | str]
+SHOWN_PROMPTS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is to be scored, and how.
+
+    Attributes:
+      checkpoints: workdirs of a tokenizer, a decoder, or both.
+      output: JSON file to write.
+      data: data to score on; "" for the run's own validation data.
+      step: checkpoint step, with one checkpoint; None for the newest.
+      tokenizer: workdir of the image tokenizer; "" for the one that the decoder was trained with.
+      batch_size: examples scored at once; 0 for the run's own.
+      generation_prompts: prompts to draw pictures for; 0 leaves that score out.
+      samples_per_prompt: pictures of each prompt.
+      generation_data: pictures and captions to draw prompts from; "" for the decoder's training data.
+      seed: of the choice of prompts and of their pictures.
+      images_dir: folder for pictures of reconstructions and generations; "" for none.
+    """
+
+    checkpoints: Sequence[str]
+    output: str
+    data: str = ""
+    step: int | None = None
+    tokenizer: str = ""
+    batch_size: int = 0
+    generation_prompts: int = 100
+    samples_per_prompt: int = 4
+    generation_data: str = ""
+    seed: int = 0
+    images_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the printed table: a score and its control, by their keys."""
+
+    name: str
+    key: str
+    control: str = ""
+    control_key: str = ""
+
+
+TABLE = (
+    Line("reconstruction PSNR, dB", "tokenizer/val_psnr", "mean colour", "tokenizer/val_psnr_mean_color"),
+    Line("codebook usage", "tokenizer/codebook_usage"),
+    Line("codebook perplexity", "tokenizer/codebook_perplexity"),
+    Line("image bits per token", "decoder/val_image_bits_per_token", "unigram", "decoder/unigram_image_bits_per_token"),
+    Line("text bits per token", "decoder/val_text_bits_per_token", "unigram", "decoder/unigram_text_bits_per_token"),
+    Line("top-1 retrieval", "generation/retrieval_top1", "prompts shuffled", "generation/retrieval_top1_shuffled"),
+)
+
+
+def table(scores: Scores) -> str:
+    """The scores that are there, each with its control beside it."""
+    lines = []
+    for line in TABLE:
+        if line.key in scores:
+            text = f"{line.name:<26}{scores[line.key]:>10.4f}"
+            lines.append(text + (f"   {line.control:>16}{scores[line.control_key]:>10.4f}" if line.control else ""))
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set and the spec that opens it."""
+
+    spec: str
+    source: "Source"
+
+    @property
+    def about(self) -> Scores:
+        """Where a score is from."""
+        return {"data": self.spec, "data_fingerprint": self.source.fingerprint}
+
+
+class Subset:
+    """Some records of a source, in a given order."""
+
+    def __init__(self, source: "Source", indices: Sequence[int]):
+        self._source, self._indices = source, list(indices)
+        self.name, self.label_names, self.fingerprint = source.name, source.label_names, source.fingerprint
+        self.quarantine = None
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Records of the source."""
+        return self._source.__getitems__([self._indices[i] for i in indices])
+
+
+def progress(batches: Iterable[Any], name: str, examples: int, batch_size: int) -> Iterable[Any]:
+    """Batches with a progress bar."""
+    from tqdm import tqdm
+
+    return tqdm(batches, desc=name, unit="batch", total=-(-examples // batch_size), mininterval=1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+def score_tokenizer(settings: Settings, path: str, data: "Data", mesh: "Mesh") -> tuple[Scores, np.ndarray]:
+    """Scores of a tokenizer, and a picture of inputs over reconstructions (uint8 [H, W, C])."""
+    import jax
+
+    from imagegpt_jax import api, sharding
+    from imagegpt_jax.data import pipeline
+    from imagegpt_jax.evals import common, reconstruction
+    from imagegpt_jax.tasks import tokenizer as task
+
+    setup, params, step = api.read_tokenizer(path, settings.step)
+    config: Any = setup.config
+    batch_size = _batch_size(settings, config.eval_batch_size, mesh)
+    one_pass = {"rows": sharding.host_rows(mesh, batch_size), "shuffle": False, "epochs": 1, "columns": ("image",)}
+    batches = pipeline.Batches(data.source, ops=config.data.eval_ops, batch_size=batch_size, **one_pass)
+    with jax.set_mesh(mesh):
+        scores, grid = reconstruction.evaluate(
+            task.predict_fns(setup)["reconstruct"],
+            jax.device_put(common.to_host(params), sharding.replicated(mesh)),
+            progress(batches, "tokenizer", len(data.source), batch_size),
+            setup.model.quantizer.num_ids,
+            mesh,
+        )
+    names = {name: f"val_{name}" for name in ("psnr", "psnr_mean_color", "l1", "mse")}
+    about = {
+        "checkpoint": path,
+        "step": step,
+        **data.about,
+        "ops": config.data.eval_ops,
+        "num_codes": setup.model.quantizer.num_ids,
+    }
+    return {f"tokenizer/{names.get(name, name)}": value for name, value in (about | scores).items()}, grid
+
+
+def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data: "Data", mesh: "Mesh") -> Scores:
+    """Likelihoods of a decoder."""
+    import jax
+
+    from imagegpt_jax import sharding, state
+    from imagegpt_jax.data import pipeline
+    from imagegpt_jax.evals import common, likelihood
+    from imagegpt_jax.tasks import decoder as task
+
+    config, source = decoder.config, data.source
+    made_by = getattr(source, "info", {}).get("tokenizer", tok.fingerprint)
+    if made_by != tok.fingerprint:
+        raise cli.UserError(
+            f"the token shards {source.name} were made by another tokenizer ({made_by}) than {tok.path or 'this'}"
+            f" ({tok.fingerprint}): encode them again, or name their tokenizer by --tokenizer."
+        )
+    batch_size = _batch_size(settings, config.eval_batch_size, mesh)
+    one_pass = {"rows": sharding.host_rows(mesh, batch_size), "shuffle": False, "epochs": 1}
+    batches = pipeline.Batches(source, ops=config.data.eval_ops, batch_size=batch_size, **one_pass)
+    nll = task.predict_fns(decoder.setup)["nll"]
+
+    def packed() -> Iterator[dict[str, np.ndarray]]:
+        for batch in progress(batches, "decoder", len(source), batch_size):
+            codes = batch["codes"] if "codes" in batch else tok.encode(batch["image"])
+            rest = {name: value for name, value in batch.items() if name != "image"}
+            yield task.pack(decoder.setup, {**rest, "codes": codes}, train=False)
+
+    _, params = state.split(decoder.gpt)
+    with jax.set_mesh(mesh):
+        scores = likelihood.evaluate(
+            lambda params, batch: (nll(params, batch), batch["targets"]),
+            jax.device_put(common.to_host(params), sharding.replicated(mesh)),
+            packed(),
+            decoder.setup.space.vocab_size,
+            mesh,
+        )
+    about = {
+        "checkpoint": decoder.path,
+        "step": decoder.step,
+        "tokenizer_checkpoint": tok.path,
+        "tokenizer_fingerprint": tok.fingerprint,
+        **data.about,
+        "images": len(source),
+    }
+    return {
+        f"decoder/{name if name in about or name.startswith('unigram') else f'val_{name}'}": value
+        for name, value in (about | scores).items()
+    }
+
+
+def score_generation(
+    settings: Settings, decoder: "Decoder", tok: "Tokenizer", data: "Data"
+) -> tuple[Scores, np.ndarray]:
+    """Retrieval of drawn pictures, and a picture (uint8 [H, W, 3]) of some references, each before its samples."""
+    from tqdm import tqdm
+
+    from imagegpt_jax import api, images
+    from imagegpt_jax.data import pipeline
+    from imagegpt_jax.evals import generation
+
+    config, source = decoder.config, data.source
+    use_labels = by_class(config)
+
+    def shown(record: dict[str, Any]) -> Any:
+        """What a record shows: its concept where the set knows it, else its class or caption."""
+        return record["label"] if use_labels else record.get("concept", record["captions"][0])
+
+    chosen = generation.choose_distinct(
+        lambda numbers: [shown(record) for record in source.__getitems__(numbers)],
+        len(source),
+        settings.generation_prompts,
+        settings.seed,
+    )
+    subset, each = Subset(source, chosen.tolist()), settings.samples_per_prompt
+    records = subset.__getitems__(range(len(subset)))
+    batches = pipeline.Batches(
+        subset, ops=config.data.eval_ops, batch_size=len(subset), shuffle=False, epochs=1, columns=("image",)
+    )
+    references_PHWC = images.to_uint8(next(iter(batches))["image"])
+    batches.close()
+
+    sampling = decoder.sampling()
+    prompts = [decoder.setup.labels[r["label"]] if use_labels else r["captions"][0] for r in records]
+    stream = api.generate_tiles(
+        decoder,
+        tok,
+        [""] * len(records) if use_labels else prompts,
+        [record["label"] if use_labels else None for record in records],
+        sampling=sampling,
+        seed=settings.seed,
+        num_images=each,
+    )
+    drawn = []
+    with tqdm(total=len(records) * each, desc="generation", unit="image", mininterval=1.0) as bar:
+        for tile in stream:
+            drawn.append(tile)
+            bar.update(len(tile))
+    samples = np.concatenate(drawn)
+    samples_PSHWC = samples.reshape(len(records), each, *samples.shape[1:])
+    about = {
+        **data.about,
+        "prompts": len(records),
+        "samples_per_prompt": each,
+        "seed": settings.seed,
+        "filter": f"box {generation.THUMBNAIL} x {generation.THUMBNAIL}",
+        **dataclasses.asdict(sampling),
+    }
+    scores = about | generation.retrieval(samples_PSHWC, references_PHWC, settings.seed)
+    tiles = [
+        images.Tile(prompt, [reference, *drawings])
+        for prompt, reference, drawings in zip(prompts, references_PHWC, samples_PSHWC, strict=True)
+    ]
+    return {f"generation/{name}": value for name, value in scores.items()}, images.grid(tiles[:SHOWN_PROMPTS])
+
+
+def _batch_size(settings: Settings, default: int, mesh: "Mesh") -> int:
+    """The batch size asked for, or the run's, which is rounded up to fit the devices."""
+    from imagegpt_jax import sharding
+
+    parts = sharding.batch_shards(mesh)
+    if settings.batch_size:
+        sharding.check_batch_size(settings.batch_size, mesh)
+    return settings.batch_size or -(-default // parts) * parts
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def stages(settings: Settings) -> dict[str, str]:
+    """Task -> workdir, for the checkpoints that are named, each of which has been found to be there."""
+    from imagegpt_jax import config as config_lib
+
+    found: dict[str, str] = {}
+    for path in settings.checkpoints:
+        task: Any = config_lib.load(path).task
+        if task in found:
+            raise cli.UserError(f"{found[task]} and {path} are both a {task}: score them one at a time.")
+        found[task] = path
+    if settings.step is not None and len(found) > 1:
+        raise cli.UserError("--step needs a single --checkpoint: score them one at a time.")
+
+    from imagegpt_jax import checkpoint  # imports JAX, for whose start a wrong folder should not wait
+
+    for path in found.values():
+        checkpoint.choose_step(path, settings.step)
+    return found
+
+
+def by_class(config: Any) -> bool:
+    """Whether a decoder draws classes, not words."""
+    return config.data.text_length <= int(config.data.use_labels)
+
+
+def open_data(settings: Settings, found: Mapping[str, str]) -> dict[str, Data]:
+    """Opens what each stage, and "generation", is scored on."""
+    from imagegpt_jax import api
+    from imagegpt_jax.data import sources
+
+    opened = {}
+    for task, path in found.items():
+        spec = settings.data or api.read_config(path, task).data.validation
+        opened[task] = Data(spec, sources.open_source(spec, require="image" if task == "tokenizer" else None))
+    if "decoder" in found and settings.generation_prompts:
+        config = api.read_config(found["decoder"], "decoder")
+        spec = source_of(settings.generation_data or config.data.train)
+        opened["generation"] = Data(spec, sources.open_source(spec, require="image"))
+        sources.open_source(spec, require="label" if by_class(config) else "captions")
+    return opened
+
+
+def source_of(spec: str) -> str:
+    """For token shards, the pictures that they were encoded from; else the data set itself."""
+    from imagegpt_jax.data import sources
+
+    source = sources.open_source(spec)
+    if "codes" not in source.__getitems__([0])[0]:
+        return spec
+    made_of = getattr(source, "info", {}).get("source", "")
+    if not made_of:
+        raise cli.UserError(f"{source.name} does not say which pictures it was made of: give --generation_data.")
+    return made_of
+
+
+def score(settings: Settings) -> None:
+    """Scores together with the other processes, the first of which writes."""
+    output = epath.Path(settings.output)
+    found = stages(settings)
+
+    import jax
+
+    from imagegpt_jax import api, distributed, images, sharding
+
+    opened = open_data(settings, found)
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    scores: Scores = {"version": importlib.metadata.version("imagegpt_jax"), "jax_version": jax.__version__}
+    shown: dict[str, np.ndarray] = {}
+    if "tokenizer" in found:
+        values, shown["reconstructions"] = score_tokenizer(settings, found["tokenizer"], opened["tokenizer"], mesh)
+        scores |= values
+    if "decoder" in found:
+        decoder = api.load_decoder(found["decoder"], settings.step, tokenizer=settings.tokenizer or None)
+        tok = decoder.load_tokenizer()
+        scores |= score_decoder(settings, decoder, tok, opened["decoder"], mesh)
+        if "generation" in opened:
+            values, shown["generations"] = score_generation(settings, decoder, tok, opened["generation"])
+            scores |= values
+
+    if not distributed.is_first():
+        return
+    write(output, (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode())
+    for name, picture in shown.items() if settings.images_dir else ():
+        write(epath.Path(settings.images_dir) / f"{name}.png", images.png_bytes(picture, {"checkpoints": found}))
+    print(f"{table(scores)}\n\nAll scores: {output}")

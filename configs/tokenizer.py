@@ -172,6 +172,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "spatial_norm": False,
         "frames": 0,
         "decoder": True,
+        "logit_laplace": False,
         "conv_impl": "auto",
         "remat": False,
         "dtype": "float32" if small else "bfloat16",
@@ -212,6 +213,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.loss = {
         "l1": 0.0,
         "l2": 1.0,
+        "logit_laplace": 0.0,
         "lpips": 0.0 if small else 1.0,
         "lpips_weights": "",
         "gan": 0.5,

@@ -34,6 +34,7 @@ class LossConfig:
     Attributes:
       l1: weight of the mean absolute error.
       l2: weight of the mean squared error.
+      logit_laplace: weight of the pixels' negative log likelihood (arXiv:2102.12092), with `model.logit_laplace`.
       lpips: weight of the perceptual distance; 0 = off.
       lpips_weights: safetensors file made by `tools/convert_lpips.py`, needed if `lpips` > 0.
       gan: weight of the adversarial loss on the generator.
@@ -60,6 +61,7 @@ class LossConfig:
     lecam: float = 0.0
     lecam_decay: float = 0.999
     r1: float = 0.0
+    logit_laplace: float = 0.0
 
     def __post_init__(self):
         choose("gan_kind", self.gan_kind, GAN_LOSSES)
@@ -134,21 +136,31 @@ def gradients(
         model: Any = net.module(state_lib.join(params, frozen))
         quantized = model.quantize(model.encode(images_BHWC))
         features = model.decode_features(quantized.zq)
-        return (model.to_pixels(features), quantized.loss), (quantized, features)
+        return (model.output(features), quantized.loss), (quantized, features)
 
     params = state.trainable["generator"]
-    (recon_BHWC, quantizer_loss), pullback, (quantized, features) = jax.vjp(forward, params, has_aux=True)
+    (output_BHWC, quantizer_loss), pullback, (quantized, features) = jax.vjp(forward, params, has_aux=True)
 
-    def reconstruction_loss(recon: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def pixels(output: jax.Array) -> jax.Array:
+        model: Any = net.module(state.params("generator"))
+        return model.pixels(output)
+
+    recon_BHWC = pixels(output_BHWC)
+
+    def reconstruction_loss(output: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        recon = pixels(output)
         parts = {"l1": losses.l1(recon, images_BHWC), "l2": losses.l2(recon, images_BHWC)}
         total = loss.l1 * parts["l1"] + loss.l2 * parts["l2"]
+        if loss.logit_laplace:
+            parts["logit_laplace"] = losses.logit_laplace(*jnp.split(output, 2, axis=-1), images_BHWC)
+            total = total + loss.logit_laplace * parts["logit_laplace"]
         if loss.lpips:
             perceptual: Any = networks["perceptual"].module(state.frozen["perceptual"])
             parts["lpips"] = perceptual(recon, images_BHWC).mean()
             total = total + loss.lpips * parts["lpips"]
         return total, parts
 
-    (rec_loss, parts), cotangent = jax.value_and_grad(reconstruction_loss, has_aux=True)(recon_BHWC)
+    (rec_loss, parts), cotangent = jax.value_and_grad(reconstruction_loss, has_aux=True)(output_BHWC)
     total = rec_loss + quantizer_loss
     values = {
         "reconstruction": metrics.mean(rec_loss),
@@ -163,8 +175,8 @@ def gradients(
         critic = _critic(networks, state)
         generator_loss, _ = GAN_LOSSES[loss.gan_kind]
         gan_loss, gan_cotangent = jax.value_and_grad(
-            lambda recon: generator_loss(critic(state.trainable["discriminator"], recon))
-        )(recon_BHWC)
+            lambda output: generator_loss(critic(state.trainable["discriminator"], pixels(output)))
+        )(output_BHWC)
         weight = jnp.asarray(loss.gan, recon_BHWC.dtype)
         if loss.adaptive:
             weight = weight * losses.adaptive_weight(
@@ -239,14 +251,14 @@ def _critic(networks: Mapping[str, Network], state: TrainState) -> Callable[[sta
 
 
 def _last_layer_gradient(net: Network, state: TrainState, features: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """Gradient of a loss with respect to the last layer's kernel, from its cotangent at the image."""
+    """Gradient of a loss with respect to the last layer's kernel, from its cotangent at that layer's output."""
     params = jax.lax.stop_gradient(state.params("generator"))
 
-    def pixels(kernel: jax.Array) -> jax.Array:
+    def output(kernel: jax.Array) -> jax.Array:
         model: Any = net.module(params)
         model.decoder.conv_out.kernel[...] = kernel
-        return model.to_pixels(jax.lax.stop_gradient(features))
+        return model.output(jax.lax.stop_gradient(features))
 
     module: Any = net.module(params)
-    _, pull = jax.vjp(pixels, module.decoder.conv_out.kernel[...])
+    _, pull = jax.vjp(output, module.decoder.conv_out.kernel[...])
     return pull(cotangent)[0]

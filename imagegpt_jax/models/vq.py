@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import sharding
+from imagegpt_jax import losses, sharding
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.models import conv, layers, temporal
 from imagegpt_jax.models.quantizers import Quantized, Quantizer, QuantizerConfig
@@ -46,6 +46,7 @@ class VQConfig:
       frames: frames of a film that become one grid of codes, with convolutions along time, see `temporal.Frames`;
         0 = a tokenizer of images.
       decoder: whether there is one; some published tokenizers come without.
+      logit_laplace: the decoder ends in a distribution of each pixel, `losses.logit_laplace`, with twice the channels.
       norm_groups: groups of every group normalisation.
       conv_impl: "auto", "xla" or "winograd"; see `conv.Conv`.
       remat: whether to recompute each block in the backward pass instead of keeping its activations.
@@ -72,6 +73,7 @@ class VQConfig:
     spatial_norm: bool = False
     frames: int = 0
     decoder: bool = True
+    logit_laplace: bool = False
     norm_groups: int = 32
     conv_impl: str = "auto"
     remat: bool = False
@@ -262,7 +264,8 @@ class Decoder(nnx.Module):
             for i in reversed(range(len(widths)))
         )
         self.norm_out = norm(widths[0], key=jax.random.fold_in(keys[2], 0))
-        self.conv_out = make_conv(widths[0], config.image_channels * config.stem_patch**2, key=keys[2])
+        channels = config.image_channels * (2 if config.logit_laplace else 1)
+        self.conv_out = make_conv(widths[0], channels * config.stem_patch**2, key=keys[2])
         self.config = config
 
     def features(
@@ -279,10 +282,10 @@ class Decoder(nnx.Module):
             x = level(x, codes_BhwZ)
         return nnx.swish(conv.normalize(self.norm_out, x, codes_BhwZ))
 
-    def to_pixels(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def output(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """The last convolution, and depth-to-space."""
-        pixels = self.conv_out(features_BHWC)
-        return conv.depth_to_space(pixels, self.config.stem_patch).astype(layers.wide(pixels.dtype))
+        output = self.conv_out(features_BHWC)
+        return conv.depth_to_space(output, self.config.stem_patch).astype(layers.wide(output.dtype))
 
 
 def _projection(
@@ -342,10 +345,21 @@ class VQModel(nnx.Module):
         codes_BhwZ = zq_BhwZ if self.config.spatial_norm else None
         return self.decoder.features(_project(self.post_quant_conv, zq_BhwZ), codes_BhwZ)
 
-    def to_pixels(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """The decoder's last layer: features -> images, float32 (float64 in float64), not clipped to [-1, 1]."""
+    def output(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """The decoder's last layer, float32 (float64 in float64): images, or with `logit_laplace` means and log scales
+        of the pixels' logits, one after the other in the channels."""
         assert self.decoder is not None
-        return self.decoder.to_pixels(features_BHWC)
+        return self.decoder.output(features_BHWC)
+
+    def pixels(self, output_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """What the last layer gives -> images, not clipped to [-1, 1]."""
+        if not self.config.logit_laplace:
+            return output_BHWC
+        return losses.logit_laplace_pixels(output_BHWC[..., : self.config.image_channels])
+
+    def to_pixels(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Features -> images, float32 (float64 in float64), not clipped to [-1, 1]."""
+        return self.pixels(self.output(features_BHWC))
 
     def decode(self, zq_BhwZ: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
         """Quantized codes -> images."""

@@ -63,6 +63,11 @@ def _build(
     """`perceptual` names the network of the perceptual loss, if there is one."""
     model = to_dataclass(vq.VQConfig, config.model)
     loss = to_dataclass(gan.LossConfig, config.loss)
+    if bool(loss.logit_laplace) != model.logit_laplace:
+        raise UserError(
+            f"loss.logit_laplace={loss.logit_laplace} and model.logit_laplace={model.logit_laplace} go together: the"
+            " loss is of the distributions that the decoder then gives."
+        )
     networks = {"generator": state_lib.network(lambda key: vq.VQModel(model, key=key))}
     optimizers = {"generator": optim.make(config.optim, config.steps, networks["generator"].axes)}
     if loss.gan_start >= 0:

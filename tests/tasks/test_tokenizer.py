@@ -112,6 +112,28 @@ def test_discriminator_sees_real_and_fake_apart():
     assert_trees_close(update["discriminator"], expected)
 
 
+def test_logit_laplace_is_the_likelihood_of_what_the_decoder_gives():
+    _, setup = make(**{"model.logit_laplace": True, "loss.logit_laplace": 0.5, "loss.l2": 0.3, "loss.gan_start": -1})
+    made, update, values = updates(setup, "reconstruction")
+
+    def loss(params):
+        model = setup.networks["generator"].module(params)
+        quantized = model.quantize(model.encode(IMAGES))
+        output = model.output(model.decode_features(quantized.zq))
+        assert output.shape == (4, 16, 16, 6)
+        nll = losses.logit_laplace(output[..., :3], output[..., 3:], IMAGES)
+        recon = losses.logit_laplace_pixels(output[..., :3])
+        return 0.5 * nll + 0.3 * losses.l2(recon, IMAGES) + quantized.loss, (nll, recon)
+
+    expected, (nll, recon) = jax.jit(jax.grad(loss, has_aux=True))(made.trainable["generator"])
+    assert_trees_close(update["generator"], expected)
+    np.testing.assert_allclose(values["logit_laplace"].compute(), nll, rtol=1e-5)
+    shown = tokenizer.predict_fns(setup)["reconstruct"](made.params("generator"), IMAGES)[0]
+    np.testing.assert_allclose(shown, recon, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="go together"):
+        make(**{"loss.logit_laplace": 0.5})
+
+
 def test_phases_follow_the_start_step():
     _, setup = make(**{"loss.gan_start": 3})
     assert [tokenizer.phase(setup, s) for s in (0, 2, 3, 9)] == ["reconstruction"] * 2 + ["adversarial"] * 2

@@ -1,0 +1,243 @@
+"""Trains the same tokenizer with each quantizer and compares them: docs/quantizers.json and docs/quantizers.md.
+
+  python tools/compare_quantizers.py                          # every quantizer that is not kept yet at these steps
+  python tools/compare_quantizers.py --quantizers=fsq,ibq     # these alone; again if they are kept already
+  python tools/compare_quantizers.py --render                 # only write the page from what is kept
+
+All see the same pictures in the same order for the same number of steps, at the same rate (bits for each vector) and,
+to a few parts in a thousand, with the same number of parameters. A run that was cut short goes on from its checkpoint.
+"""
+
+import functools
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from imagegpt_jax import cli
+from imagegpt_jax.config import sibling
+
+STEPS = flags.DEFINE_integer("steps", 100, "Training steps of each quantizer.", lower_bound=1)
+SIZE = flags.DEFINE_string("size", "emoji", "Size of configs/tokenizer.py.")
+QUANTIZERS = flags.DEFINE_list("quantizers", [], "Train and score these alone; all that are missing by default.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/quantizers", "Folder for the training runs.")
+RENDER = flags.DEFINE_bool("render", False, "Only write the page from what is kept.")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+KEPT, PAGE = ROOT / "docs" / "quantizers.json", ROOT / "docs" / "quantizers.md"
+TIMED_STEPS = 5
+NAMES = {
+    "vq": "VQ, on the unit sphere",
+    "vq_plain": "VQ",
+    "vq_ema": "VQ, moving averages",
+    "ibq": "IBQ",
+    "fsq": "FSQ",
+    "lfq": "LFQ",
+    "bsq": "BSQ",
+    "residual": "RQ",
+    "grouped": "VQ, grouped",
+}
+
+
+def train(name: str, workdir: pathlib.Path) -> None:
+    """Trains a quantizer, or goes on with its training.
+
+    Raises:
+      UserError: if it fails.
+    """
+    command = [
+        sys.executable, "-m", "imagegpt_jax.train", f"--config=configs/tokenizer.py:size={SIZE.value},quantizer={name}",
+        f"--workdir={workdir}", f"--config.steps={STEPS.value}", f"--config.eval_every={STEPS.value}",
+    ]  # fmt: skip
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise cli.UserError(f"training {name} failed: its last words are above; the same command goes on with it.")
+
+
+def pictures(config: Any) -> np.ndarray:
+    """uint8 [N, H, W, C]: the validation split of a run."""
+    from imagegpt_jax.data import pipeline, sources
+    from imagegpt_jax.images import to_uint8
+
+    source = sources.open_source(config.data.validation)
+    batches = pipeline.Batches(
+        source, ops=config.data.eval_ops, batch_size=64, shuffle=False, epochs=1, columns=("image",)
+    )
+    parts = [to_uint8(batch["image"][batch["mask"]]) for batch in batches]
+    batches.close()
+    return np.concatenate(parts)
+
+
+def thumbnails(images_NHWC: np.ndarray) -> np.ndarray:
+    """Features for KID, [N, 768]: pictures averaged down to 16 x 16, in [-1, 1]."""
+    from imagegpt_jax.evals.generation import box_downsample
+
+    return box_downsample(images_NHWC / 127.5 - 1).reshape(len(images_NHWC), -1)
+
+
+def score(tok: Any, real_NHWC: np.ndarray) -> dict[str, float]:
+    """PSNR, KID of reconstructions and use of the codes of a tokenizer, on these pictures."""
+    from imagegpt_jax.evals import common, kernels
+    from imagegpt_jax.images import to_uint8
+
+    codes_NL = tok.encode(real_NHWC)
+    fake_NHWC = to_uint8(tok.decode(codes_NL))
+    error_N = np.mean(np.square(real_NHWC.astype(np.float64) - fake_NHWC), axis=(1, 2, 3))
+    counts_K = np.bincount(codes_NL.ravel(), minlength=tok.num_codes)
+    return {
+        "psnr": float(np.mean(10 * np.log10(255**2 / np.maximum(error_N, 1e-6)))),
+        "kid": kernels.mmd2_unbiased(thumbnails(fake_NHWC), thumbnails(real_NHWC)),
+        "codebook_usage": float(np.mean(counts_K > 0)),
+        "code_entropy_bits": common.entropy_bits(counts_K),
+        "images": len(real_NHWC),
+    }
+
+
+def controls(real_NHWC: np.ndarray) -> dict[str, float]:
+    """KID of one half of the pictures against the other, and of all replaced by their mean colours."""
+    from imagegpt_jax.evals import kernels
+
+    order = np.random.default_rng(0).permutation(len(real_NHWC))
+    half = len(order) // 2
+    features = thumbnails(real_NHWC)
+    flat = np.broadcast_to(real_NHWC.mean((1, 2), keepdims=True), real_NHWC.shape)
+    return {
+        "halves": kernels.mmd2_unbiased(features[order[:half]], features[order[half : 2 * half]]),
+        "mean_color": kernels.mmd2_unbiased(thumbnails(flat), features),
+    }
+
+
+def step_seconds(config: Any) -> float:
+    """Seconds of a training step on this machine, the least of a few."""
+    import jax
+
+    from imagegpt_jax.tasks import tokenizer as task
+
+    setup = task.setup(config)
+    state = jax.jit(functools.partial(task.init_state, setup))(jax.random.key(0))
+    batches = task.batches(setup, "train", batch_size=config.batch_size)
+    batch = {"image": next(iter(batches))["image"]}
+    batches.close()
+    step = jax.jit(functools.partial(task.train_step, setup, "reconstruction"), donate_argnums=0)
+    times = []
+    for _ in range(1 + TIMED_STEPS):
+        started = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, batch))
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def compare(name: str) -> dict[str, Any]:
+    """Everything about one quantizer."""
+    import jax
+
+    import imagegpt_jax as ig
+    from imagegpt_jax import api, state
+
+    workdir = ROOT / WORKDIR.value / f"{SIZE.value}-{STEPS.value}" / name
+    train(name, workdir)
+    setup, params, step = api.read_tokenizer(workdir)
+    quantizer = setup.model.quantizer
+    real_NHWC = pictures(setup.config)
+    config = sibling(str(ROOT / "configs" / "x.py"), "tokenizer.py").get_config(f"size={SIZE.value},quantizer={name}")
+    return {
+        "name": name,
+        "steps": step,
+        "size": SIZE.value,
+        "parameters": state.count_params(params),
+        "codes": f"{quantizer.codes_per_vector} of {quantizer.num_codes}",
+        "bits": quantizer.codes_per_vector * math.log2(quantizer.num_codes),
+        **score(ig.load_tokenizer(workdir), real_NHWC),
+        "kid_controls": controls(real_NHWC),
+        "step_seconds": step_seconds(config),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def kept() -> dict[str, dict[str, Any]]:
+    """Name -> what is kept of it."""
+    return {report["name"]: report for report in json.loads(KEPT.read_text())} if KEPT.exists() else {}
+
+
+def keep(reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the reports, one line each."""
+    ordered = [reports[name] for name in NAMES if name in reports]
+    KEPT.write_text("[\n" + ",\n".join(json.dumps(report) for report in ordered) + "\n]\n")
+
+
+def table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """The page's table, best PSNR first."""
+    lines = [
+        "| quantizer | codes of a vector | parameters | PSNR dB | KID x 1000 | codes used | entropy bits | s / step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for report in sorted(reports, key=lambda r: -r["psnr"]):
+        lines.append(
+            f"| {NAMES[report['name']]} | {report['codes']} | {report['parameters']:,} | {report['psnr']:.2f} |"
+            f" {1000 * report['kid']:.2f} | {report['codebook_usage']:.0%} | {report['code_entropy_bits']:.2f} |"
+            f" {report['step_seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def page(reports: Sequence[Mapping[str, Any]]) -> str:
+    """The whole page.
+
+    Raises:
+      UserError: if the reports are not of equal steps, pictures and rate, and of nearly equal parameters.
+    """
+    first = reports[0]
+    for key in ("steps", "size", "images", "bits"):
+        if len({report[key] for report in reports}) > 1:
+            raise cli.UserError(f"the kept quantizers differ in {key}: train those of another {key} again.")
+    counts = [report["parameters"] for report in reports]
+    if max(counts) > 1.01 * min(counts):
+        raise cli.UserError(f"the kept quantizers have {min(counts):,} to {max(counts):,} parameters, over 1% apart.")
+    nothing = {key: 1000 * value for key, value in first["kid_controls"].items()}
+    return f"""# Quantizers beside each other
+
+Written by `python tools/compare_quantizers.py` from [quantizers.json](quantizers.json). Each row is the tokenizer
+`configs/tokenizer.py:size={first["size"]},quantizer=NAME` after **{first["steps"]} steps** on the same pictures in the
+same order, {first["bits"]:g} bits for each vector, scored on the {first["images"]} validation pictures, whose concepts
+were not trained on. {first["steps"]} steps are few: the table compares how the quantizers begin, not where they end.
+
+{table(reports)}
+
+*KID* is the unbiased squared maximum mean discrepancy with the cubic kernel of arXiv:1801.01401 between reconstructions
+and originals, on pictures averaged down to 16 x 16 (no network). For scale: one half of the originals against the other
+gives {nothing["halves"]:.2f}, and pictures replaced by their mean colour {nothing["mean_color"]:.2f}. *Codes used* and
+*entropy* are of the codes of the validation pictures, at most {first["bits"]:g} bits where a vector has one code.
+*s / step* is the least of {TIMED_STEPS} training steps in one process on one `{first["device"]}` device of the machine
+that trained it, with other work beside it.
+"""
+
+
+def main() -> None:
+    """Trains what is missing and writes the page."""
+    reports = kept()
+    if not RENDER.value:
+        unknown = set(QUANTIZERS.value) - set(NAMES)
+        if unknown:
+            raise cli.UserError(f"unknown quantizers {', '.join(sorted(unknown))}: known are {', '.join(NAMES)}.")
+        wanted = QUANTIZERS.value or [
+            name
+            for name in NAMES
+            if [reports.get(name, {}).get(key) for key in ("steps", "size")] != [STEPS.value, SIZE.value]
+        ]
+        for i, name in enumerate(wanted, 1):
+            print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)
+            reports[name] = compare(name)
+            keep(reports)
+    if not reports:
+        raise cli.UserError(f"nothing is kept in {KEPT}: run without --render first.")
+    PAGE.write_text(page(list(reports.values())))
+
+
+if __name__ == "__main__":
+    cli.run(main)

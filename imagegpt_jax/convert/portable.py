@@ -251,8 +251,9 @@ def export(portable: Portable, name: str, target: pathlib.Path) -> None:
         raise UserError(
             f"{portable.path} is a {portable.kind}, and {layout.title} a {layout.kind}: choose another layout."
         )
-    same = name == portable.published
-    about = dict(portable.about) if same else layout.about(portable.config, portable.layout)
+    about = dict(portable.about) if name == portable.published else {}
+    if "model_type" not in about:  # else it is the whole of what was published
+        about = layout.about(portable.config, portable.layout) | about
     misfits = layout.misfits(portable.config, about)
     if misfits:
         raise UserError(f"{portable.path} is no {layout.title}: that has no {', '.join(misfits)}.")

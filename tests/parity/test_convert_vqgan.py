@@ -1,0 +1,137 @@
+"""VQGANs of taming-transformers, of dalle-mini and of MaskGIT against PyTorch references under their names."""
+
+import numpy as np
+import pytest
+import torch
+from flax import serialization
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+import imagegpt_jax as ig
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.convert import command
+from tests.parity import references
+
+pytestmark = pytest.mark.parity
+
+LEVELS, SIDE, GRID = 3, 16, 4
+IMAGES = np.random.default_rng(1).uniform(-1, 1, (2, SIDE, SIDE, 3)).astype(np.float32)
+NCHW = torch.tensor(IMAGES).permute(0, 3, 1, 2)
+CODES = np.random.default_rng(2).integers(0, 64, (2, GRID, GRID))
+
+
+@pytest.fixture(scope="module")
+def taming():
+    """Janus' VQVAE is the network of taming's `VQModel`, whose decoder counts levels from the highest resolution."""
+    config = JanusVQVAEConfig(
+        base_channels=32,
+        channel_multiplier=[1, 1, 2],
+        latent_channels=16,
+        embed_dim=12,
+        num_embeddings=64,
+        num_patches=4,
+    )
+    reference = references.randomize(JanusVQVAE(config), 0.05)
+    renamed = {}
+    for name, tensor in reference.state_dict().items():
+        parts = name.split(".")
+        if parts[1] == "up":
+            parts[2] = str(LEVELS - 1 - int(parts[2]))
+        renamed[".".join(parts)] = tensor
+    with torch.no_grad():
+        codes = reference.encode(NCHW).image_tokens.numpy()
+        entries = reference.quantize.embedding(torch.tensor(CODES)).permute(0, 3, 1, 2)
+        pixels = reference.decoder(reference.post_quant_conv(entries)).permute(0, 2, 3, 1).numpy()
+    return renamed, codes, pixels
+
+
+def check(path, codes, pixels):
+    tok = ig.load_tokenizer(path, rows=1)
+    np.testing.assert_array_equal(tok.encode(IMAGES).ravel(), codes.ravel())
+    assert len(np.unique(codes)) > 3
+    expected = np.clip(pixels, -1, 1)
+    np.testing.assert_allclose(tok.decode(CODES.reshape(2, -1)), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    return tok
+
+
+def test_taming_from_a_lightning_checkpoint(taming, tmp_path):
+    renamed, codes, pixels = taming
+    extra = {"loss.discriminator.main.0.weight": torch.zeros(3), "loss.logvar": torch.zeros(())}
+    torch.save({"epoch": 3, "state_dict": {**renamed, **extra}, "lr_schedulers": []}, tmp_path / "last.ckpt")
+    check(tmp_path / "last.ckpt", codes, pixels)
+
+
+def test_taming_round_trip(taming, tmp_path):
+    (tmp_path / "folder").mkdir()
+    save_file(taming[0], tmp_path / "folder/model.safetensors")
+    command.convert(tmp_path / "folder", tmp_path / "portable")
+    command.convert(tmp_path / "portable", tmp_path / "back")
+    written = load_file(tmp_path / "back/model.safetensors")
+    assert set(written) == set(taming[0])
+    assert all(written[name].tobytes() == tensor.numpy().tobytes() for name, tensor in taming[0].items())
+
+
+def test_a_codebook_on_the_sphere_cannot_become_tamings(taming, tmp_path):
+    save_file(taming[0], tmp_path / "vq.safetensors")
+    with pytest.raises(UserError, match="no LlamaGen VQ-16, VQ-8: that has no quantizer.l2_normalize=False"):
+        command.convert(tmp_path / "vq.safetensors", tmp_path / "out", to="llamagen_vq")
+
+
+def test_dalle_mini_from_flax(taming, tmp_path):
+    renamed, codes, pixels = taming
+    tree = {}
+    for name, tensor in renamed.items():
+        parts = name.split(".")
+        array, last = tensor.numpy(), parts[-1]
+        path = []
+        for part in parts[:-1]:
+            if part.isdecimal():
+                path[-1] += f"_{part}"
+            else:
+                path.append(part)
+        if array.ndim == 4:
+            array, last = array.transpose(2, 3, 1, 0), "kernel"
+        elif "norm" in path[-1]:
+            last = {"weight": "scale"}.get(last, last)
+        elif path[-1] == "embedding":
+            last = "embedding"
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = np.ascontiguousarray(array)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+    (tmp_path / "folder/config.json").write_text('{"model_type": "vqgan", "ch": 32}')
+    check(tmp_path / "folder", codes, pixels)
+    command.convert(tmp_path / "folder", tmp_path / "portable")
+    command.convert(tmp_path / "portable", tmp_path / "back")
+    back = serialization.msgpack_restore((tmp_path / "back/flax_model.msgpack").read_bytes())
+    before, after = (dict(_flatten(t)) for t in (tree, back))
+    assert set(before) == set(after)
+    assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+
+
+def _flatten(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_maskgit(tmp_path):
+    reference = references.randomize(references.MaskGitVQGAN(mults=(1, 1, 2), blocks=2), 0.05)
+    torch.save(reference.state_dict(), tmp_path / "pytorch_model.bin")
+    with torch.no_grad():
+        z = reference.encode(NCHW).permute(0, 2, 3, 1).reshape(-1, 16).double()
+        codes = torch.cdist(z, reference.quantize.embedding.weight.double()).argmin(-1).numpy()
+        pixels = reference.decode(torch.tensor(CODES)).permute(0, 2, 3, 1).numpy()
+    check(tmp_path, codes, pixels)
+    command.convert(tmp_path, tmp_path / "portable")
+    command.convert(tmp_path / "portable", tmp_path / "back")
+    written = load_file(tmp_path / "back/model.safetensors")
+    state = reference.state_dict()
+    assert set(written) == set(state)
+    assert all(written[name].tobytes() == tensor.numpy().tobytes() for name, tensor in state.items())

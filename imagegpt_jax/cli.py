@@ -97,6 +97,27 @@ def _parse(argv: Sequence[str]) -> list[str]:
     raise AssertionError("unreachable")
 
 
+def prepare_cache() -> None:
+    """Makes the folder of compiled programs private, if JAX_COMPILATION_CACHE_DIR names one.
+
+    What lies there is run: nobody else may write it.
+
+    Raises:
+      UserError: if others may.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    if not folder or "://" in folder:
+        return
+    if not os.path.isdir(folder):
+        os.makedirs(folder, mode=0o700)
+        os.chmod(folder, 0o700)  # whatever the umask is
+    elif os.name == "posix" and os.stat(folder).st_mode & 0o022:
+        raise UserError(
+            f"others may write the compilation cache {folder}, from which programs are run: chmod go-w it, or set"
+            " JAX_COMPILATION_CACHE_DIR to a folder of your own."
+        )
+
+
 def _terminate(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -112,6 +133,7 @@ def run(main: Callable[[], None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)  # libraries narrate at INFO and warn of what is not the user's doing
         try:
+            prepare_cache()
             main()
         except UserError as e:
             fail(e)

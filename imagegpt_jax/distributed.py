@@ -269,9 +269,12 @@ def failing_together() -> Iterator[None]:
         _fail(_group, e)
 
 
-def _fail(group: _Group, error: BaseException) -> None:
-    from jax.errors import JaxRuntimeError
+def is_loss_of_peer(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, as collectives and barriers do."""
+    return _group is not None and isinstance(error, Exception) and bool(_LOST.search(first_line(error)))
 
+
+def _fail(group: _Group, error: BaseException) -> None:
     code = EXIT_FAILURE
     if isinstance(error, UserError):
         cause = " ".join(str(error).split())
@@ -279,7 +282,7 @@ def _fail(group: _Group, error: BaseException) -> None:
         cause, code = "stopped by a signal before the end.", 130
     elif isinstance(error, SystemExit):
         cause = f"ended with status {error.code}."
-    elif isinstance(error, JaxRuntimeError | ValueError) and _LOST.search(first_line(error)):
+    elif is_loss_of_peer(error):
         known = _wait_for_cause(group)
         if known:
             _say_last(f"{group.name} ends, because of {known}")

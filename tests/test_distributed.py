@@ -50,8 +50,9 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def process_of(workdir, index):
-    """The id of a process of a run, by what /proc says of its command and environment."""
+def processes_of(workdir):
+    """Number -> id of the processes of a run, by what /proc says of their commands and environments."""
+    found = {}
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().split(b"\0")
@@ -59,9 +60,10 @@ def process_of(workdir, index):
         except OSError:
             continue
         wanted = {f"--workdir={workdir}".encode(), b"imagegpt_jax.train"} <= set(command) and b"bash" not in command
-        if wanted and f"JAX_PROCESS_ID={index}".encode() in variables:
-            return int(folder.name)
-    raise AssertionError(f"process {index} of {workdir} does not run")
+        number = next((int(v[15:]) for v in variables if v.startswith(b"JAX_PROCESS_ID=")), None)
+        if wanted and number is not None:
+            found[number] = int(folder.name)
+    return found
 
 
 def stand_in(tmp_path, body):
@@ -83,7 +85,7 @@ def test_a_tokenizer_trains_in_two_processes_and_the_first_speaks_for_both(tmp_p
     assert "[1]" not in output + error
     assert [line["step"] for line in lines(workdir)] == [2, 4, 4]
     assert "validation/psnr" in lines(workdir)[-1]
-    assert len(list(workdir.glob("events.*"))) == 1
+    assert len(list(workdir.glob("events.out.*"))) == 1
     state = workdir / "checkpoints" / "4" / "state"
     assert sorted(p.name for p in state.glob("ocdbt.process_*")) == ["ocdbt.process_0", "ocdbt.process_1"]
 
@@ -93,11 +95,11 @@ def test_a_decoder_whose_process_is_killed_ends_and_continues(tmp_path):
     arguments = (*DECODER, "--config.steps=24", f"--workdir={workdir}")
     launched = start(*arguments, "--config.checkpoint.every=2", IMAGEGPT_JAX_HEARTBEAT_SECONDS="10")
     until = time.monotonic() + 120
-    while not (workdir / "checkpoints" / "2").exists():
+    while not (workdir / "checkpoints" / "2" / "manifest.json").exists():
         assert launched.poll() is None, end(launched)
         assert time.monotonic() < until
         time.sleep(0.1)
-    os.kill(process_of(workdir, 1), signal.SIGKILL)
+    os.kill(processes_of(workdir)[1], signal.SIGKILL)
     killed = time.monotonic()
     status, _, error = end(launched, timeout=60)
     assert time.monotonic() - killed < 10 + 15
@@ -114,6 +116,45 @@ def test_a_decoder_whose_process_is_killed_ends_and_continues(tmp_path):
     written = lines(workdir)
     assert [line["step"] for line in written] == [*range(2, 26, 2), 24]
     assert "validation/image_bits_per_token" in written[-1]
+
+
+def wait_for(condition, launched, seconds=150):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert launched.poll() is None, end(launched)
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_notice_to_one_process_saves_in_all_after_the_same_step(tmp_path):
+    workdir = tmp_path / "run"
+    launched = start(*DECODER, "--config.steps=100000", "--config.checkpoint.every=0", f"--workdir={workdir}")
+    wait_for(lambda: (workdir / "metrics.jsonl").exists() and len(lines(workdir)) > 2, launched)
+    os.kill(processes_of(workdir)[1], signal.SIGTERM)
+    noticed = time.monotonic()
+    status, _, error = end(launched, timeout=60)
+    assert status == 75, error
+    assert time.monotonic() - noticed < 30
+    assert re.search(r"Stopped after step (\d+) of 100000, saved; the same command goes on", error)
+    (step,) = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
+    manifest = json.loads((workdir / "checkpoints" / str(step) / "manifest.json").read_text())
+    assert manifest["position"] == step * 8
+    last = [json.loads(x) for x in (workdir / "events.jsonl").read_text().splitlines()][-1]
+    assert (last["event"], last["why"], last["step"]) == ("exit", "preempted", step)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_stops_answering_ends_the_run_and_is_named(stopped, tmp_path):
+    workdir = tmp_path / "run"
+    settings = ("--config.steps=100000", "--config.checkpoint.every=0", f"--workdir={workdir}")
+    launched = start(*DECODER, *settings, IMAGEGPT_JAX_HEARTBEAT_SECONDS="8")
+    wait_for(lambda: (workdir / "metrics.jsonl").exists() and len(lines(workdir)) > 2, launched)
+    os.kill(processes_of(workdir)[stopped], signal.SIGSTOP)
+    status, _, error = end(launched, timeout=8 + 20 + 20)  # the launcher's patience with the one that is stopped
+    assert status == 76, error
+    assert re.search(rf"process {1 - stopped} of 2 on .* ends, because process {stopped} has not answered for", error)
+    stacks = (workdir / "stacks" / f"process-{1 - stopped}.txt").read_text()
+    assert "_train" in stacks
 
 
 @pytest.mark.parametrize(
@@ -145,7 +186,8 @@ def test_a_signal_to_the_launcher_ends_all(how, tmp_path):
     launched = start(*TOKENIZER, f"--workdir={workdir}", PYTHON=python)
     while len(list(tmp_path.glob("started.*"))) < 2:
         time.sleep(0.05)
-    pids = [process_of(workdir, index) for index in (0, 1)]
+    wait_for(lambda: len(processes_of(workdir)) == 2, launched)
+    pids = processes_of(workdir).values()
     if how == "SIGTERM":
         launched.send_signal(signal.SIGTERM)
     else:  # the terminal sends it to all

@@ -127,7 +127,7 @@ class Checkpoints:
             folders.delete(self._workdir, step)
 
     def _failed(self, step: int, error: BaseException) -> Exception:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or (isinstance(error, Exception) and distributed.is_loss_of_peer(error)):
             return error
         self._log.write("save_failed", step=step, reason=distributed.first_line(error))
         return UserError(

@@ -250,6 +250,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # --- Cadence, in steps.
     config.log_every = run["log"]
     config.eval_every = run["evaluate"]
+    # By whose features reconstructions are also compared as sets: "" = none, "efficientnet_lite0" (KID, offline), or
+    # "inception=pt_inception-2015-12-05-6726825d.pth" (rFID and KID).
+    config.eval_features = ""
     config.checkpoint = {"every": run["save"], "keep": 0 if small else 3, "keep_every_hours": 0.0, "keep_best": ""}
 
     # --- What to do about steps that go wrong, see imagegpt_jax/guard.py.

@@ -12,6 +12,7 @@ against a reference by FID, KID and the like, by a named protocol; nothing is do
   python -m imagegpt_jax.evaluate --images=samples --reference=photos --protocol=torch_fidelity --metrics=fid,is,kid \\
       --feature_weights=pt_inception-2015-12-05-6726825d.pth --output=scores.json
   python -m imagegpt_jax.evaluate --compare a.json b.json
+  python -m imagegpt_jax.evaluate --human --images=run_a --against=run_b --output=votes.jsonl
 """
 
 import json
@@ -60,7 +61,12 @@ REFERENCE = flags.DEFINE_string(
     "Folder or .npz of images to compare with, or .npz of statistics (ADM's, or --statistics_output's).",
 )
 PROTOCOL = flags.DEFINE_enum("protocol", "torch_fidelity", list(protocols.PROTOCOLS), "How --images are scored.")
-METRICS = flags.DEFINE_list("metrics", [], "What is computed, such as fid,is,kid; by default the protocol's own.")
+METRICS = flags.DEFINE_list(
+    "metrics",
+    [],
+    "What is computed, such as fid,is,kid; by default the protocol's own. With --checkpoint:"
+    " of reconstructions and of samples.",
+)
 FEATURE_WEIGHTS = flags.DEFINE_multi_string(
     "feature_weights",
     [],
@@ -84,6 +90,23 @@ TRAIN_IMAGES = flags.DEFINE_string(
 STATISTICS_OUTPUT = flags.DEFINE_string(
     "statistics_output", "", "Write mean and covariance of --images to this .npz, to be a --reference later."
 )
+CAPTIONS = flags.DEFINE_string(
+    "captions",
+    "",
+    "File of the images' captions (.txt, .jsonl, .csv, .tsv); by default NAME.txt beside them, or their prompts.",
+)
+SCORER = flags.DEFINE_string(
+    "scorer", "", "module:function that judges images for the metric geneval, whose prompts are --captions."
+)
+REPORT = flags.DEFINE_string("report", "", "Write a page about the scores, with pictures, to this .html file.")
+SWEEP = flags.DEFINE_list(
+    "sweep", [], "For the report of --images: files of scores at other guidance scales, to draw curves of."
+)
+HUMAN = flags.DEFINE_boolean(
+    "human", False, "Serve a page on this machine where people vote blindly between --images and --against."
+)
+AGAINST = flags.DEFINE_string("against", "", "The other run's samples for --human, of the same prompts.")
+PORT = flags.DEFINE_integer("port", 8000, "Port of the page of --human; 0 takes a free one.", 0, 65535)
 COMPARE = flags.DEFINE_list("compare", [], "Explain what two files of scores differ in: --compare A.json B.json.")
 
 
@@ -103,7 +126,9 @@ def main() -> None:
         raise cli.UserError("--output is missing: name the JSON file to write, such as --output=metrics.json.")
     if epath.Path(OUTPUT.value).is_dir():
         raise cli.UserError(f"--output={OUTPUT.value} is a folder: name a file, such as {OUTPUT.value}/metrics.json.")
-    if CHECKPOINT.value:
+    if HUMAN.value:
+        ask_people()
+    elif CHECKPOINT.value:
         score_checkpoints()
     else:
         score_images()
@@ -114,6 +139,23 @@ def compare() -> None:
     from imagegpt_jax.evals import provenance
 
     print(provenance.compare(COMPARE.value))
+
+
+def ask_people() -> None:
+    """Serves the page until it is stopped, then says what the votes come to."""
+    from imagegpt_jax.evals import human, sets
+
+    if not IMAGES.value or not AGAINST.value:
+        raise cli.UserError("--human needs two runs' samples: --images=A --against=B --output=votes.jsonl.")
+    study = human.Study(sets.open_images(IMAGES.value), sets.open_images(AGAINST.value), OUTPUT.value or "", SEED.value)
+    server = human.serve(study, PORT.value)
+    print(f"http://127.0.0.1:{server.server_port}/?rater=NAME   (stop with Ctrl-C)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(human.table(study.results()))
+    finally:
+        server.server_close()
 
 
 def score_checkpoints() -> None:
@@ -133,6 +175,10 @@ def score_checkpoints() -> None:
         generation_data=GENERATION_DATA.value,
         seed=SEED.value,
         images_dir=IMAGES_DIR.value,
+        report=REPORT.value,
+        protocol=PROTOCOL.value,
+        metrics=METRICS.value,
+        weights=image_sets.parse_weights(FEATURE_WEIGHTS.value, protocols.find(PROTOCOL.value).features),
     )
     storage.check(vars(settings))
     for workdir in settings.checkpoints:  # a wrong folder is told before JAX starts
@@ -159,6 +205,10 @@ def score_images() -> None:
         train_images=TRAIN_IMAGES.value,
         statistics=STATISTICS_OUTPUT.value,
         batch_size=BATCH_SIZE.value,
+        captions=CAPTIONS.value,
+        scorer=SCORER.value,
+        report=REPORT.value,
+        sweep=SWEEP.value,
     )
     opened = image_sets.open_sets(request)
     with distributed.together():

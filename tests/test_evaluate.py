@@ -70,6 +70,35 @@ def test_checkpoints_of_classes_and_of_older_steps(evaluate, workdirs):
     assert not any(key.startswith("tokenizer/") for key in scores)
 
 
+def test_reconstructions_score_like_image_sets_and_the_page_shows_them(evaluate, workdirs, tmp_path):
+    flags = [f"--checkpoint={workdirs.tokenizer}", "--data=emoji:validation,res=16,styles=twemoji"]
+    scores = evaluate(*flags, "--metrics=psnr,ssim", f"--report={tmp_path / 'page.html'}")
+    # Pixels are rounded to 256 levels in both.
+    assert scores["reconstruction/psnr"] == pytest.approx(scores["tokenizer/val_psnr"], rel=1e-4)
+    assert -1 <= scores["reconstruction/ssim"] <= 1
+    assert scores["reconstruction/images"] == scores["tokenizer/images"]
+    page = (tmp_path / "page.html").read_text()
+    for words in ("Codebook use", "Reconstructions", "reconstruction/ssim", "data:image/png;base64,"):
+        assert words in page
+
+
+def test_samples_score_like_image_sets(evaluate, workdirs, monkeypatch):
+    """With features that cost nothing: colours."""
+    from imagegpt_jax.evals import networks
+    from imagegpt_jax.evals.features import Network
+
+    network = Network("efficientnet_lite0", {"path": "x", "sha256": "0"}, np.asarray, colours, np.float32(1))
+    monkeypatch.setattr(networks, "LOADERS", {"efficientnet_lite0": lambda path, resize: network})
+    scores = evaluate(f"--checkpoint={workdirs.decoder}", "--protocol=emoji", "--metrics=kid", *SMALL)
+    assert scores["samples/kid"] > scores["samples/kid_real"]  # a network of random numbers draws noise
+    assert (scores["samples/images"], scores["samples/protocol"]) == (12, "emoji")
+    assert scores["samples/reference_images"] == scores["decoder/images"]
+
+
+def colours(params, images):
+    return {"pool": images.mean(axis=(1, 2)) / 64 * params}
+
+
 def test_token_shards_score_like_the_images_they_were_made_from(evaluate, binary, workdirs, tmp_path):
     spec = "emoji:validation,res=16,styles=noto"
     binary("encode", f"--tokenizer={workdirs.tokenizer}", f"--data={spec}", f"--output={tmp_path / 't'}").main()
@@ -108,4 +137,6 @@ def test_output_must_be_a_file(binary, workdirs, tmp_path):
 def test_table_leaves_out_what_was_not_scored():
     text = stages.table({"generation/retrieval_top1": 0.25, "generation/retrieval_top1_shuffled": 0.01})
     assert text.split() == ["top-1", "retrieval", "0.2500", "prompts", "shuffled", "0.0100"]
-    assert np.all([line.key.split("/")[0] in ("tokenizer", "decoder", "generation") for line in stages.TABLE])
+    assert np.all(
+        [line.key.split("/")[0] in ("tokenizer", "decoder", "generation", "samples") for line in stages.TABLE]
+    )

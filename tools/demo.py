@@ -111,6 +111,8 @@ def main() -> None:
         f"--generation_prompts={prompts}",
         f"--samples_per_prompt={samples}",
         f"--images_dir={out}",
+        f"--report={out / 'report.html'}",
+        *(("--protocol=emoji", "--metrics=kid") if size == "emoji" else ()),
         f"--output={out / 'metrics.json'}",
     )
     report(out, time.perf_counter() - started)
@@ -134,7 +136,7 @@ def report(out: pathlib.Path, seconds: float) -> None:
     for name, value in lines:
         print(f"  {name:36}{value}")
     print()
-    for path in (out / "samples" / "grid.png", out / "reconstructions.png", out / "metrics.json"):
+    for path in (out / "samples" / "grid.png", out / "report.html", out / "metrics.json"):
         print(f"  {path}")
     print(f"  tensorboard --logdir {out}\n")
 

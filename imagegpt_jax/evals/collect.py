@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from imagegpt_jax.evals import artefacts, statistics
-from imagegpt_jax.evals.collected import CLASSES, MOMENTS, ROWS, Collected, Output
+from imagegpt_jax.evals.collected import CLASSES, MOMENTS, ROWS, VALUES, Collected, Output
 from imagegpt_jax.evals.features import Network, Part, extract
 from imagegpt_jax.evals.protocols import Protocol
 from imagegpt_jax.evals.sets import ImageSet
@@ -64,14 +64,18 @@ def _add(found: Collected, part: Part, needs: Mapping[str, Sequence[Output]], sp
             output, statistics.ClassScores(int(splits_N.max()) + 1 if len(splits_N) else 1, rows.shape[1])
         )
         scores.add(rows, splits_N[numbers])
+    for output in needs.get(VALUES, ()):
+        values = found.values.setdefault(output[1], np.zeros(len(found.digests)))
+        values[numbers] = part.features[output]
     for output in needs.get(ROWS, ()):
         rows = part.features[output].reshape(len(part.digests), -1)
         found.rows.setdefault(output, statistics.Rows(rows.shape[1])).add(rows)
 
 
 def _check_artefacts(found: Collected, images: ImageSet) -> None:
-    if len(images.shape) != 3:
+    if len(images.shape) != 3 or "decoded" in images.formats:
         return
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(_CHECKED, len(images))).astype(int))
+    last = min(_CHECKED, len(images)) - 1 if images.in_order else len(images) - 1
+    chosen = np.unique(np.linspace(0, last, min(_CHECKED, len(images))).astype(int))
     found.checked = len(chosen)
     found.jpeg_like = sum(artefacts.looks_like_jpeg(images.read(int(number))) for number in chosen)

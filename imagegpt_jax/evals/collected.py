@@ -12,7 +12,7 @@ import numpy as np
 from imagegpt_jax.evals import statistics
 
 Output = tuple[str, str]  # network, and which of its outputs
-MOMENTS, CLASSES, ROWS = "moments", "classes", "rows"
+MOMENTS, CLASSES, ROWS, VALUES, JUDGED = "moments", "classes", "rows", "values", "judged"
 
 
 @dataclasses.dataclass
@@ -24,6 +24,7 @@ class Collected:
       moments: mean and covariance of an output.
       classes: class scores of an output.
       rows: every feature of an output, in a temporary file.
+      values: what pair metrics say of each image.
       jpeg_like: how many of `checked` images show traces of JPEG.
       checked: how many were looked at.
     """
@@ -32,6 +33,7 @@ class Collected:
     moments: dict[Output, statistics.Moments]
     classes: dict[Output, statistics.ClassScores]
     rows: dict[Output, statistics.Rows]
+    values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     jpeg_like: int = 0
     checked: int = 0
 

@@ -33,6 +33,7 @@ class Network:
       prepare: uint8 [H, W, 3] -> what it takes, on the host.
       apply: pure function (params, prepared [T, ...]) -> {output: array [T, ...]}. Equal ones are compiled once.
       params: its first argument.
+      size: pixels of a side that `prepare` resizes to; 0 where the network takes any.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Network:
     prepare: Callable[[np.ndarray], np.ndarray]
     apply: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
     params: Any
+    size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +72,9 @@ class _Reader:
         self._images, self._numbers, self._size = images, numbers, batch_size
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        # Arrays are streams, read in order by one thread; files are independent of each other.
-        in_order = "NPZ" in self._images.formats
         with (
             concurrent.futures.ThreadPoolExecutor(1) as ahead,
-            concurrent.futures.ThreadPoolExecutor(1 if in_order else _READERS) as readers,
+            concurrent.futures.ThreadPoolExecutor(1 if self._images.in_order else _READERS) as readers,
         ):
 
             def load(start: int) -> list[np.ndarray]:

@@ -36,7 +36,7 @@ class Gaussian:
         """
         size = len(self.mean_D)
         rank = size if self.count is None else min(size, self.count - 1)
-        pstrf = scipy.linalg.get_lapack_funcs("pstrf", (self.covariance_DD,))
+        (pstrf,) = scipy.linalg.get_lapack_funcs(("pstrf",), (self.covariance_DD,))
         lower, pivots, found, info = pstrf(self.covariance_DD, lower=1)
         if info < 0:
             raise AssertionError(f"pstrf: argument {-info}")

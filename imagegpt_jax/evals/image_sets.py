@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.evals import mistakes, protocols, provenance, score, sets
-from imagegpt_jax.evals.collected import MOMENTS, Collected
+from imagegpt_jax.evals import captions, mistakes, pairs, prompts, protocols, provenance, score, sets
+from imagegpt_jax.evals.collected import MOMENTS, VALUES, Collected
 from imagegpt_jax.evals.files import write
 from imagegpt_jax.evals.protocols import Protocol
 
@@ -38,6 +38,10 @@ class Request:
       train_images: folder or .npz of images that were trained on, to look for in the reference; "" for none.
       statistics: file to write the statistics of `images` to, as a later reference; "" for none.
       batch_size: images that a process reads at once; 0 for the default.
+      captions: file of captions; "" for those that the images bring.
+      scorer: `module:function` that judges images for GenEval; "" for none.
+      report: HTML file to write; "" for none.
+      sweep: files of scores at other guidance scales, for the report.
     """
 
     images: str
@@ -50,6 +54,10 @@ class Request:
     train_images: str = ""
     statistics: str = ""
     batch_size: int = 0
+    captions: str = ""
+    scorer: str = ""
+    report: str = ""
+    sweep: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +67,8 @@ class Opened:
     images: sets.ImageSet
     reference: sets.ImageSet | sets.Statistics | None
     training: sets.ImageSet | None
+    pairs: pairs.Pairs | None
+    captions: Sequence[str]
 
 
 def parse_weights(values: Sequence[str], features: str) -> dict[str, str]:
@@ -90,7 +100,8 @@ def open_sets(request: Request) -> Opened:
       UserError: if one cannot be scored.
     """
     score.check_metrics(request.metrics, tuple(score.METRICS))
-    compared = [name for name in request.metrics if score.METRICS[name].reference]
+    needed = {name: score.METRICS[name].reference for name in request.metrics}
+    compared = [name for name, kind in needed.items() if kind not in ("", "captions", "prompts")]
     if compared and not request.reference:
         raise UserError(
             f"{', '.join(compared)} need{'s' if len(compared) == 1 else ''} --reference=DIR|NPZ: what the images are"
@@ -106,8 +117,26 @@ def open_sets(request: Request) -> Opened:
                 f" {'; '.join(protocols.differences(protocols.find(made_by).facts(), request.protocol.facts()))}."
             )
         score.Reference(reference, request.protocol.features).check(compared, request.protocol)
+    if "prompts" in needed.values():
+        if not request.scorer or not request.captions:
+            raise UserError(
+                "geneval needs --captions=evaluation_metadata.jsonl and --scorer=module:function, which judges an image"
+                " (uint8 [H, W, 3]) by its prompt's row."
+            )
+        prompts.load_scorer(request.scorer)
+        prompts.geneval(request.captions)
+    for path in request.sweep:
+        provenance.read(path)
     training = sets.open_images(request.train_images) if request.train_images else None
-    return Opened(images, reference, training)
+    paired = tuple(name for name, kind in needed.items() if kind == "pairs")
+    both = None
+    if paired:
+        assert reference is not None
+        assert not isinstance(reference, sets.Statistics)  # which `check` has refused
+        both = pairs.Pairs(images, reference)
+        pairs.check_side(paired, images.size)
+    words = captions.read(images, request.captions) if "captions" in needed.values() else ()
+    return Opened(images, reference, training, both, words)
 
 
 def run(request: Request, opened: Opened) -> dict[str, Any]:
@@ -134,6 +163,9 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
                 needs[MOMENTS].append(output)
     names = sorted({output[0] for wanted in needs.values() for output in wanted})
     loaded = [networks.load(name, request.weights.get(name, ""), protocol.resize) for name in names]
+    paired = [name for name in request.metrics if score.METRICS[name].reference == "pairs"]
+    if paired:
+        loaded.append(networks.pairs(paired, request.weights.get("lpips", "")))
 
     def passed(role: str, images: sets.ImageSet, wanted: Mapping[str, Any]) -> Collected:
         used = {output[0] for outputs in wanted.values() for output in outputs}
@@ -167,18 +199,25 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
             warnings += mistakes.of_training(compared, set(passed("train images", opened.training, {}).keys()))
     warnings += mistakes.of_scores(request.metrics, found, compared, protocol, sizes)
 
+    if opened.pairs is not None:
+        found.values = passed("pairs", opened.pairs, {VALUES: [("pairs", name) for name in paired]}).values
+
     # Every process has seen the same features; one of them is enough for what follows.
     scores: dict[str, Any] = {}
     if distributed.is_first():
         against = None if compared is None else score.Reference(compared, protocol.features)
-        scores = score.compute(request.metrics, found, against, protocol, options)
+        words = None
+        if opened.captions:
+            words = score.Words(opened.captions, networks.embed_texts(request.weights["clip"], opened.captions))
+        judged = _judge(request, opened.images) if "geneval" in request.metrics else None
+        scores = score.compute(request.metrics, found, against, protocol, options, words, judged)
         if request.statistics:
             _write_statistics(request, found, {n.name: n.about["sha256"] for n in loaded})
     scores["provenance"] = {
         "protocol": protocol.facts(),
         "images": provenance.of_set(opened.images, found.sha256),
         "reference": about,
-        "feature_weights": {network.name: dict(network.about) for network in loaded},
+        "feature_weights": {network.name: dict(network.about) for network in loaded if network.about},
         "sampler": provenance.sampler(opened.images),
         "seed": options.seed,
         "bootstrap": options.bootstrap,
@@ -189,10 +228,31 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 3),
         "warnings": warnings,
     }
+    if request.report and distributed.is_first():
+        write(epath.Path(request.report), _page(request, opened, scores, found).encode())
     for collected in (found, compared):
         if isinstance(collected, Collected):
             collected.close()
     return scores
+
+
+def of_sets(request: Request, images: sets.ImageSet, reference: sets.ImageSet) -> dict[str, Any]:
+    """Scores sets that are not folders, such as what a tokenizer makes of a data source.
+
+    Args:
+      request: protocol, metrics and weights; its `images` and `reference` are not read.
+      images: what is scored.
+      reference: what it is compared with.
+
+    Returns:
+      as `run`.
+
+    Raises:
+      UserError: as `run`.
+    """
+    paired = tuple(name for name in request.metrics if score.METRICS[name].reference == "pairs")
+    pairs.check_side(paired, images.size)
+    return run(request, Opened(images, reference, None, pairs.Pairs(images, reference) if paired else None, ()))
 
 
 def _check_weights(statistics: sets.Statistics, networks: Sequence[Any], features: str) -> None:
@@ -203,6 +263,33 @@ def _check_weights(statistics: sets.Statistics, networks: Sequence[Any], feature
                 f"{statistics.path} was made with other weights of {features} ({made_with}) than"
                 f" {network.about['path']} ({network.about['sha256']}): make it again, or give those weights."
             )
+
+
+def _judge(request: Request, images: sets.ImageSet) -> tuple[float, dict[str, float]]:
+    rows, judge = prompts.geneval(request.captions), prompts.load_scorer(request.scorer)
+    each = max(1, len(images) // len(rows))
+    right = [judge(images.read(i), rows[min(i // each, len(rows) - 1)]) for i in range(len(images))]
+    return prompts.geneval_score(right, rows)
+
+
+def _page(request: Request, opened: Opened, scores: Mapping[str, Any], found: Collected) -> str:
+    from imagegpt_jax.evals import pages
+    from imagegpt_jax.evals.report import Report
+
+    page = Report(f"Scores of {request.images}")
+    pages.scores_of(page, scores)
+    words = opened.captions or (captions.known(opened.images) if not request.captions else ())
+    pages.samples(page, opened.images, words)
+    if opened.training is not None:
+        pages.neighbours(page, opened.images, opened.training)
+    for name, values in found.values.items():
+        assert opened.reference is not None
+        assert not isinstance(opened.reference, sets.Statistics)
+        pages.worst(page, opened.images, opened.reference, name, values)
+    if request.sweep:
+        pages.sweep(page, request.sweep)
+    pages.made_of(page, scores["provenance"])
+    return page.html()
 
 
 def _kept(request: Request) -> list[tuple[str, str]]:

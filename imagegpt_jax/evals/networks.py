@@ -1,21 +1,23 @@
 """The frozen networks that scores are made of, loaded from files and ready for `features.extract`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
 
 from imagegpt_jax import state
 from imagegpt_jax.cli import UserError, suggest
-from imagegpt_jax.evals import resizing
+from imagegpt_jax.evals import pixels, resizing
 from imagegpt_jax.evals.features import Network
-from imagegpt_jax.models.pretrained import clip, dinov2, efficientnet, inception, weights
+from imagegpt_jax.models.pretrained import clip, dinov2, efficientnet, inception, lpips, weights
 
 Loader = Callable[[str, str], Network]
+_TEXTS = 64  # of a tile
 
 
 def load(name: str, path: str, resize: str) -> Network:
@@ -101,7 +103,9 @@ def _efficientnet(path: str, resize: str) -> Network:
     file = path or efficientnet.packaged()
     module = efficientnet.EfficientNetLite0.load(file)
     prepare = resizing.to_size(resize, efficientnet.SIZE)
-    return wrap("efficientnet_lite0", {"path": file, "sha256": weights.sha256(file)}, module, prepare, _pool_outputs)
+    about = {"path": file, "sha256": weights.sha256(file)}
+    network = wrap("efficientnet_lite0", about, module, prepare, _pool_outputs)
+    return dataclasses.replace(network, size=efficientnet.SIZE)
 
 
 def _pool_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
@@ -120,6 +124,75 @@ def _about_folder(path: str) -> dict[str, str]:
         found = sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".bin"))
         place = found[0]
     return {"path": path, "sha256": weights.sha256(place)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compare:
+    """Metrics of image pairs; LPIPS is the module with parameters."""
+
+    names: tuple[str, ...]
+    graph: Any
+
+    def __call__(self, params: Any, pairs_B2HWC: jax.Array) -> Mapping[str, jax.Array]:
+        a, b = pairs_B2HWC[:, 0].astype(jnp.float32), pairs_B2HWC[:, 1].astype(jnp.float32)
+        found = {name: pixels.METRICS[name](a, b) for name in self.names if name != "lpips"}
+        if "lpips" in self.names:
+            found["lpips"] = state.merge(self.graph, params)(a / 127.5 - 1, b / 127.5 - 1)
+        return found
+
+
+def pairs(names: Sequence[str], path: str) -> Network:
+    """The metrics of image pairs as a network, whose outputs have their names; `path` has the weights of LPIPS.
+
+    Raises:
+      UserError: if LPIPS is asked for without weights.
+    """
+    if "lpips" not in names:
+        return Network("pairs", {}, np.asarray, _Compare(tuple(names), None), {})
+    _require(path, "lpips", "made by `python tools/convert_lpips.py`")
+    graph, params = state.split(lpips.LPIPS.load(path))
+    return Network(
+        "pairs", {"path": path, "sha256": weights.sha256(path)}, np.asarray, _Compare(tuple(names), graph), params
+    )
+
+
+def embed_texts(path: str, texts: Sequence[str]) -> np.ndarray:
+    """CLIP's embeddings of texts, float32 [N, E], in tiles of a fixed size.
+
+    Args:
+      path: folder with CLIP's weights and the files of its tokenizer.
+      texts: any; what is longer than CLIP's context is cut.
+
+    Raises:
+      UserError: if the folder has no tokenizer.
+    """
+    module = clip.CLIP.load(path)
+    ids_NL = _tokenize(path, texts, module.length)
+    rows = []
+    for start in range(0, len(ids_NL), _TEXTS):
+        tile = ids_NL[start : start + _TEXTS]
+        filled = np.concatenate([tile, np.repeat(tile[-1:], _TEXTS - len(tile), axis=0)])
+        rows.append(np.asarray(_embed(module, filled))[: len(tile)])
+    return np.concatenate(rows)
+
+
+@jax.jit
+def _embed(module: clip.CLIP, ids_BL: jax.Array) -> jax.Array:
+    return module.embed_texts(ids_BL)
+
+
+def _tokenize(path: str, texts: Sequence[str], length: int) -> np.ndarray:
+    import tokenizers
+
+    folder = epath.Path(path) if epath.Path(path).is_dir() else epath.Path(path).parent
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise UserError(f"CLIP's tokenizer is not beside its weights: put its tokenizer.json into {folder}.")
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(length)
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    # Filled up with the end's id, as `transformers` does: the first one counts.
+    return np.array([ids + [max(ids)] * (length - len(ids)) for ids in encoded], np.int32)
 
 
 LOADERS: Mapping[str, Loader] = {

@@ -5,14 +5,18 @@ Shapes: B batch, H W C image, h w code grid, K codes.
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from imagegpt_jax.evals import common
+from imagegpt_jax import sharding
+from imagegpt_jax.evals import common, frechet, kernels, protocols, statistics
+
+if TYPE_CHECKING:
+    from imagegpt_jax.evals.features import Network
 
 # PSNR of two equal images is infinite; it is counted as this, so that a mean over images exists.
 MAX_PSNR = 100.0
@@ -30,17 +34,34 @@ def _levels(images_BHWC: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(images_BHWC.astype(jnp.float32), -1, 1) + 1) * 127.5)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _features(network: "Network", params: Any, levels_BHWC: jax.Array) -> jax.Array:
+    """Features on the device, of images that are resized there as `prepare` does on the host."""
+    if network.size:
+        shape = (levels_BHWC.shape[0], network.size, network.size, levels_BHWC.shape[3])
+        levels_BHWC = jnp.clip(jax.image.resize(levels_BHWC, shape, "cubic"), 0, 255)
+    return network.apply(params, levels_BHWC)["pool"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _measure(
-    reconstruct: Callable[..., Any], num_codes: int, num_shown: int, params: Any, batch: Any
+    reconstruct: Callable[..., Any],
+    num_codes: int,
+    num_shown: int,
+    features: Callable[[Any, jax.Array], jax.Array] | None,
+    params: Any,
+    batch: Any,
 ) -> dict[str, Any]:
+    params, feature_params = params
     real_BHWC, mask_B = batch["image"], batch["mask"]
     fake_BHWC, codes_Bhw = reconstruct(params, real_BHWC)
     difference = fake_BHWC.astype(jnp.float32) - real_BHWC
     real_levels, fake_levels = _levels(real_BHWC), _levels(fake_BHWC)
     flat_levels = jnp.broadcast_to(jnp.round(jnp.mean(real_levels, axis=(1, 2), keepdims=True)), real_levels.shape)
     used = jnp.broadcast_to(mask_B[:, None], (mask_B.shape[0], codes_Bhw[0].size)).astype(jnp.int32)
-    return {
+    compared = {}
+    if features is not None:
+        compared["features"] = jnp.stack([features(feature_params, x) for x in (real_levels, fake_levels)])
+    return compared | {
         "per_image": {
             "psnr": psnr_B(real_levels, fake_levels),
             "psnr_mean_color": psnr_B(real_levels, flat_levels),
@@ -53,6 +74,42 @@ def _measure(
     }
 
 
+class Comparison:
+    """A network that compares images with reconstructions, on the devices of a mesh."""
+
+    def __init__(self, network: "Network", mesh: Mesh):
+        self.network = network
+        self.params = jax.device_put(network.params, sharding.replicated(mesh))
+        # The same object every time, with which the compiled program is kept.
+        self.features = functools.partial(_features, network)
+
+
+class _Sets:
+    """Features of images and of their reconstructions."""
+
+    def __init__(self, name: str):
+        self._name, self._moments, self._rows = name, [], []
+
+    def add(self, features_2BD: np.ndarray) -> None:
+        size = features_2BD.shape[-1]
+        if not self._rows:
+            self._moments = [statistics.Moments(size) for _ in range(2)]
+            self._rows = [statistics.Rows(size) for _ in range(2)]
+        for moments, rows, features in zip(self._moments, self._rows, features_2BD, strict=True):
+            moments.add(features)
+            rows.add(features)
+
+    def result(self) -> dict[str, float]:
+        real, fake = self._rows
+        scores = {"kid": float(kernels.kid(fake, real, protocols.find("emoji").kid).mean())}
+        if self._name == "inception":
+            gaussians = [frechet.Gaussian.of(moments) for moments in self._moments]
+            scores["rfid"] = frechet.distance(*gaussians)
+        for rows in self._rows:
+            rows.close()
+        return scores
+
+
 def evaluate(
     reconstruct: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
     params: Any,
@@ -60,6 +117,8 @@ def evaluate(
     num_codes: int,
     mesh: Mesh,
     num_shown: int = 16,
+    tell_use: Callable[[np.ndarray], Any] = lambda counts_K: None,
+    compare: "Comparison | None" = None,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Scores reconstructions of a whole split.
 
@@ -71,28 +130,39 @@ def evaluate(
       num_codes: size of the codebook.
       mesh: devices to run on.
       num_shown: at most so many images of the first batch go into the grid.
+      tell_use: told how often each code was used, int64 [K].
+      compare: by whose features the reconstructions are compared with the images as sets; None leaves that out.
 
     Returns:
       (scores, grid). Scores: `psnr`, the mean over images of each image's PSNR in dB, rounded to 256 levels; its
       control `psnr_mean_color`, the same with every image replaced by its own mean colour; `l1` and `mse` of unrounded
       values in [-1, 1]; `codebook_usage`, the share of codes used over the whole split; `codebook_perplexity`, 2 to the
-      entropy of code use; `images`, how many were scored. Grid: uint8 [2 H, n W, C], inputs over reconstructions.
+      entropy of code use; `images`, how many were scored; with `compare` `kid`, and of the FID Inception `rfid`.
+      Grid: uint8 [2 H, n W, C], inputs over reconstructions.
 
     Raises:
       UserError: if there is no image.
     """
     means, images, counts_K, shown = common.Mean(), 0, np.zeros(num_codes, np.int64), None
-    measure = functools.partial(_measure, reconstruct, num_codes, num_shown)
-    for out in common.outputs(measure, params, batches, ("image", "mask"), mesh):
+    features = None if compare is None else compare.features
+    measure = functools.partial(_measure, reconstruct, num_codes, num_shown, features)
+    both = (params, None if compare is None else compare.params)
+    compared = None if compare is None else _Sets(compare.network.name)
+    for out in common.outputs(measure, both, batches, ("image", "mask"), mesh):
+        if compared is not None:
+            compared.add(out["features"][:, out["mask"]])
         means.add(out["per_image"], out["mask"])
         images += int(out["mask"].sum())
         counts_K += out["counts_K"]
         if shown is None:
             shown = out["shown"][:, out["mask"][: out["shown"].shape[1]]]
+    tell_use(counts_K)
     scores = means.result() | {
         "codebook_usage": float(np.mean(counts_K > 0)),
         "codebook_perplexity": 2.0 ** common.entropy_bits(counts_K),
         "images": float(images),
     }
+    if compared is not None:
+        scores |= compared.result()
     assert shown is not None  # `result` has raised if there was no batch
     return scores, np.concatenate([np.concatenate(list(row), axis=1) for row in shown], axis=0)

@@ -5,14 +5,14 @@ Shapes: N images, D features.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from imagegpt_jax.cli import UserError, suggest
-from imagegpt_jax.evals import frechet, kernels, manifold
-from imagegpt_jax.evals.collected import CLASSES, MOMENTS, ROWS, Collected, Output
+from imagegpt_jax.evals import captions, frechet, kernels, manifold, pairs
+from imagegpt_jax.evals.collected import CLASSES, JUDGED, MOMENTS, ROWS, VALUES, Collected, Output
 from imagegpt_jax.evals.protocols import Protocol
 from imagegpt_jax.evals.sets import Statistics
 
@@ -43,7 +43,8 @@ class Metric:
       output: output of the network; the network is the protocol's if `network` is "".
       form: in which form.
       network: name of the network.
-      reference: "images" or "statistics" (either will do) or "" (none).
+      reference: "images", "statistics" (images will do too), "pairs" (image by image), "captions", "prompts" or
+        "" (none).
     """
 
     output: str
@@ -63,6 +64,10 @@ METRICS: Mapping[str, Metric] = {
     "coverage": Metric("pool", ROWS),
     "fd_dinov2": Metric("pool", MOMENTS, network="dinov2", reference="statistics"),
     "cmmd": Metric("embedding", ROWS, network="clip"),
+    "clip_score": Metric("embedding", ROWS, network="clip", reference="captions"),
+    "r_precision": Metric("embedding", ROWS, network="clip", reference="captions"),
+    "geneval": Metric("", JUDGED, network="scorer", reference="prompts"),
+    **{name: Metric(name, VALUES, network="pairs", reference="pairs") for name in pairs.METRICS},
 }
 _DENSITY_NEIGHBOURS = 5
 
@@ -87,8 +92,8 @@ def needs(names: Sequence[str], protocol: Protocol, options: Options, *, referen
     found: dict[str, list[Output]] = {}
     for name in names:
         metric = METRICS[name]
-        if reference and not metric.reference:
-            continue
+        if metric.form in (VALUES, JUDGED) or (reference and metric.reference not in ("images", "statistics")):
+            continue  # pairs are a pass of their own
         forms = [metric.form]
         if metric.form == MOMENTS and not reference and (options.bootstrap or options.infinity):
             forms.append(ROWS)
@@ -140,7 +145,9 @@ class Reference:
         for name in names if isinstance(self._source, Statistics) else ():
             if METRICS[name].reference == "statistics":
                 self.gaussian(output_of(name, protocol))
-            elif METRICS[name].reference:
+            elif METRICS[name].reference == "pairs":
+                raise UserError(f"{name} compares images one by one: give reference images, not statistics.")
+            elif METRICS[name].reference == "images":
                 self.rows(output_of(name, protocol))
 
 
@@ -198,7 +205,8 @@ def compute(
     reference: Reference | None,
     protocol: Protocol,
     options: Options,
-    note: Callable[[str], Any] = lambda name: None,
+    words: "Words | None" = None,
+    judged: tuple[float, dict[str, float]] | None = None,
 ) -> dict[str, Result]:
     """Computes scores from what was collected.
 
@@ -208,20 +216,31 @@ def compute(
       reference: what they are compared with; None where no metric needs one.
       protocol: how.
       options: intervals and extrapolation.
-      note: told the name of each metric before it is computed.
+      words: captions; None where no metric needs them.
+      judged: GenEval's score and its shares by kinds of prompts.
 
     Raises:
       UserError: if a set is too small for a metric, or the reference lacks what it needs.
     """
     scores: dict[str, Result] = {}
-    pairs: dict[str, tuple[float, float]] = {}
+    twos: dict[str, tuple[float, float]] = {}
     for name in names:
-        note(name)
         output = output_of(name, protocol)
         if name == "is":
             values = images.classes[output].scores
             more = {"std": float(values.std()), "splits": len(values)}
             scores[name] = result(values.mean(), images.count, _spread(values), "splits, 95%", **more)
+            continue
+        if METRICS[name].form == VALUES:
+            scores[name] = of_values(images.values[name])
+            continue
+        if METRICS[name].reference == "captions":
+            assert words is not None
+            scores[name] = _captioned(name, images.rows[output], words, options)
+            continue
+        if METRICS[name].form == JUDGED:
+            assert judged is not None
+            scores[name] = of_share(judged[0], images.count, tags=judged[1])
             continue
         assert reference is not None
         if METRICS[name].form == MOMENTS:
@@ -237,8 +256,24 @@ def compute(
             value = kernels.cmmd(images.rows[output], others)
             scores[name] = result(value, images.count, None, "", n_reference=len(others))
         else:
-            scores[name] = _manifold(name, images.rows[output], reference.rows(output), protocol, pairs)
+            scores[name] = _manifold(name, images.rows[output], reference.rows(output), protocol, twos)
     return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Captions of the images, and CLIP's embeddings of them [N, E]."""
+
+    captions: Sequence[str]
+    embeddings_NE: np.ndarray
+
+
+def _captioned(name: str, rows: kernels.Table, words: Words, options: Options) -> Result:
+    embeddings_NE = rows.block(0, len(rows))
+    if name == "clip_score":
+        return of_values(captions.clip_scores(embeddings_NE, words.embeddings_NE))
+    share, candidates = captions.r_precision(embeddings_NE, words.embeddings_NE, words.captions, options.seed)
+    return of_share(share, len(rows), candidates=candidates)
 
 
 def _frechet(images: Collected, other: frechet.Gaussian, output: Output, options: Options) -> Result:
@@ -266,16 +301,16 @@ def _manifold(
     rows: kernels.Table,
     others: kernels.Table,
     protocol: Protocol,
-    pairs: dict[str, tuple[float, float]],
+    twos: dict[str, tuple[float, float]],
 ) -> Result:
     """Metrics that come in twos are computed once."""
     first = name in ("precision", "recall")
     neighbours = protocol.neighbours if first else _DENSITY_NEIGHBOURS
     key = "precision" if first else "density"
-    if key not in pairs:
+    if key not in twos:
         function = manifold.precision_recall if first else manifold.density_coverage
-        pairs[key] = function(rows, others, neighbours)
-    value = pairs[key][0 if name in ("precision", "density") else 1]
+        twos[key] = function(rows, others, neighbours)
+    value = twos[key][0 if name in ("precision", "density") else 1]
     more = {"n_reference": len(others), "neighbours": neighbours}
     if name == "density":  # not a share: it may exceed 1
         return result(value, len(rows), None, "", **more)

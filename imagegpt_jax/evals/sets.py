@@ -26,6 +26,7 @@ _IMAGES = ("arr_0", "images", "samples")
 _FEATURES = ("pool_3", "features", "activations", "acts")
 _MEAN, _COVARIANCE = ("mu", "sigma"), ("mu_s", "sigma_s")
 _LOSSY = ("JPEG", "WEBP")
+_GRID = "grid.png"  # which `sample` puts beside its samples
 Size = tuple[int, int]
 
 
@@ -36,11 +37,13 @@ class ImageSet(Protocol):
       path: where they are.
       size: (height, width) of every image.
       formats: how many files are of each format, such as {"PNG": 100}.
+      in_order: whether reading in another order than that of the numbers, or in many threads, is slow or wrong.
     """
 
     path: str
     size: Size
     formats: dict[str, int]
+    in_order: bool
 
     @property
     def names(self) -> Sequence[str]:
@@ -105,7 +108,9 @@ def _unfit(image: Image.Image) -> str:
 
 
 class Folder:
-    """The images of a folder and its sub-folders."""
+    """The images of a folder and its sub-folders, but for the `grid.png` that `sample` puts there."""
+
+    in_order = False
 
     def __init__(self, path: epath.PathLike, limit: int = 0):
         """Lists the files and checks what their headers say.
@@ -174,7 +179,7 @@ def _listed(folder: epath.Path) -> list[epath.Path]:
     for file in folder.iterdir():
         if file.is_dir():
             found += _listed(file)
-        elif file.suffix.lower() in EXTENSIONS and not file.name.startswith("."):
+        elif file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.name != _GRID:
             found.append(file)
     return found
 
@@ -184,6 +189,8 @@ def _listed(folder: epath.Path) -> list[epath.Path]:
 
 class Array:
     """The images of an array [N, H, W, 3] in a `.npz`, read from the file one after another."""
+
+    in_order = True
 
     def __init__(self, path: epath.PathLike, key: str, limit: int = 0):
         """Checks the array's header; `limit` keeps only the first images, 0 all.

@@ -43,6 +43,10 @@ class Settings:
       generation_data: pictures and captions to draw prompts from; "" for the decoder's training data.
       seed: of the choice of prompts and of their pictures.
       images_dir: folder for pictures of reconstructions and generations; "" for none.
+      report: HTML file to write; "" for none.
+      protocol: how reconstructions are scored as image sets.
+      metrics: of image sets, such as fid, for a tokenizer's reconstructions and a decoder's samples.
+      weights: name of a feature network -> file of its weights.
     """
 
     checkpoints: Sequence[str]
@@ -56,6 +60,10 @@ class Settings:
     generation_data: str = ""
     seed: int = 0
     images_dir: str = ""
+    report: str = ""
+    protocol: str = "rfid_imagenet_val"
+    metrics: Sequence[str] = ()
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +82,7 @@ TABLE = (
     Line("codebook perplexity", "tokenizer/codebook_perplexity"),
     Line("image bits per token", "decoder/val_image_bits_per_token", "unigram", "decoder/unigram_image_bits_per_token"),
     Line("text bits per token", "decoder/val_text_bits_per_token", "unigram", "decoder/unigram_text_bits_per_token"),
+    Line("KID of samples", "samples/kid", "real pictures", "samples/kid_real"),
     Line("top-1 retrieval", "generation/retrieval_top1", "prompts shuffled", "generation/retrieval_top1_shuffled"),
 )
 
@@ -127,8 +136,8 @@ def progress(batches: Iterable[Any], name: str, examples: int, batch_size: int) 
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-def score_tokenizer(settings: Settings, path: str, data: "Data", mesh: "Mesh") -> tuple[Scores, np.ndarray]:
-    """Scores of a tokenizer, and a picture of inputs over reconstructions (uint8 [H, W, C])."""
+def score_tokenizer(settings: Settings, path: str, data: "Data", mesh: "Mesh") -> tuple[Scores, np.ndarray, np.ndarray]:
+    """Scores of a tokenizer, a picture of inputs over reconstructions (uint8 [H, W, C]), and the use of codes [K]."""
     import jax
 
     from imagegpt_jax import api, sharding
@@ -141,6 +150,7 @@ def score_tokenizer(settings: Settings, path: str, data: "Data", mesh: "Mesh") -
     batch_size = _batch_size(settings, config.eval_batch_size, mesh)
     one_pass = {"rows": sharding.host_rows(mesh, batch_size), "shuffle": False, "epochs": 1, "columns": ("image",)}
     batches = pipeline.Batches(data.source, ops=config.data.eval_ops, batch_size=batch_size, **one_pass)
+    use: list[np.ndarray] = []
     with jax.set_mesh(mesh):
         scores, grid = reconstruction.evaluate(
             task.predict_fns(setup)["reconstruct"],
@@ -148,6 +158,7 @@ def score_tokenizer(settings: Settings, path: str, data: "Data", mesh: "Mesh") -
             progress(batches, "tokenizer", len(data.source), batch_size),
             setup.model.quantizer.num_ids,
             mesh,
+            tell_use=use.append,
         )
     names = {name: f"val_{name}" for name in ("psnr", "psnr_mean_color", "l1", "mse")}
     about = {
@@ -157,7 +168,59 @@ def score_tokenizer(settings: Settings, path: str, data: "Data", mesh: "Mesh") -
         "ops": config.data.eval_ops,
         "num_codes": setup.model.quantizer.num_ids,
     }
-    return {f"tokenizer/{names.get(name, name)}": value for name, value in (about | scores).items()}, grid
+    return {f"tokenizer/{names.get(name, name)}": value for name, value in (about | scores).items()}, grid, use[0]
+
+
+def score_sets(settings: Settings, prefix: str, names: Sequence[str], images: Any, reference: Any) -> Scores:
+    """Metrics of image sets, such as rFID or KID, under the names `prefix/metric`."""
+    from imagegpt_jax.evals import image_sets, protocols, score
+
+    protocol = protocols.find(settings.protocol)
+    request = image_sets.Request(
+        images=images.path,
+        reference=reference.path,
+        protocol=protocol,
+        metrics=tuple(names),
+        weights=settings.weights,
+        options=score.Options(seed=settings.seed),
+    )
+    scores = image_sets.of_sets(request, images, reference)
+    about = scores.pop("provenance")
+    found: Scores = {f"{prefix}/{name}": result["value"] for name, result in scores.items()}
+    facts = {
+        "protocol": protocol.name,
+        "images": about["images"]["n"],
+        "reference_images": about["reference"]["n"],
+        "reference_sha256": about["reference"]["sha256"],
+    }
+    facts |= {f"{name}_sha256": weights["sha256"] for name, weights in about["feature_weights"].items()}
+    return found | {f"{prefix}/{name}": value for name, value in facts.items()}
+
+
+def score_reconstructions(settings: Settings, path: str, data: "Data") -> Scores:
+    """Metrics of image sets of a tokenizer's reconstructions against its inputs."""
+    from imagegpt_jax import api
+    from imagegpt_jax.evals.reconstructed import Decoded
+
+    ops = api.read_config(path, "tokenizer").data.eval_ops
+    images = Decoded(f"{path} on {data.spec}", data.source, ops, api.load_tokenizer(path, settings.step))
+    return score_sets(settings, "reconstruction", settings.metrics, images, Decoded(data.spec, data.source, ops))
+
+
+def score_samples(
+    settings: Settings, config: Any, samples_NHWC: np.ndarray, references_NHWC: np.ndarray, validation: "Data"
+) -> Scores:
+    """Metrics of image sets of drawn pictures against unseen ones; as a control, of the prompts' own pictures."""
+    from imagegpt_jax.data import sources
+    from imagegpt_jax.evals import score
+    from imagegpt_jax.evals.reconstructed import Decoded, Held
+
+    names = [name for name in settings.metrics if score.METRICS[name].reference in ("", "images", "statistics")]
+    spec = source_of(validation.spec)
+    unseen = Decoded(spec, sources.open_source(spec, require="image"), config.data.eval_ops)
+    scores = score_sets(settings, "samples", names, Held("samples", samples_NHWC), unseen)
+    control = score_sets(settings, "samples", names, Held("the prompts' pictures", references_NHWC), unseen)
+    return scores | {f"samples/{name}_real": control[f"samples/{name}"] for name in names}
 
 
 def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data: "Data", mesh: "Mesh") -> Scores:
@@ -211,7 +274,7 @@ def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data
 
 
 def score_generation(
-    settings: Settings, decoder: "Decoder", tok: "Tokenizer", data: "Data"
+    settings: Settings, decoder: "Decoder", tok: "Tokenizer", data: "Data", validation: "Data"
 ) -> tuple[Scores, np.ndarray]:
     """Retrieval of drawn pictures, and a picture (uint8 [H, W, 3]) of some references, each before its samples."""
     from tqdm import tqdm
@@ -272,7 +335,10 @@ def score_generation(
         images.Tile(prompt, [reference, *drawings])
         for prompt, reference, drawings in zip(prompts, references_PHWC, samples_PSHWC, strict=True)
     ]
-    return {f"generation/{name}": value for name, value in scores.items()}, images.grid(tiles[:SHOWN_PROMPTS])
+    found: Scores = {f"generation/{name}": value for name, value in scores.items()}
+    if settings.metrics:
+        found |= score_samples(settings, config, samples, references_PHWC, validation)
+    return found, images.grid(tiles[:SHOWN_PROMPTS])
 
 
 def _batch_size(settings: Settings, default: int, mesh: "Mesh") -> int:
@@ -343,6 +409,30 @@ def source_of(spec: str) -> str:
     return made_of
 
 
+def write_report(
+    settings: Settings,
+    found: Mapping[str, str],
+    scores: Scores,
+    shown: Mapping[str, np.ndarray],
+    use: np.ndarray | None,
+) -> None:
+    """Writes a page of the scores, the pictures, the use of codes and the losses of training."""
+    from imagegpt_jax.evals import pages
+    from imagegpt_jax.evals.report import Report, Shown
+
+    page = Report(f"Scores of {', '.join(found.values())}")
+    rows = [(name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in sorted(scores.items())]
+    page.table("Scores", ("score", "value"), rows)
+    notes = {"reconstructions": "inputs over reconstructions", "generations": "each reference before its samples"}
+    for name, picture in shown.items():
+        page.gallery(name.capitalize(), [Shown([picture], notes[name])], whole=True)
+    if use is not None:
+        pages.codes(page, use)
+    for path in found.values():
+        pages.losses(page, path)
+    write(epath.Path(settings.report), page.html().encode())
+
+
 def score(settings: Settings) -> None:
     """Scores together with the other processes, the first of which writes."""
     output = epath.Path(settings.output)
@@ -356,15 +446,21 @@ def score(settings: Settings) -> None:
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     scores: Scores = {"version": importlib.metadata.version("imagegpt_jax"), "jax_version": jax.__version__}
     shown: dict[str, np.ndarray] = {}
+    use = None
     if "tokenizer" in found:
-        values, shown["reconstructions"] = score_tokenizer(settings, found["tokenizer"], opened["tokenizer"], mesh)
+        path, data = found["tokenizer"], opened["tokenizer"]
+        values, shown["reconstructions"], use = score_tokenizer(settings, path, data, mesh)
         scores |= values
+        if settings.metrics:
+            scores |= score_reconstructions(settings, path, data)
     if "decoder" in found:
         decoder = api.load_decoder(found["decoder"], settings.step, tokenizer=settings.tokenizer or None)
         tok = decoder.load_tokenizer()
         scores |= score_decoder(settings, decoder, tok, opened["decoder"], mesh)
         if "generation" in opened:
-            values, shown["generations"] = score_generation(settings, decoder, tok, opened["generation"])
+            values, shown["generations"] = score_generation(
+                settings, decoder, tok, opened["generation"], opened["decoder"]
+            )
             scores |= values
 
     if not distributed.is_first():
@@ -372,4 +468,6 @@ def score(settings: Settings) -> None:
     write(output, (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode())
     for name, picture in shown.items() if settings.images_dir else ():
         write(epath.Path(settings.images_dir) / f"{name}.png", images.png_bytes(picture, {"checkpoints": found}))
+    if settings.report:
+        write_report(settings, found, scores, shown, use)
     print(f"{table(scores)}\n\nAll scores: {output}")

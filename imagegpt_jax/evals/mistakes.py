@@ -27,12 +27,13 @@ def of_set(role: str, images: ImageSet, found: Collected, protocol: Protocol) ->
       protocol: what it should be like.
     """
     warnings = []
+    lossless = protocol.lossless and role == "images"  # photographs to compare with may well be JPEG
     count = lossy(images)
-    if count and protocol.lossless:
+    if count and lossless:
         warnings.append(
             warning("lossy_format", f"{role}: {count} of {len(images)} files are JPEG or WebP; save samples as PNG.")
         )
-    elif found.jpeg_like * 2 > found.checked and protocol.lossless:
+    elif found.jpeg_like * 2 > found.checked and lossless:
         warnings.append(
             warning(
                 "jpeg_artefacts",

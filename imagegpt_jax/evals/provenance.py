@@ -3,6 +3,7 @@
 Nothing here starts JAX.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -18,8 +19,8 @@ from imagegpt_jax.cli import UserError
 from imagegpt_jax.evals import protocols
 from imagegpt_jax.evals.sets import Folder, ImageSet
 
-# What `sample` writes into each PNG that belongs to the run as a whole, not to the one picture.
-_PER_IMAGE = ("prompt", "class", "seed", "index", "caption", "label", "image")
+# What `sample` says in each PNG of the networks that drew it.
+_MODEL = ("decoder", "step", "decoder_hash", "tokenizer", "tokenizer_step", "tokenizer_hash", "version")
 
 
 @functools.cache
@@ -44,16 +45,17 @@ def of_set(images: ImageSet, sha256: str) -> dict[str, Any]:
     }
 
 
-def sampler(images: ImageSet) -> dict[str, Any]:
-    """How the images were drawn, where `sample` wrote it into their metadata."""
-    if not isinstance(images, Folder):
-        return {}
-    first = epath.Path(images.path) / images.names[0]
-    try:
-        found = images_lib.read_metadata(first.read_bytes())
-    except (OSError, ValueError, SyntaxError):
-        return {}
-    return {name: value for name, value in found.items() if name not in _PER_IMAGE}
+def drawn_by(images: ImageSet) -> dict[str, Any]:
+    """ "sampler", "model" and "sampling_seed" of images, where `sample` wrote them into their metadata; else empty."""
+    found: dict[str, Any] = {}
+    if isinstance(images, Folder):
+        with contextlib.suppress(OSError, ValueError, SyntaxError):
+            found = images_lib.read_metadata((epath.Path(images.path) / images.names[0]).read_bytes())
+    return {
+        "sampler": found.get("sampler", {}),
+        "model": {name: found[name] for name in _MODEL if name in found},
+        "sampling_seed": found.get("seed"),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing
@@ -89,6 +91,7 @@ _MATTERS: Sequence[tuple[str, str]] = (
     ("images.sha256", "other images, which is what is being compared"),
     ("sampler", "another sampler"),
     ("model", "another model"),
+    ("sampling_seed", "another seed of the images"),
     ("seed", "another seed of intervals and extrapolation"),
     ("platform", "another kind of device: the last digits may differ"),
     ("version", "another version of this program"),

@@ -106,9 +106,15 @@ def needs(names: Sequence[str], protocol: Protocol, options: Options, *, referen
 class Reference:
     """What images are compared with: a set that was passed over, or a file of statistics."""
 
-    def __init__(self, source: Collected | Statistics, features: str):
-        """Args: the source, and the network that a file's statistics are of."""
-        self._source, self._features = source, features
+    def __init__(self, source: Collected | Statistics, features: str, beside: Collected | None = None):
+        """Makes a reference.
+
+        Args:
+          source: what it is.
+          features: the network that a file's statistics are of.
+          beside: the images that lie beside statistics, once they were passed over.
+        """
+        self._source, self._features, self._beside = source, features, beside
 
     def gaussian(self, output: Output) -> frechet.Gaussian:
         """Mean and covariance of an output.
@@ -133,6 +139,8 @@ class Reference:
         """
         if isinstance(self._source, Collected):
             return self._source.rows[output]
+        if self._beside is not None:
+            return self._beside.rows[output]
         if self._source.features is None or output != (self._features, "pool"):
             raise UserError(
                 f"{self._source.path} holds means and covariances, which FID can be computed from; KID, precision,"
@@ -147,7 +155,7 @@ class Reference:
                 self.gaussian(output_of(name, protocol))
             elif METRICS[name].reference == "pairs":
                 raise UserError(f"{name} compares images one by one: give reference images, not statistics.")
-            elif METRICS[name].reference == "images":
+            elif METRICS[name].reference == "images" and getattr(self._source, "images", None) is None:
                 self.rows(output_of(name, protocol))
 
 

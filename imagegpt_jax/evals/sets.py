@@ -26,7 +26,7 @@ _IMAGES = ("arr_0", "images", "samples")
 _FEATURES = ("pool_3", "features", "activations", "acts")
 _MEAN, _COVARIANCE = ("mu", "sigma"), ("mu_s", "sigma_s")
 _LOSSY = ("JPEG", "WEBP")
-_GRID = "grid.png"  # which `sample` puts beside its samples
+_OVERVIEWS = ("grid.png", "samples.gif")  # which `sample` puts beside its samples
 Size = tuple[int, int]
 
 
@@ -73,6 +73,7 @@ class Statistics:
       count: images that they are of; None if the file does not say.
       about: what our own files say of themselves: protocol, hashes, version.
       sha256: of the file.
+      images: reference images that lie beside the statistics, as in ADM's files; None if there are none.
     """
 
     path: str
@@ -81,6 +82,7 @@ class Statistics:
     count: int | None
     about: Mapping[str, Any]
     sha256: str
+    images: ImageSet | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -108,7 +110,7 @@ def _unfit(image: Image.Image) -> str:
 
 
 class Folder:
-    """The images of a folder and its sub-folders, but for the `grid.png` that `sample` puts there."""
+    """The images of a folder and its sub-folders, but for the overviews that `sample` puts there."""
 
     in_order = False
 
@@ -179,7 +181,7 @@ def _listed(folder: epath.Path) -> list[epath.Path]:
     for file in folder.iterdir():
         if file.is_dir():
             found += _listed(file)
-        elif file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.name != _GRID:
+        elif file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.name not in _OVERVIEWS:
             found.append(file)
     return found
 
@@ -298,7 +300,8 @@ def open_images(path: epath.PathLike, limit: int = 0) -> ImageSet:
 def open_reference(path: epath.PathLike, limit: int = 0) -> ImageSet | Statistics:
     """Opens what images are compared with: images, features, or means and covariances.
 
-    A `.npz` with "mu" and "sigma" counts as statistics even where ADM put its images beside them.
+    Of a `.npz` with "mu" and "sigma" those count for FID, and images that lie beside them, as in ADM's files, for
+    what needs images.
 
     Raises:
       UserError: as `open_images`, and for statistics that are not of the right shapes.
@@ -333,7 +336,8 @@ def _read_statistics(path: epath.Path, keys: Sequence[str], features: str | None
             rows.mean(axis=0, dtype=np.float64),
             centred.T @ centred / max(len(rows) - 1, 1),
         )
-    return Statistics(str(path), arrays, rows, count, about, hash_file(str(path)))
+    images = Array(path, "arr_0") if "arr_0" in keys and features is None else None
+    return Statistics(str(path), arrays, rows, count, about, hash_file(str(path)), images)
 
 
 def _about(text: np.ndarray) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """The frozen networks that scores are made of, loaded from files and ready for `features.extract`."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -118,12 +119,13 @@ def _require(path: str, name: str, file: str) -> None:
 
 
 def _about_folder(path: str) -> dict[str, str]:
-    """As `_about`, of a folder the hash of its file of weights."""
+    """Path and SHA-256 of a file, or of a folder's files of weights one after another."""
     place = epath.Path(path)
-    if place.is_dir():
-        found = sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".bin"))
-        place = found[0]
-    return {"path": path, "sha256": weights.sha256(place)}
+    if not place.is_dir():
+        return {"path": path, "sha256": weights.sha256(place)}
+    found = sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
+    digest = hashlib.sha256("".join(weights.sha256(file) for file in found).encode())
+    return {"path": path, "sha256": digest.hexdigest()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +151,9 @@ def pairs(names: Sequence[str], path: str) -> Network:
     """
     if "lpips" not in names:
         return Network("pairs", {}, np.asarray, _Compare(tuple(names), None), {})
-    _require(path, "lpips", "made by `python tools/convert_lpips.py`")
+    _require(path, "lpips", "made by `python tools/convert_lpips.py`, or a folder of torchvision's and lpips' files")
     graph, params = state.split(lpips.LPIPS.load(path))
-    return Network(
-        "pairs", {"path": path, "sha256": weights.sha256(path)}, np.asarray, _Compare(tuple(names), graph), params
-    )
+    return Network("pairs", _about_folder(path), np.asarray, _Compare(tuple(names), graph), params)
 
 
 def embed_texts(path: str, texts: Sequence[str]) -> np.ndarray:

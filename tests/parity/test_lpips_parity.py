@@ -79,3 +79,24 @@ def test_distance_and_gradient(network, slices, size):
     np.testing.assert_allclose(ours(a, b), expected.detach().numpy(), rtol=1e-5)
     ours_gradient = jax.grad(lambda a: ours(a, b).sum())(a)
     np.testing.assert_allclose(ours_gradient, gradient, rtol=0, atol=1e-4 * np.abs(gradient).max())
+
+
+@pytest.mark.parametrize(("network", "slices", "head"), [("alexnet", alexnet, "alex.pth"), ("vgg16", vgg16, "vgg.pth")])
+def test_files_of_torchvision_and_lpips(tmp_path, network, slices, head):
+    """A classifier with its head, which LPIPS has no use for, and linear layers under the names of `lpips`."""
+    torch.manual_seed(0)
+    reference = Reference(slices())
+    layers = [layer for part in slices() for layer in part]
+    classifier = {"classifier.0.weight": torch.zeros(3, 3)}
+    trained = iter(module for module in reference.slices.modules() if isinstance(module, nn.Conv2d))
+    for place, layer in enumerate(layers):
+        if isinstance(layer, nn.Conv2d):
+            conv = next(trained)
+            classifier |= {f"features.{place}.weight": conv.weight.data, f"features.{place}.bias": conv.bias.data}
+    linear = {f"lin{i}.model.1.weight": one.weight.data.abs_() for i, one in enumerate(reference.heads)}
+    torch.save(classifier, tmp_path / f"{network}-12345678.pth", _use_new_zipfile_serialization=False)
+    torch.save(linear, tmp_path / head)
+    ours = LPIPS.load(tmp_path)
+    a, b = np.random.default_rng(0).uniform(-1, 1, (2, 1, 48, 48, 3)).astype(np.float32)
+    expected = reference(*(torch.from_numpy(x).permute(0, 3, 1, 2) for x in (a, b)))
+    np.testing.assert_allclose(ours(a, b), expected.detach().numpy(), rtol=1e-4)

@@ -1,6 +1,7 @@
 """LPIPS, the learned perceptual distance between images (Zhang et al. 2018, arXiv:1801.03924).
 
-Weights come from a safetensors file that `tools/convert_lpips.py` makes once.
+Weights come from a safetensors file that `tools/convert_lpips.py` makes once, or from the two files that everybody has:
+torchvision's classifier and the linear heads of PyPI's `lpips`.
 Shapes: B batch, H W pixels, C channels.
 """
 
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import choose
 from imagegpt_jax.models.conv import Conv
+from imagegpt_jax.models.pretrained import weights
 
 # ImageNet's mean and deviation, for pixels in [-1, 1]; the rounding is LPIPS's own and belongs to its weights.
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -64,6 +66,11 @@ NETWORKS: Mapping[str, tuple[Layer, ...]] = {
         Layer(512),
     ),
 }
+# Numbers of torchvision's convolutions within `features`, and what the heads' file of `lpips` is called.
+_TORCHVISION: Mapping[str, tuple[tuple[int, ...], str]] = {
+    "alexnet": ((0, 3, 6, 8, 10), "alex.pth"),
+    "vgg16": ((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "vgg.pth"),
+}
 MIN_SIZE = {"alexnet": 31, "vgg16": 16}  # smaller images have no pixel left at the last layer
 
 
@@ -96,12 +103,16 @@ class LPIPS(nnx.Module):
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "LPIPS":
-        """Reads weights made by `tools/convert_lpips.py`.
+        """Reads weights made by `tools/convert_lpips.py`, or a folder with torchvision's file and the heads of `lpips`.
+
+        The folder holds `vgg16-397923af.pth` and `vgg.pth`, or `alexnet-owt-7be5be79.pth` and `alex.pth`.
 
         Raises:
           UserError: if the file is missing, is not such a file, or its arrays are not exactly those of the network.
         """
         file = epath.Path(path)
+        if file.is_dir():
+            return cls._load_torchvision(file)
         command = f"python tools/convert_lpips.py --network=vgg16 --output={file}"
         if not file.is_file():
             raise UserError(f"there are no LPIPS weights at {file}: make them with `{command}`.")
@@ -116,6 +127,28 @@ class LPIPS(nnx.Module):
         model = nnx.eval_shape(lambda: cls(network, key=jax.random.key(0)))
         model.set_arrays(arrays, str(file))
         return model
+
+    @classmethod
+    def _load_torchvision(cls, folder: epath.Path) -> "LPIPS":
+        for network, (numbers, heads) in _TORCHVISION.items():
+            backbone = next(iter(sorted(folder.glob(f"{network}*.pth"))), None)
+            if backbone is None or not (folder / heads).exists():
+                continue
+            features, linear = weights.read(backbone), weights.read(folder / heads)
+            arrays = {f"heads.{i}": linear[name].reshape(-1) for i, name in enumerate(sorted(linear))}
+            for i, number in enumerate(numbers):
+                names = [f"features.{number}.{part}" for part in ("weight", "bias")]
+                if not set(names) <= features.keys():
+                    raise UserError(f"{backbone} has no {names[0]}: give torchvision's file of {network}.")
+                arrays[f"convs.{i}.kernel"] = features[names[0]].transpose(2, 3, 1, 0)
+                arrays[f"convs.{i}.bias"] = features[names[1]]
+            model = nnx.eval_shape(lambda network=network: cls(network, key=jax.random.key(0)))
+            model.set_arrays(arrays, f"{backbone} and {heads}")
+            return model
+        raise UserError(
+            f"{folder} does not hold the weights of LPIPS: vgg16-397923af.pth and vgg.pth, or alexnet-owt-7be5be79.pth"
+            " and alex.pth."
+        )
 
     def parameters(self) -> dict[str, nnx.Param]:
         """The parameters by their names in the weight file: `convs.<i>.kernel`, `convs.<i>.bias`, `heads.<i>`."""

@@ -8,7 +8,7 @@ from PIL import Image
 
 from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.evals import stages
+from imagegpt_jax.evals import stage_data
 
 SMALL = ["--generation_prompts=6", "--samples_per_prompt=2"]
 
@@ -36,6 +36,8 @@ def test_both_stages_in_one_flat_object(evaluate, workdirs, tmp_path, capsys):
     for kind in ("image", "text"):
         assert scores[f"decoder/val_{kind}_bits_per_token"] > scores[f"decoder/unigram_{kind}_bits_per_token"] > 0
     assert scores["decoder/unigram_image_bits_per_token"] <= 6
+    per_token = scores["decoder/val_image_bits_per_token"]
+    assert scores["decoder/val_image_bits_per_dim"] == pytest.approx(per_token * 16 / (16 * 16 * 3))
     assert 0 <= scores["generation/retrieval_top1"] <= 1
     assert 0 <= scores["generation/retrieval_top1_shuffled"] <= 1
     assert scores["generation/retrieval_chance"] == pytest.approx(1 / 6)
@@ -108,7 +110,7 @@ def test_token_shards_score_like_the_images_they_were_made_from(evaluate, binary
         assert tokens[f"decoder/{key}"] == pytest.approx(images[f"decoder/{key}"], rel=1e-5)
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate(f"--checkpoint={workdirs.classes}", f"--data=tokens:{tmp_path / 't'}")
-    assert stages.source_of(f"tokens:{tmp_path / 't'}") == spec
+    assert stage_data.source_of(f"tokens:{tmp_path / 't'}") == spec
 
 
 @pytest.mark.parametrize(
@@ -135,8 +137,8 @@ def test_output_must_be_a_file(binary, workdirs, tmp_path):
 
 
 def test_table_leaves_out_what_was_not_scored():
-    text = stages.table({"generation/retrieval_top1": 0.25, "generation/retrieval_top1_shuffled": 0.01})
+    text = stage_data.table({"generation/retrieval_top1": 0.25, "generation/retrieval_top1_shuffled": 0.01})
     assert text.split() == ["top-1", "retrieval", "0.2500", "prompts", "shuffled", "0.0100"]
     assert np.all(
-        [line.key.split("/")[0] in ("tokenizer", "decoder", "generation", "samples") for line in stages.TABLE]
+        [line.key.split("/")[0] in ("tokenizer", "decoder", "generation", "samples") for line in stage_data.TABLE]
     )

@@ -31,17 +31,14 @@ class Gaussian:
     def factor(self) -> Float[np.ndarray, "D R"]:
         """L with L L^T = covariance, by Cholesky's method with pivots.
 
-        N samples span at most N - 1 dimensions. What rounding adds beyond them would count in the distance by the
-        square root of its size, so the factor ends there.
+        N samples span at most N - 1 dimensions: the method ends where nothing but rounding is left, which would count
+        in the distance by the square root of its size.
         """
-        size = len(self.mean_D)
-        rank = size if self.count is None else min(size, self.count - 1)
         (pstrf,) = scipy.linalg.get_lapack_funcs(("pstrf",), (self.covariance_DD,))
-        lower, pivots, found, info = pstrf(self.covariance_DD, lower=1)
+        lower, pivots, rank, info = pstrf(self.covariance_DD, lower=1)
         if info < 0:
             raise AssertionError(f"pstrf: argument {-info}")
-        rank = min(rank, found)
-        factor = np.zeros((size, rank))
+        factor = np.zeros((len(self.mean_D), rank))
         factor[pivots - 1] = np.tril(lower)[:, :rank]
         return factor
 

@@ -53,6 +53,22 @@ def test_distance_of_sets_far_smaller_than_their_features():
     assert frechet.distance(gaussian(one), gaussian(one)) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("scale", [0, 100])
+def test_distance_of_small_and_correlated_sets_is_exact(scale):
+    """Against the singular values of the centred examples, which need no covariance at all."""
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=300)
+    sets = [
+        rng.normal(size=(n, 1)) * common * scale + rng.normal(size=(n, 300)) * np.geomspace(1, 1e-3, 300)
+        for n in (30, 40)
+    ]
+    centred = [(x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in sets]
+    step = sets[0].mean(axis=0) - sets[1].mean(axis=0)
+    root = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    expected = step @ step + sum(np.square(x).sum() for x in centred) - 2 * root
+    assert frechet.distance(*map(gaussian, sets)) == pytest.approx(expected, rel=1e-10)
+
+
 def test_statistics_that_cannot_be_compared():
     a = gaussian(rows(20))
     with pytest.raises(UserError, match="of 12 and 5 features cannot be compared"):

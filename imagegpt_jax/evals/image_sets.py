@@ -100,6 +100,9 @@ def open_sets(request: Request) -> Opened:
       UserError: if one cannot be scored.
     """
     score.check_metrics(request.metrics, tuple(score.METRICS))
+    for name in request.metrics:
+        network = name if name == "lpips" else score.METRICS[name].network
+        score.require_weights(network, request.weights.get(network, ""))
     needed = {name: score.METRICS[name].reference for name in request.metrics}
     compared = [name for name, kind in needed.items() if kind not in ("", "captions", "prompts")]
     if compared and not request.reference:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from imagegpt_jax import state
 from imagegpt_jax.cli import UserError, suggest
-from imagegpt_jax.evals import pixels, resizing
+from imagegpt_jax.evals import pixels, resizing, score
 from imagegpt_jax.evals.features import Network
 from imagegpt_jax.models.pretrained import clip, dinov2, efficientnet, inception, lpips, weights
 
@@ -57,7 +57,8 @@ class _Apply:
     outputs: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
 
     def __call__(self, params: Any, images: jax.Array) -> Mapping[str, jax.Array]:
-        return self.outputs(state.merge(self.graph, params), images)
+        with jax.default_matmul_precision("float32"):  # which accelerators do not have by default
+            return self.outputs(state.merge(self.graph, params), images)
 
 
 def _about(path: str, file: weights.File, flag: str) -> dict[str, str]:
@@ -82,7 +83,7 @@ def _inception(path: str, resize: str) -> Network:
 
 def _clip(path: str, resize: str) -> Network:
     del resize  # CLIP is defined with its own
-    _require(path, "clip", "model.safetensors of openai/clip-vit-base-patch32, or the folder that holds it")
+    score.require_weights("clip", path)
     module = clip.CLIP.load(path)
     prepare = resizing.to_size("pil_bicubic_crop", module.size)
     return wrap("clip", _about_folder(path), module, prepare, _clip_outputs)
@@ -94,7 +95,7 @@ def _clip_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
 
 def _dinov2(path: str, resize: str) -> Network:
     del resize
-    _require(path, "dinov2", "model.safetensors of facebook/dinov2-large, or the folder that holds it")
+    score.require_weights("dinov2", path)
     module = dinov2.DINOv2.load(path)
     prepare = resizing.to_size("pil_bicubic_crop", dinov2.SIZE)
     return wrap("dinov2", _about_folder(path), module, prepare, _pool_outputs)
@@ -111,11 +112,6 @@ def _efficientnet(path: str, resize: str) -> Network:
 
 def _pool_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
     return {"pool": module(images)}
-
-
-def _require(path: str, name: str, file: str) -> None:
-    if not path:
-        raise UserError(f"no weights of {name}: give --feature_weights={name}=PATH, {file}.")
 
 
 def _about_folder(path: str) -> dict[str, str]:
@@ -139,7 +135,8 @@ class _Compare:
         a, b = pairs_B2HWC[:, 0].astype(jnp.float32), pairs_B2HWC[:, 1].astype(jnp.float32)
         found = {name: pixels.METRICS[name](a, b) for name in self.names if name != "lpips"}
         if "lpips" in self.names:
-            found["lpips"] = state.merge(self.graph, params)(a / 127.5 - 1, b / 127.5 - 1)
+            with jax.default_matmul_precision("float32"):
+                found["lpips"] = state.merge(self.graph, params)(a / 127.5 - 1, b / 127.5 - 1)
         return found
 
 
@@ -151,7 +148,7 @@ def pairs(names: Sequence[str], path: str) -> Network:
     """
     if "lpips" not in names:
         return Network("pairs", {}, np.asarray, _Compare(tuple(names), None), {})
-    _require(path, "lpips", "made by `python tools/convert_lpips.py`, or a folder of torchvision's and lpips' files")
+    score.require_weights("lpips", path)
     graph, params = state.split(lpips.LPIPS.load(path))
     return Network("pairs", _about_folder(path), np.asarray, _Compare(tuple(names), graph), params)
 

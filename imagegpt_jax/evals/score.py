@@ -70,6 +70,12 @@ METRICS: Mapping[str, Metric] = {
     **{name: Metric(name, VALUES, network="pairs", reference="pairs") for name in pairs.METRICS},
 }
 _DENSITY_NEIGHBOURS = 5
+# Networks whose weights are not downloaded, and the files that they are in.
+_FILES: Mapping[str, str] = {
+    "clip": "model.safetensors of openai/clip-vit-base-patch32 or -large-patch14, or the folder that holds it",
+    "dinov2": "model.safetensors of facebook/dinov2-large, or the folder that holds it",
+    "lpips": "made by `python tools/convert_lpips.py`, or a folder of torchvision's and lpips' files",
+}
 
 
 def check_metrics(names: Sequence[str], known: Sequence[str]) -> None:
@@ -79,6 +85,12 @@ def check_metrics(names: Sequence[str], known: Sequence[str]) -> None:
             raise UserError(f"unknown metric {name!r}.{suggest(name, known)} All: {', '.join(known)}.")
     if len(set(names)) < len(names) or not names:
         raise UserError("--metrics names each metric once, such as --metrics=fid,is,kid.")
+
+
+def require_weights(name: str, path: str) -> None:
+    """Raises UserError if a network needs a file of weights and `path` is empty."""
+    if name in _FILES and not path:
+        raise UserError(f"no weights of {name}: give --feature_weights={name}=PATH, {_FILES[name]}.")
 
 
 def output_of(name: str, protocol: Protocol) -> Output:

@@ -26,6 +26,8 @@ _IMAGES = ("arr_0", "images", "samples")
 _FEATURES = ("pool_3", "features", "activations", "acts")
 _MEAN, _COVARIANCE = ("mu", "sigma"), ("mu_s", "sigma_s")
 _LOSSY = ("JPEG", "WEBP")
+_DEPTH = 24  # where a PNG says how many bits its channels have
+_DEEP = "has 16 or more bits per channel"
 _OVERVIEWS = ("grid.png", "samples.gif")  # which `sample` puts beside its samples
 Size = tuple[int, int]
 
@@ -91,8 +93,13 @@ class Statistics:
 def _header(path: epath.Path) -> tuple[str, str, Size]:
     """(format, what is wrong with its pixels or "", (height, width)) by the first bytes of a file."""
     try:
-        with path.open("rb") as file, Image.open(file) as image:
-            return image.format or "", _unfit(image), (image.height, image.width)
+        with path.open("rb") as file:
+            start = file.read(_DEPTH + 1)
+            file.seek(0)
+            with Image.open(file) as image:
+                # Pillow says "RGB" of 16-bit colour in PNGs, and would cut it to 8 bits.
+                deep = image.format == "PNG" and start[_DEPTH] > 8
+                return image.format or "", _DEEP if deep else _unfit(image), (image.height, image.width)
     except UnidentifiedImageError as e:
         raise UserError(f"{path} is not an image, or is damaged at its beginning: remove or replace it.") from e
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
@@ -101,7 +108,7 @@ def _header(path: epath.Path) -> tuple[str, str, Size]:
 
 def _unfit(image: Image.Image) -> str:
     if image.mode.startswith("I") or image.mode == "F":
-        return "has 16 or more bits per channel"
+        return _DEEP
     if image.has_transparency_data or image.mode in ("RGBA", "LA", "PA"):
         return "has an alpha channel"
     if image.mode in ("L", "1"):

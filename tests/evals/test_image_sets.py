@@ -132,6 +132,13 @@ def test_jpeg_files_and_traces_of_them_are_named(evaluate, given, tmp_path):
         assert [w["name"] for w in scores["provenance"]["warnings"]] == [warning]
 
 
+def test_a_damaged_image_ends_it_with_one_sentence(evaluate, given):
+    damaged = sorted(given[0].iterdir())[17]
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"017.png is damaged \(.*\): remove or replace it, and score again.$"):
+        evaluate(f"--images={given[0]}", "--metrics=is")
+
+
 def test_geneval_asks_a_scorer(evaluate, given, tmp_path, monkeypatch):
     rows = [{"tag": "colors", "include": [], "prompt": "dark"}, {"tag": "counting", "include": [], "prompt": "pale"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -60,6 +62,18 @@ def deep(folder):
     write(folder, "a.png", Image.fromarray(picture()[..., 0].astype(np.uint16) * 257))
 
 
+def deep_colour(folder):
+    """A PNG of 16-bit RGB, which Pillow reads and cannot write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes(6 * 4) for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
 def cmyk(folder):
     write(folder, "a.jpg", Image.fromarray(picture()).convert("CMYK"))
 
@@ -85,6 +99,7 @@ def empty_file(folder):
         (alpha, "a.png has an alpha channel"),
         (transparent_palette, "a.png has an alpha channel"),
         (deep, "a.png has 16 or more bits"),
+        (deep_colour, "a.png has 16 or more bits"),
         (cmyk, "colour mode CMYK"),
         (mixed, r"differ in size, a.png is 16 x 16 and b.png is 20 x 16 \(height x width\)"),
         (no_image, "a.png is not an image"),

@@ -15,16 +15,44 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagegpt_jax.api import Decoder, Tokenizer, generate, load_decoder, load_tokenizer
+    from imagegpt_jax.api import Decoder, Tokenizer, load_decoder, load_tokenizer
+    from imagegpt_jax.notebook import (
+        caption,
+        complete,
+        edit,
+        generate,
+        inpaint,
+        interpolate,
+        outpaint,
+        rank_captions,
+        style_transfer,
+        variations,
+    )
 
-__all__ = ["Decoder", "Tokenizer", "generate", "load_decoder", "load_tokenizer"]
+__all__ = [
+    "Decoder",
+    "Tokenizer",
+    "caption",
+    "complete",
+    "edit",
+    "generate",
+    "inpaint",
+    "interpolate",
+    "load_decoder",
+    "load_tokenizer",
+    "outpaint",
+    "rank_captions",
+    "style_transfer",
+    "variations",
+]
+_OF_API = ("Decoder", "Tokenizer", "load_decoder", "load_tokenizer")
 
 
 def __getattr__(name: str) -> Any:
     """Imports the public names on first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("imagegpt_jax.api"), name)
+    return getattr(importlib.import_module(f"imagegpt_jax.{'api' if name in _OF_API else 'notebook'}"), name)
 
 
 def __dir__() -> list[str]:

@@ -21,10 +21,12 @@ from ml_collections import ConfigDict
 
 from imagegpt_jax import collectives, hardware, sharding
 from imagegpt_jax import state as state_lib
+from imagegpt_jax import traffic as traffic_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
-from imagegpt_jax.generate import prefill, step
+from imagegpt_jax.generate import prefill, prepare, step
 from imagegpt_jax.models import gpt
+from imagegpt_jax.sampling.prepare import score
 from imagegpt_jax.steps import Steps
 
 COMPUTE_BYTES = 2  # of parameters and activations on the way: bf16
@@ -38,11 +40,13 @@ class Program:
       name: "train" (decoder), "reconstruction", "adversarial" (tokenizer), "prefill", "decode" (sampling).
       lower: traces it: () -> jax.stages.Lowered.
       model_flops: FLOPs that the model needs, all devices together.
+      reads: for "decode", bytes of the weights and of the cache on one device, which it reads once.
     """
 
     name: str
     lower: Any
     model_flops: float
+    reads: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Config:
@@ -107,38 +111,52 @@ class Plan:
             yield from self._sampling()
 
     def _sampling(self) -> Iterator[Program]:
-        """Prefill and one step with guidance: rows of the network are twice the samples."""
+        """Prefill and one guided step; rows are twice the samples, and each device has its own, with all weights.
+
+        Weights are laid out as `generate.place` does: cut over `tensor` alone, in the compute dtype.
+        """
         layout, rows = self.setup.layout, 2 * self.config.batch_size
         cut = sharding.batch_sharding(self.mesh)
 
         def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
             return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=cut)
 
-        def module(params: Any) -> Any:
-            return self.setup.networks["decoder"].module(params)
+        def make(params: Any) -> Any:
+            return prepare(self.setup.networks["decoder"].module(params))
 
-        params = jax.tree.map(lambda x: x, self.state.params("decoder"))
+        with jax.set_mesh(self.mesh):
+            abstract = jax.eval_shape(make, self.state.params("decoder"))
+            weights = _with_shardings(abstract, sharding.tensor_shardings(abstract, self.mesh))
         length = layout.prompt_length
         capacity = length + layout.num_codes - 1
+        start, size = layout.image_ids
         prompt = gpt.Sequence(array((length,)), array((length, 3)), array((length,)))
-        start_rows = jax.jit(lambda params, prompt: prefill(module(params).unstack(), prompt, capacity))
+
+        def begin(weights: Any, prompt: gpt.Sequence) -> Any:
+            return prefill(weights, prompt, capacity)
+
+        def decode(weights: Any, state: Any) -> Any:
+            cache, tokens_R, positions_R3 = state
+            hidden_RD, cache = step(weights, cache, tokens_R, positions_R3)
+            return score(hidden_RD, weights.output_table(start, size)), cache
+
+        def mapped(function: Any, *args: Any) -> Any:
+            return sharding.map_rows(function, (False, True))(*args)
+
+        start_rows = jax.jit(functools.partial(mapped, begin))
+        add_token = jax.jit(functools.partial(mapped, decode), donate_argnums=1)
         count = functools.partial(self.task.forward_flops, self.setup, rows)
-        yield Program("prefill", lambda: start_rows.lower(params, prompt), count(length, 1))
-        cache = jax.eval_shape(start_rows, params, prompt)[1]
+        yield Program("prefill", lambda: start_rows.lower(weights, prompt), count(length, 1))
+        with jax.set_mesh(self.mesh):
+            cache = jax.eval_shape(start_rows, weights, prompt)[1]
         heads = NamedSharding(self.mesh, sharding.activation_spec(("batch", "kv_heads", None, None), self.mesh))
         whole = sharding.replicated(self.mesh)
         cache = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding={4: heads, 2: cut}.get(x.ndim, whole)), cache
         )
-        start, size = layout.image_ids
-
-        def decode(params: Any, cache: Any, tokens_R: jax.Array, positions_R3: jax.Array) -> Any:
-            decoder = module(params)
-            hidden_RD, cache = step(decoder.unstack(), cache, tokens_R, positions_R3)
-            return decoder.unembed(hidden_RD, start, size), cache
-
-        add_token = jax.jit(decode, donate_argnums=1)
-        yield Program("decode", lambda: add_token.lower(params, cache, array(()), array((3,))), count(1, 1, capacity))
+        state = cache, array(()), array((3,))
+        reads = {"weights": _bytes(weights), "cache": _bytes((cache.keys, cache.values))}
+        yield Program("decode", lambda: add_token.lower(weights, state), count(1, 1, capacity), reads)
 
     def bound(self) -> dict[str, int]:
         """Least communication of a training step, bytes sent by a device: kind -> bytes.
@@ -221,6 +239,7 @@ class Plan:
             "compile_seconds": round(done - traced, 2),
             "argument_bytes": memory.argument_size_in_bytes,
             "temp_bytes": memory.temp_size_in_bytes,
+            "alias_bytes": memory.alias_size_in_bytes,
             "peak_bytes": memory.peak_memory_in_bytes,
             "hbm_bytes": chip.hbm_bytes,
             "model_flops_per_device": flops,
@@ -242,6 +261,10 @@ class Plan:
             "compiler_options": dict(options or {}),
             "versions": versions(),
         }
+        if program.reads:
+            report |= {f"{name}_bytes": size for name, size in program.reads.items()}
+            report["bytes_accessed"] = traffic_lib.hbm_bytes(text)
+            report["accessed_over_read"] = round(report["bytes_accessed"] / sum(program.reads.values()), 4)
         return report, text
 
 
@@ -258,6 +281,11 @@ def versions() -> dict[str, str]:
         "jaxlib": importlib.metadata.version("jaxlib"),
         "libtpu": importlib.metadata.version("libtpu"),
     }
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

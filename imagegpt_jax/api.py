@@ -11,8 +11,7 @@ import functools
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as List
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,14 +20,13 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from imagegpt_jax import checkpoint, images, sharding
+from imagegpt_jax import checkpoint, sharding
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.convert import reading
 from imagegpt_jax.convert.formats import Options
-from imagegpt_jax.data.packing import NO_LABEL
-from imagegpt_jax.generate import TILE, Sampling, generate_codes, place
+from imagegpt_jax.generate import Sampling, place
 from imagegpt_jax.models.gpt import GPT, Output, Sequence, plain_sequence
 from imagegpt_jax.tasks import decoder as decoder_task
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
@@ -90,11 +88,7 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies architecture and parameters: 16 hexadecimal digits of a SHA-256."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self._params):
-            digest.update(jax.tree_util.keystr(path).encode())
-            digest.update(np.ascontiguousarray(leaf).tobytes())
-        return digest.hexdigest()[:16]
+        return _fingerprint(self.config, self._params)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the codes of an image; where a vector has several codes, they stand beside each other."""
@@ -167,6 +161,14 @@ class Tokenizer:
                 outputs.append(np.asarray(running))
             running = dispatched
         return np.concatenate([*outputs, np.asarray(running)])[: len(inputs)]
+
+
+def _fingerprint(config: Any, params: Any) -> str:
+    digest = hashlib.sha256(repr(config).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_tokenizer(path: epath.PathLike, step: int | None = None) -> tuple[tokenizer_task.Setup, state_lib.Params, int]:
@@ -285,6 +287,10 @@ class Decoder(nnx.Module):
             return int(wanted)
         raise UserError(f"unknown class {label!r}: classes are 0 to {count - 1}, or names.{suggest(str(label), names)}")
 
+    def fingerprint(self) -> str:
+        """Identifies architecture and parameters: 16 hexadecimal digits of a SHA-256; takes a second a gigabyte."""
+        return _fingerprint(self.gpt.config, self.gpt)
+
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a prompt, of which the first `setup.layout.text_length` are used.
 
@@ -359,118 +365,3 @@ def load_decoder(
     params = checkpoint.load_params(path, abstract, "decoder", step)
     network: Any = setup.networks["decoder"].module(params)
     return Decoder(network, setup, path=str(path), step=step)
-
-
-# ---------------------------------------------------------------------------------------------------------- generate
-
-
-def generate_tiles(
-    gpt: Decoder,
-    tok: Tokenizer,
-    prompts: List[str],
-    classes: List[int | str | None],
-    *,
-    sampling: Sampling,
-    seed: int = 0,
-    num_images: int = 1,
-) -> Iterator[np.ndarray]:
-    """Draws pictures a tile at a time, in order: `num_images` of the first prompt, then of the second, and so on.
-
-    Args:
-      gpt: the decoder.
-      tok: its image tokenizer.
-      prompts: texts; "" for none.
-      classes: a class for each prompt, by name or number; None for none.
-      sampling: how to draw.
-      seed: the draws of picture i depend on (seed, i) alone.
-      num_images: pictures of each prompt.
-
-    Returns:
-      an iterator over uint8 [b, H, W, C], with b <= TILE; all arguments have been checked when it is returned.
-
-    Raises:
-      UserError: for prompts, classes or a tokenizer that do not fit the decoder.
-    """
-    layout = gpt.setup.layout
-    if layout is None:
-        raise UserError(f"{gpt.path} is a language model: it draws no pictures.")
-    if tok.num_codes != layout.space.num_codes:
-        raise UserError(
-            f"the tokenizer has {tok.num_codes} codes and the decoder was trained with {layout.space.num_codes}: give"
-            " the tokenizer that the decoder was trained with."
-        )
-    if not prompts or num_images < 1 or seed < 0:
-        raise UserError("generating needs at least one prompt or class, num_images >= 1 and seed >= 0.")
-    texts = [gpt.encode_text(text) for text in prompts]
-    labels = [NO_LABEL if label is None else gpt.class_index(label) for label in classes]
-
-    def draw() -> Iterator[np.ndarray]:
-        for start in range(0, len(prompts) * num_images, TILE):
-            index = np.arange(start, min(start + TILE, len(prompts) * num_images))
-            codes_BL = generate_codes(
-                gpt.placed(sampling.weights),
-                layout,
-                [texts[i // num_images] for i in index],
-                [labels[i // num_images] for i in index],
-                sampling,
-                seed,
-                sample_indices=index,
-            )
-            yield images.to_uint8(tok.decode(codes_BL, layout.grid))
-
-    return draw()
-
-
-def generate(
-    gpt: Decoder,
-    tok: Tokenizer,
-    prompts: str | List[str] | None = None,
-    *,
-    classes: int | str | List[int | str] | None = None,
-    num_images: int = 1,
-    seed: int = 0,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    cfg_scale: float | None = None,
-) -> np.ndarray:
-    """Draws pictures for prompts or classes; settings that are None are those of the decoder's config.
-
-    Args:
-      gpt: a decoder, from `load_decoder`.
-      tok: the image tokenizer that it was trained with, from `load_tokenizer` or `gpt.load_tokenizer()`.
-      prompts: any text; an empty one draws unconditionally.
-      classes: names or numbers, for a decoder trained on classes; beside prompts, one for each.
-      num_images: pictures of each prompt.
-      seed: the draws of picture i depend on (seed, i) alone.
-      temperature: divides the logits; 0 takes the likeliest code.
-      top_k: draw among the k likeliest codes; 0 = all.
-      top_p: draw among the likeliest codes of this total probability; 1 = all.
-      cfg_scale: classifier-free guidance (arXiv:2207.12598); 1 = none.
-
-    Returns:
-      uint8 [B, H, W, C], B = prompts x num_images: all pictures of the first prompt, then those of the second.
-
-    Raises:
-      UserError: for arguments that are out of range or do not fit the decoder.
-    """
-    if not isinstance(gpt, Decoder) or not isinstance(tok, Tokenizer):
-        raise UserError(
-            "generate takes a decoder from load_decoder and a tokenizer from load_tokenizer, in this order."
-        )
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-    labels = [classes] if isinstance(classes, int | str) else list(classes if classes is not None else ())
-    if any(not isinstance(text, str) for text in texts):
-        raise UserError("prompts are text.")
-    if texts and labels and len(texts) != len(labels):
-        raise UserError(f"there are {len(texts)} prompts and {len(labels)} classes: give one class for each prompt.")
-    stream = generate_tiles(
-        gpt,
-        tok,
-        texts or [""] * len(labels),
-        labels or [None] * len(texts),
-        sampling=gpt.sampling(temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale),
-        seed=seed,
-        num_images=num_images,
-    )
-    return np.concatenate(list(stream))

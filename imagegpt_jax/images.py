@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps, PngImagePlugin
 
 SOFTWARE = "imagegpt_jax"  # name of the text chunk that holds all metadata as JSON
 FONT_SIZE = 15
@@ -202,3 +202,74 @@ def grid(tiles: Sequence[Tile]) -> np.ndarray:
         for j, line in enumerate(caption):
             draw.text((left, top + collage.height + 3 + j * LINE_HEIGHT), line, font=_font(), fill=INK)
     return np.asarray(page)
+
+
+# -------------------------------------------------------------------------------------------------- what comes after
+
+
+def resize(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a uint8 image to (height, width) with a Lanczos filter, which averages where it shrinks."""
+    out = np.asarray(_pil(image_HWC).resize(size[::-1], Image.Resampling.LANCZOS))
+    return out.reshape(*size, -1)
+
+
+def contrast(image_HWC: np.ndarray, factor: float) -> np.ndarray:
+    """Scales the distance of every pixel from the picture's mean grey; 1 changes nothing."""
+    return np.asarray(ImageEnhance.Contrast(_pil(image_HWC)).enhance(factor)).reshape(image_HWC.shape)
+
+
+def read_picture(path: str, size: tuple[int, int]) -> np.ndarray:
+    """Reads a picture as uint8 [H, W, 3] of (height, width): cut to that shape around its middle, then resized.
+
+    What is transparent becomes white.
+
+    Raises:
+      OSError: if it cannot be read; `PIL.UnidentifiedImageError` is one.
+    """
+    with Image.open(path) as opened:
+        picture = opened.convert("RGBA")
+    page = Image.new("RGBA", picture.size, "white")
+    page.alpha_composite(picture)
+    return np.asarray(ImageOps.fit(page.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
+
+
+def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
+    """Reads a mask as bool [H, W] of (height, width): set where the picture is lighter than middle grey.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    with Image.open(path) as opened:
+        grey = ImageOps.fit(opened.convert("L"), size[::-1], Image.Resampling.NEAREST)
+    return np.asarray(grey) >= 128
+
+
+def filling(image_HWC: np.ndarray, grid: tuple[int, int], frames: int = 32) -> list[np.ndarray]:
+    """A picture appearing code by code, in raster order, over middle grey; `frames` pictures, the last one whole."""
+    height, width = image_HWC.shape[0] // grid[0], image_HWC.shape[1] // grid[1]
+    number = np.arange(grid[0] * grid[1]).reshape(grid).repeat(height, 0).repeat(width, 1)
+    counts = np.unique(np.linspace(0, grid[0] * grid[1], frames + 1).round().astype(int))[1:]
+    return [np.where(number[..., None] < count, image_HWC, np.uint8(128)) for count in counts]
+
+
+def gif_bytes(frames: Sequence[np.ndarray], milliseconds: int = 60, rest: int = 1500) -> bytes:
+    """Encodes pictures as an animated GIF that repeats; the last one stays for `rest` milliseconds."""
+    pictures = [_enlarged(frame) for frame in frames]
+    durations = [milliseconds] * (len(pictures) - 1) + [rest]
+    out = io.BytesIO()
+    pictures[0].save(out, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return out.getvalue()
+
+
+def write_corner(image_HWC: np.ndarray, text: str) -> np.ndarray:
+    """Writes text into the lower right corner, light on a dark band, as large as a twelfth of the picture allows."""
+    picture = _pil(image_HWC).convert("RGB")
+    height = max(7, picture.height // 12)
+    font = ImageFont.load_default(size=height)
+    left, top, right, bottom = font.getbbox(text)
+    band = Image.new("RGB", (int(right - left) + height, int(bottom - top) + height // 2), (32, 32, 32))
+    ImageDraw.Draw(band).text((height // 2 - left, height // 4 - top), text, font=font, fill=(224, 224, 224))
+    if band.width > picture.width:
+        band = band.resize((picture.width, max(1, band.height * picture.width // band.width)))
+    picture.paste(band, (picture.width - band.width, picture.height - band.height))
+    return np.asarray(picture.convert("L") if image_HWC.shape[-1] == 1 else picture).reshape(image_HWC.shape)

@@ -1,282 +1,319 @@
-"""Draws pictures with a trained decoder, from words, classes or nothing.
+"""Draws pictures with a trained decoder: from words, classes, nothing, pictures, or parts of pictures.
 
-Writes one PNG per picture, which carries prompt, seed, sampler and checkpoint in its metadata, a captioned grid.png,
-and samples.jsonl with one line per picture. The same command gives the same pictures.
+Writes one PNG per picture, which carries prompt, seed, sampler and the hash of the checkpoint in its metadata, a
+captioned grid.png, and samples.jsonl with one line per picture. The same command gives the same pictures, and goes on
+where it was cut short.
 
   python -m imagegpt_jax.sample --decoder=runs/decoder --prompt="noto emoji of red heart" --output=samples
   python -m imagegpt_jax.sample --decoder=runs/decoder --prompts_file=prompts.txt --num_images=4 --seed=1 \\
       --cfg_scale=5 --top_k=200 --output=samples
   python -m imagegpt_jax.sample --decoder=runs/imagenet --class=golden_retriever --class=88 --output=samples
+  python -m imagegpt_jax.sample --decoder=runs/decoder --inpaint=cat.png --mask=mask.png --prompt=hat --output=samples
+  python -m imagegpt_jax.sample --decoder=runs/decoder --caption=cat.png --output=captions
+  python -m imagegpt_jax.sample --from_image=samples/00000-red-heart.png --output=again
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import itertools
-import json
-import re
+import io
 import sys
-import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from imagegpt_jax import cli
+from imagegpt_jax.sampling import asking, finishing, output
+from imagegpt_jax.sampling.requests import Request, file_name
+from imagegpt_jax.sampling.settings import SCHEDULES, WEIGHTS, Sampling
+
+flags.adopt_module_key_flags(asking)
+flags.adopt_module_key_flags(finishing)
 
 if TYPE_CHECKING:
     from etils import epath
 
-    from imagegpt_jax.api import Decoder
+    from imagegpt_jax import drawing
+    from imagegpt_jax.api import Decoder, Tokenizer
 
-DECODER = flags.DEFINE_string("decoder", None, "Workdir of a trained decoder.", required=True)
+DECODER = flags.DEFINE_string("decoder", None, "Workdir of a trained decoder.")
 TOKENIZER = flags.DEFINE_string(
     "tokenizer", "", "Workdir of the image tokenizer; by default the one that the decoder was trained with."
 )
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write the pictures into.", required=True)
-PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; give it several times for several prompts.")
-PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", "", "Text file (UTF-8) with one prompt a line; blank lines and lines beginning with # are skipped."
+STEP = flags.DEFINE_integer("step", None, "Checkpoint of the decoder; by default the newest.", lower_bound=0)
+FROM_IMAGE = flags.DEFINE_string(
+    "from_image", "", "Draw this picture of an earlier run again, from its metadata alone."
 )
-CLASS = flags.DEFINE_multi_string("class", [], "Class to draw, by name or number; may be given several times.")
-UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Also draw without any prompt.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write the pictures into.", required=True)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace samples that the output folder already holds.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures of each prompt or class.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Picture i depends on the seed and i alone.", lower_bound=0)
-TEMPERATURE = flags.DEFINE_float("temperature", None, "Sampling temperature; by default the decoder's own setting.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Draw among the k likeliest codes, 0 = all; by default the decoder's own.")
-TOP_P = flags.DEFINE_float(
-    "top_p", None, "Draw among the likeliest codes of this total probability, 1 = all; by default the decoder's own."
+BEST_OF = flags.DEFINE_integer("best_of", None, "Draw so many of each prompt and keep the best --num_images.", 1)
+SCORER = flags.DEFINE_string(
+    "scorer", "likelihood", "For --best_of: likelihood, caption, words, or module:function (see sampling/scorers.py)."
 )
-CFG_SCALE = flags.DEFINE_float(
-    "cfg_scale", None, "Strength of classifier-free guidance, 1 = none; by default the decoder's own."
-)
-STEP = flags.DEFINE_integer("step", None, "Checkpoint of the decoder; by default the newest.", lower_bound=0)
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace samples that the output folder already holds.")
+GIF = flags.DEFINE_bool("gif", False, "Also write samples.gif, the first pictures filling code by code.")
+NPZ = flags.DEFINE_bool("npz", False, "Also write samples.npz, all pictures as ADM's evaluation takes them.")
 
-MAX_PROMPT = 2000  # characters; a longer line is not a prompt
+# --- Settings of `Sampling`; by default those of the decoder's config.
+DEFAULT = "; by default the decoder's own."
+SETTINGS = (
+    flags.DEFINE_float("temperature", None, "Sampling temperature, 0 takes the likeliest code" + DEFAULT),
+    flags.DEFINE_integer("top_k", None, "Draw among the k likeliest codes, 0 = all" + DEFAULT),
+    flags.DEFINE_float("top_p", None, "Draw among the likeliest codes of this total probability, 1 = all" + DEFAULT),
+    flags.DEFINE_float("min_p", None, "Draw among codes at least this share as likely as the likeliest" + DEFAULT),
+    flags.DEFINE_integer("no_repeat", None, "No run of so many codes appears twice, 0 = off" + DEFAULT),
+    flags.DEFINE_float("cfg_scale", None, "Strength of classifier-free guidance, 1 = none" + DEFAULT),
+    flags.DEFINE_enum("cfg_schedule", None, SCHEDULES, "How guidance changes from code to code" + DEFAULT),
+    flags.DEFINE_float("cfg_power", None, "Exponent of power_cosine" + DEFAULT),
+    flags.DEFINE_float("cfg_start", None, "Share of the codes at which interval begins to guide" + DEFAULT),
+    flags.DEFINE_float("cfg_end", None, "Share of the codes at which interval ends" + DEFAULT),
+    flags.DEFINE_enum("weights", None, WEIGHTS[1:], "Precision of the weights while drawing" + DEFAULT),
+)
+
 MAX_GRID_TILES, MAX_TILE_IMAGES = 100, 16
-ROWS_FILE, GRID_FILE = "samples.jsonl", "grid.png"
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One thing to draw.
-
-    Attributes:
-      text: prompt; "" for none.
-      label: class, by name or number; None for none.
-    """
-
-    text: str = ""
-    label: str | None = None
-
-    @property
-    def caption(self) -> str:
-        """What to write under its pictures."""
-        return self.text or ("(no prompt)" if self.label is None else f"class {self.label}")
-
-
-def check_prompt(text: str, where: str) -> str:
-    """Returns the prompt without white space around it.
-
-    Raises:
-      UserError: naming `where` it is, if it is too long or no text.
-    """
-    if len(text) > MAX_PROMPT:
-        raise cli.UserError(f"{where} has {len(text)} characters: a prompt has at most {MAX_PROMPT}.")
-    if any(unicodedata.category(c) == "Cs" or c == "\0" for c in text):
-        raise cli.UserError(f"{where} is not text: prompts are UTF-8.")
-    return text.strip()
-
-
-def read_prompts(path: str) -> list[str]:
-    """Reads a prompts file.
-
-    Raises:
-      UserError: if it cannot be read, has a line that is not UTF-8 or too long (naming the line), or has no prompt.
-    """
-    try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as e:
-        raise cli.UserError(f"--prompts_file={path} cannot be read ({e.strerror}): give a text file.") from None
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError:
-            raise cli.UserError(f"line {number} of {path} is not UTF-8 text: save the file as UTF-8.") from None
-        text = check_prompt(text.rstrip("\r"), f"line {number} of {path}")
-        if text and not text.startswith("#"):
-            prompts.append(text)
-    if not prompts:
-        raise cli.UserError(f"{path} has no prompts: write one on each line.")
-    return prompts
-
-
-def requests() -> list[Request]:
-    """What the flags ask for, in the order prompts, file, classes, nothing."""
-    found = [Request(check_prompt(text, f"--prompt number {i}")) for i, text in enumerate(PROMPT.value, start=1)]
-    if PROMPTS_FILE.value:
-        found += [Request(text) for text in read_prompts(PROMPTS_FILE.value)]
-    found += [Request(label=label) for label in CLASS.value]
-    if UNCONDITIONAL.value:
-        found.append(Request())
-    if not found:
-        raise cli.UserError("nothing to draw: give --prompt, --prompts_file, --class or --unconditional.")
-    return found
-
-
-def file_name(index: int, caption: str) -> str:
-    """A file name that is safe anywhere, such as "00003-a-red-bicycle.png"."""
-    ascii_text = unicodedata.normalize("NFKD", caption).encode("ascii", "ignore").decode().lower()
-    slug = "-".join(re.findall(r"[a-z0-9]+", ascii_text))[:48].strip("-")
-    return f"{index:05d}{'-' if slug else ''}{slug}.png"
+MAX_GIF_IMAGES = 16
 
 
 def plan(
-    decoder: "Decoder", asked: Sequence[Request], sampler: dict[str, Any], tokenizer: tuple[str, int]
-) -> list[Any]:
-    """The line of samples.jsonl of every picture: everything that decides it."""
+    decoder: "Decoder", asked: Sequence[Request], sampling: Sampling, tok: "Tokenizer", only: int | None, draw: int
+) -> list[output.Row]:
+    """The line of samples.jsonl of every picture: everything that decides it.
+
+    Args:
+      decoder: that draws.
+      asked: requests.
+      sampling: how.
+      tok: its image tokenizer.
+      only: the one request that is to be drawn, for --from_image.
+      draw: the number of its draws.
+    """
+    about = {
+        "seed": SEED.value,
+        "sampler": dataclasses.asdict(sampling),
+        "decoder": decoder.path,
+        "step": decoder.step,
+        "decoder_hash": decoder.fingerprint(),
+        "tokenizer": tok.path,
+        "tokenizer_step": tok.step,
+        "tokenizer_hash": tok.fingerprint,
+        "version": importlib.metadata.version("imagegpt_jax"),
+        "finish": finishing.remembered(),
+    }
+    if BEST_OF.value is not None:
+        about |= {"best_of": BEST_OF.value, "scorer": SCORER.value}
     rows = []
-    for request in asked:
-        for _ in range(NUM_IMAGES.value):
+    for number, request in enumerate(asked):
+        if only not in (None, number):
+            continue
+        kept = asking.remembered(number, request)
+        for i in range(NUM_IMAGES.value):
+            own = i if asking.INTERPOLATE.value else number * NUM_IMAGES.value + i
             rows.append(
                 {
                     "file": file_name(len(rows), request.caption),
                     "index": len(rows),
                     "prompt": request.text,
                     "class": None if request.label is None else decoder.class_index(request.label),
-                    "seed": SEED.value,
-                    "sampler": sampler,
-                    "decoder": DECODER.value,
-                    "step": decoder.step,
-                    "tokenizer": tokenizer[0],
-                    "tokenizer_step": tokenizer[1],
-                    "version": importlib.metadata.version("imagegpt_jax"),
+                    "request": kept,
+                    "draw": own if only is None else draw,
+                    **about,
                 }
             )
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------ output folder
-
-
-def check_output(output: "epath.Path", rows: Sequence[Any] | None, overwrite: bool) -> bool:
-    """Checks before any work that the folder may be written; True if it already holds these very samples.
-
-    Args:
-      output: the folder.
-      rows: the lines its samples.jsonl would have; None before they are known.
-      overwrite: whether other samples may be replaced.
+def adopt(path: str) -> tuple[dict[str, Any], int]:
+    """Sets the flags that a picture's metadata name; returns the metadata and which request it shows.
 
     Raises:
-      UserError: if it holds other samples, or files that are none.
+      UserError: if it is no picture of this program.
     """
-    if not output.exists():
-        return False
-    if not output.is_dir():
-        raise cli.UserError(f"--output={output} is a file: give a folder.")
-    names = {path.name for path in output.iterdir()}
-    if not names:
-        return False
-    held = []
-    if ROWS_FILE in names:
-        with contextlib.suppress(ValueError):
-            held = [json.loads(line) for line in (output / ROWS_FILE).read_text().splitlines()]
-    foreign = names - {ROWS_FILE, GRID_FILE} - {row.get("file") for row in held}
-    if not held or foreign:
-        raise cli.UserError(f"--output={output} holds other files ({min(foreign or names)}): give a new folder.")
-    if rows is None or overwrite:
-        return False
-    if held == json.loads(json.dumps(rows)) and all(row["file"] in names for row in rows) and GRID_FILE in names:
-        return True
-    raise cli.UserError(f"--output={output} already holds other samples: give another folder, or --overwrite.")
+    from imagegpt_jax import images
 
-
-@contextlib.contextmanager
-def new_folder(output: "epath.Path"):
-    """A folder beside `output` that takes its place at the end, and is removed if anything goes wrong before."""
-    beside = output.parent / f".{output.name}.unfinished"
-    if beside.exists():
-        beside.rmtree()
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        if output.exists():
-            output.rmtree()
-        beside.rename(output)
-    except OSError as e:
-        raise cli.UserError(f"--output={output} cannot be written ({e.strerror}).") from e
-    finally:
-        if beside.exists():
-            beside.rmtree()
+        with open(path, "rb") as file:
+            about = images.read_metadata(file.read())
+    except (OSError, ValueError) as e:
+        raise cli.UserError(f"--from_image={path} cannot be read ({e}): give a PNG that this program wrote.") from None
+    if "request" not in about:
+        raise cli.UserError(f"--from_image={path} has no metadata of this program: give a PNG that it wrote.")
+    own = {flag.name: about[flag.name] for flag in (DECODER, TOKENIZER, STEP) if not flag.present}
+    for name, value in {**own, "seed": about["seed"], **about["sampler"], **about["finish"]}.items():
+        flags.FLAGS[name].value = value
+    return about, asking.recall(about["request"])
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_rows(
+    decoder: "Decoder",
+    tok: "Tokenizer",
+    sampling: Sampling,
+    sketch: "drawing.Sketch",
+    finish: finishing.Finisher,
+    rows: list[output.Row],
+    folder: "epath.Path",
+    done: list[output.Row],
+) -> None:
+    """Draws the pictures of `rows` that are not among `done`, and writes each with its line."""
+    from tqdm import tqdm
+
+    from imagegpt_jax import drawing, images
+
+    lines = list(done)
+
+    def write(row: output.Row, image: Any, found: dict[str, Any]) -> None:
+        image, checked = finish(image, row["prompt"])
+        row = row | {"found": found | checked}
+        (folder / row["file"]).write_bytes(images.png_bytes(image, row))
+        lines.append(row)
+        output.write_rows(folder, lines)
+        bar.update()
+
+    with tqdm(total=len(rows), initial=len(done), desc="sample", unit="image", mininterval=0.5) as bar:
+        if BEST_OF.value is not None:
+            kept = drawing.best(
+                decoder,
+                tok,
+                sketch,
+                sampling,
+                SEED.value,
+                best_of=BEST_OF.value,
+                num_images=NUM_IMAGES.value,
+                scorer=SCORER.value,
+            )
+            for row, image, score, draw in list(zip(rows, *kept, strict=True))[len(done) :]:
+                write(row | {"draw": int(draw)}, image, {"score": float(score)})
+            return
+        stream = drawing.draw(
+            decoder,
+            tok,
+            sketch,
+            sampling,
+            SEED.value,
+            num_images=NUM_IMAGES.value,
+            first=len(done),
+            draws=[row["draw"] for row in rows],
+        )
+        waiting = iter(rows[len(done) :])
+        for part in stream:
+            for image, likelihood in zip(part.images, part.log_likelihood, strict=True):
+                write(next(waiting), image, {"log_likelihood": float(likelihood)})
+
+
+def overviews(asked: Sequence[Request], rows: Sequence[output.Row], folder: "epath.Path", grid: Any) -> None:
+    """Writes grid.png, and what --gif and --npz ask for, from the pictures in the folder."""
+    import numpy as np
+    from PIL import Image
+
+    from imagegpt_jax import images
+
+    def read(row: output.Row) -> Any:
+        with Image.open(io.BytesIO((folder / row["file"]).read_bytes())) as png:
+            array = np.asarray(png)
+        return array.reshape(*array.shape[:2], -1)
+
+    each = NUM_IMAGES.value
+    tiles = []
+    for i, request in enumerate(asked[:MAX_GRID_TILES]):
+        shown = rows[i * each : i * each + min(each, MAX_TILE_IMAGES)]
+        if shown:
+            tiles.append(images.Tile(request.caption, [read(row) for row in shown]))
+    kept = ("seed", "sampler", "decoder", "step", "decoder_hash", "tokenizer", "tokenizer_hash", "version")
+    about = {key: rows[0][key] for key in kept}
+    (folder / output.GRID_FILE).write_bytes(images.png_bytes(images.grid(tiles), about))
+    if GIF.value:
+        series = [images.filling(read(row), grid) for row in rows[:MAX_GIF_IMAGES]]
+        frames = [images.grid([images.Tile("", list(step))]) for step in zip(*series, strict=True)]
+        (folder / output.GIF_FILE).write_bytes(images.gif_bytes(frames))
+    if NPZ.value:
+        buffer = io.BytesIO()
+        np.savez(buffer, **dict(output.npz([read(row) for row in rows], [row["class"] for row in rows])))
+        (folder / output.NPZ_FILE).write_bytes(buffer.getvalue())
+
+
+def write_captions(decoder: "Decoder", tok: "Tokenizer", folder: "epath.Path") -> None:
+    """Describes the pictures of --caption: captions.jsonl, a captioned grid.png, and one line for each on stdout."""
+    from imagegpt_jax import images, notebook
+
+    paths = asking.CAPTION.value
+    source = asking.pictures(paths, decoder, tok)
+    settings = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
+    texts = notebook.caption(decoder, tok, source, num_captions=NUM_IMAGES.value, seed=SEED.value, **settings)
+    rows = [
+        {"image": path, "captions": texts[i * NUM_IMAGES.value : (i + 1) * NUM_IMAGES.value]}
+        for i, path in enumerate(paths)
+    ]
+    about = {"seed": SEED.value, "decoder": decoder.path, "step": decoder.step, "decoder_hash": decoder.fingerprint()}
+    output.write_rows(folder, [row | about for row in rows])
+    tiles = [images.Tile(" / ".join(row["captions"]), [image]) for row, image in zip(rows, source, strict=True)]
+    (folder / output.GRID_FILE).write_bytes(images.png_bytes(images.grid(tiles), about))
+    for row in rows:
+        print("\t".join([row["image"], *row["captions"]]))
 
 
 def main() -> None:
     """Draws what the flags describe."""
-    asked = requests()
+    about, only = adopt(FROM_IMAGE.value) if FROM_IMAGE.value else ({}, None)
+    if not DECODER.value:
+        raise cli.UserError("say which decoder is to draw: --decoder=WORKDIR, or --from_image=PNG of an earlier run.")
+    asked = asking.requests()
 
     from etils import epath
 
     from imagegpt_jax import config as config_lib
 
-    output = epath.Path(OUTPUT.value)
-    check_output(output, None, OVERWRITE.value)
+    where = epath.Path(OUTPUT.value)
+    output.check_output(where, None, OVERWRITE.value)
+    if asking.CAPTION.value and where.exists() and not OVERWRITE.value:
+        raise cli.UserError(f"--output={where} is already there: give a new folder, or --overwrite.")
     for workdir in filter(None, (DECODER.value, TOKENIZER.value)):
         config_lib.load(workdir)  # a wrong folder should not cost the seconds that JAX takes to start
 
-    from tqdm import tqdm
-
-    from imagegpt_jax import api, images
+    from imagegpt_jax import api, drawing
+    from imagegpt_jax.sampling import scorers
 
     # --- Everything a person can get wrong, before any picture.
     decoder = api.load_decoder(DECODER.value, STEP.value, tokenizer=TOKENIZER.value or None)
-    settings = {flag.name: flag.value for flag in (TEMPERATURE, TOP_K, TOP_P, CFG_SCALE) if flag.value is not None}
-    sampling = decoder.sampling(**settings)
+    sampling = decoder.sampling(**{flag.name: flag.value for flag in SETTINGS})
     tok = decoder.load_tokenizer()
-    rows = plan(decoder, asked, dataclasses.asdict(sampling), (tok.path, tok.step))
-    if check_output(output, rows, OVERWRITE.value):
-        print(f"These {len(rows)} pictures are already there: {output}", file=sys.stderr)
+    if asking.CAPTION.value:
+        folder, _ = output.start(where, [])
+        write_captions(decoder, tok, folder)
+        output.finish(folder, where)
+        return
+    scorers.find(SCORER.value)
+    rows = plan(decoder, asked, sampling, tok, only, about.get("draw", 0))
+    for name in ("decoder_hash", "tokenizer_hash"):
+        if about.get(name, rows[0][name]) != rows[0][name]:
+            raise cli.UserError(
+                f"{FROM_IMAGE.value} was drawn by another {name.removesuffix('_hash')} (hash {about[name]}, and this"
+                f" one has {rows[0][name]}): give the --decoder, --step and --tokenizer that drew it."
+            )
+    if output.check_output(where, rows, OVERWRITE.value):
+        print(f"These {len(rows)} pictures are already there: {where}", file=sys.stderr)
         return
     for request in asked:
         if len(decoder.encode_text(request.text)) > decoder.setup.layout.text_length:
             print(f"note: only the beginning of {request.text[:60]!r} fits the decoder's text length.", file=sys.stderr)
 
-    # --- Pictures.
-    drawn = []
-    shown = MAX_GRID_TILES * NUM_IMAGES.value
-    with new_folder(output) as folder, tqdm(total=len(rows), desc="sample", unit="image", mininterval=0.5) as bar:
-        stream = api.generate_tiles(
-            decoder,
-            tok,
-            [request.text for request in asked],
-            classes=[request.label for request in asked],
-            seed=SEED.value,
-            sampling=sampling,
-            num_images=NUM_IMAGES.value,
-        )
-        for row, image in zip(rows, itertools.chain.from_iterable(stream), strict=True):
-            (folder / row["file"]).write_bytes(images.png_bytes(image, row))
-            if row["index"] < shown:
-                drawn.append(image)
-            bar.update()
-        (folder / ROWS_FILE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    finish = finishing.Finisher()
+    sketch = asking.sketch(asked, decoder, tok, SEED.value)
+    sketch = sketch if only is None else sketch.take([only])
+    grid = drawing.layout_of(decoder, sketch.grid).grid
 
-        # --- Grid.
-        each = NUM_IMAGES.value
-        tiles = [
-            images.Tile(request.caption, drawn[i * each : i * each + min(each, MAX_TILE_IMAGES)])
-            for i, request in enumerate(asked[:MAX_GRID_TILES])
-        ]
-        about = {key: rows[0][key] for key in ("seed", "sampler", "decoder", "step", "tokenizer", "version")}
-        (folder / GRID_FILE).write_bytes(images.png_bytes(images.grid(tiles), about))
+    # --- Pictures.
+    folder, done = output.start(where, rows)
+    if done:
+        print(f"Going on after the {len(done)} pictures that are already there.", file=sys.stderr)
+    draw_rows(decoder, tok, sampling, sketch, finish, rows, folder, done)
+    overviews(asked if only is None else [asked[only]], output.read_rows(folder), folder, grid)
+    output.finish(folder, where)
     left_out = len(asked) - MAX_GRID_TILES
     print(
-        f"Drew {len(rows)} pictures: {output}; overview in {output / GRID_FILE}"
+        f"Drew {len(rows)} pictures: {where}; overview in {where / output.GRID_FILE}"
         + (f" (without the last {left_out} prompts)" if left_out > 0 else ""),
         file=sys.stderr,
     )

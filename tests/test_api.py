@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import imagegpt_jax as ig
-from imagegpt_jax import api
+from imagegpt_jax import api, notebook
 from imagegpt_jax.cli import UserError
 
 
@@ -52,7 +52,7 @@ def test_the_api_and_sampling_do_not_import_tensorflow(workdirs):
 
 def test_public_names():
     importlib.import_module("imagegpt_jax.generate")  # a module with the name of a public function
-    assert ig.generate is api.generate
+    assert ig.generate is notebook.generate
     assert set(ig.__all__) <= set(dir(ig))
     assert callable(ig.generate)
     with pytest.raises(AttributeError, match="no attribute 'genrate'"):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagegpt_jax import api, images
+from imagegpt_jax import api, images, notebook
 from imagegpt_jax.cli import UserError
+from imagegpt_jax.sampling import requests, safety
 
 STRANGE = ["noto emoji of red heart", "", "красный 😀", "../../etc/passwd", "a" * 1999, "CON: <|?*>"]
 
@@ -54,7 +55,7 @@ def test_every_picture_is_there_and_says_how_it_was_made(samples, workdirs):
 def test_pictures_are_those_of_the_api(samples, workdirs):
     output, _, _ = samples
     gpt = api.load_decoder(workdirs.decoder, step=1)
-    expected = api.generate(gpt, gpt.load_tokenizer(), STRANGE[:1], num_images=2, seed=3, top_k=9)
+    expected = notebook.generate(gpt, gpt.load_tokenizer(), STRANGE[:1], num_images=2, seed=3, top_k=9)
     for row, image in zip(_rows(output), expected, strict=False):
         with Image.open(output / row["file"]) as png:
             np.testing.assert_array_equal(np.asarray(png), image)
@@ -94,7 +95,7 @@ def test_classes(binary, workdirs, tmp_path):
     assert [row["file"] for row in rows] == ["00000-class-flags.png", "00001-class-3.png"]
 
 
-def test_an_error_in_the_middle_leaves_nothing(binary, workdirs, tmp_path, monkeypatch):
+def test_an_interrupted_list_goes_on(binary, workdirs, tmp_path, monkeypatch, capsys):
     flags = [f"--decoder={workdirs.decoder}", f"--output={tmp_path / 'o'}", "--prompt=dog", "--num_images=3"]
     sample = binary("sample", *flags)
     whole = images.png_bytes
@@ -107,6 +108,181 @@ def test_an_error_in_the_middle_leaves_nothing(binary, workdirs, tmp_path, monke
     monkeypatch.setattr(images, "png_bytes", fails_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         sample.main()
+    assert [path.name for path in tmp_path.iterdir()] == [".o.unfinished"]
+    assert len(_rows(tmp_path / ".o.unfinished")) == 1
+    first = tmp_path / ".o.unfinished" / "00000-dog.png"
+    written = first.stat().st_mtime_ns
+
+    # Another request does not take the pictures over; the same one goes on after them.
+    monkeypatch.setattr(images, "png_bytes", whole)
+    binary("sample", *flags, "--seed=1", f"--output={tmp_path / 'other'}").main()
+    with (tmp_path / ".o.unfinished" / "samples.jsonl").open("a") as rows:
+        rows.write('{"file": "cut o')
+    binary("sample", *flags).main()
+    assert "Going on after the 1 pictures" in capsys.readouterr().err
+    assert (tmp_path / "o" / "00000-dog.png").stat().st_mtime_ns == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "other"]
+    binary("sample", *flags, f"--output={tmp_path / 'whole'}").main()
+    for row in _rows(tmp_path / "whole"):
+        assert (tmp_path / "whole" / row["file"]).read_bytes() == (tmp_path / "o" / row["file"]).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """Any picture, of another size and shape than the decoder's."""
+    path = tmp_path_factory.mktemp("picture") / "cat.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:8, 8:] = 255
+    Image.fromarray(mask).save(path.with_name("mask.png"))
+    return path
+
+
+TASKS = {
+    "inpaint": ["--mask={mask}", "--prompt=dog", "--num_images=2"],
+    "outpaint": ["--margins=4,0,0,8", "--prompt=dog"],
+    "complete": ["--keep=0.25"],
+    "variations": ["--strength=0.25", "--negative=cat"],
+    "edit": ["--prompt=dog", "--region=4,4,8,8"],
+    "style_transfer": ["--style=twemoji", "--source_style=noto", "--prompt=noto emoji of dog"],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_of_a_picture_and_the_same_picture_again(binary, workdirs, tmp_path, picture, task):
+    flags = [flag.format(mask=picture.with_name("mask.png")) for flag in TASKS[task]]
+    flags += [f"--decoder={workdirs.decoder}", f"--{task}={picture}", "--seed=5", f"--output={tmp_path / 'o'}"]
+    binary("sample", *flags).main()
+    rows = _rows(tmp_path / "o")
+    last = tmp_path / "o" / rows[-1]["file"]
+    pixels = np.asarray(Image.open(last))
+
+    gpt = api.load_decoder(workdirs.decoder)
+    tok, source = gpt.load_tokenizer(), images.read_picture(str(picture), (16, 16))[None]
+    mask = images.read_mask(str(picture.with_name("mask.png")), (16, 16))
+    assert mask.sum() == 64
+    call = {
+        "inpaint": lambda: notebook.inpaint(gpt, tok, source, mask, "dog", num_images=2, seed=5),
+        "outpaint": lambda: notebook.outpaint(gpt, tok, source, (4, 0, 0, 8), "dog", seed=5),
+        "complete": lambda: notebook.complete(gpt, tok, source, 0.25, seed=5),
+        "variations": lambda: notebook.variations(gpt, tok, source, 0.25, seed=5, negative="cat"),
+        "edit": lambda: notebook.edit(gpt, tok, source, "dog", region=(4, 4, 8, 8), seed=5),
+        "style_transfer": lambda: notebook.style_transfer(
+            gpt, tok, source, "twemoji", "noto", "noto emoji of dog", seed=5
+        ),
+    }[task]
+    np.testing.assert_array_equal(pixels, call()[-1])
+    assert rows[0]["request"]["files"].keys() >= {str(picture)}
+
+    binary("sample", f"--from_image={last}", f"--output={tmp_path / 'again'}").main()
+    (again,) = _rows(tmp_path / "again")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "again" / again["file"])), pixels)
+
+
+def test_a_picture_is_drawn_again_from_its_metadata(binary, workdirs, tmp_path):
+    flags = [f"--decoder={workdirs.decoder}", "--prompt=dog", "--prompt=cat", "--num_images=3", "--seed=8", "--top_k=7"]
+    finish = ["--resize=40", "--contrast=1.3", "--upscaler=numpy:flipud"]
+    binary("sample", *flags, *finish, "--cfg_schedule=linear", f"--output={tmp_path / 'o'}").main()
+    rows = _rows(tmp_path / "o")
+    assert len({row["decoder_hash"] for row in rows}) == 1
+    for row in (rows[0], rows[4]):
+        path, where = tmp_path / "o" / row["file"], tmp_path / f"again{row['index']}"
+        binary("sample", f"--from_image={path}", f"--output={where}").main()
+        (again,) = _rows(where)
+        assert (again["prompt"], again["draw"], again["sampler"]) == (row["prompt"], row["index"], row["sampler"])
+        pixels = np.asarray(Image.open(path))
+        assert pixels.shape == (40, 40, 3)
+        np.testing.assert_array_equal(np.asarray(Image.open(where / again["file"])), pixels)
+    with pytest.raises(UserError, match="another decoder"):
+        binary("sample", f"--from_image={path}", "--step=1", f"--output={tmp_path / 'x'}").main()
+    (tmp_path / "plain.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot be read"):
+        binary("sample", f"--from_image={tmp_path / 'plain.png'}", f"--output={tmp_path / 'x'}").main()
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    with pytest.raises(UserError, match="no metadata"):
+        binary("sample", f"--from_image={tmp_path / 'plain.png'}", f"--output={tmp_path / 'x'}").main()
+
+
+def test_series_best_of_gif_and_npz(binary, workdirs, tmp_path):
+    base = [f"--decoder={workdirs.decoder}", "--prompt=dog"]
+    binary("sample", *base, "--interpolate=red heart", "--frames=4", f"--output={tmp_path / 'i'}").main()
+    rows = _rows(tmp_path / "i")
+    gpt = api.load_decoder(workdirs.decoder)
+    series = notebook.interpolate(gpt, gpt.load_tokenizer(), "dog", "red heart", 4)
+    for row, image in zip(rows, series, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "i" / row["file"])), image)
+    binary("sample", f"--from_image={tmp_path / 'i' / rows[2]['file']}", f"--output={tmp_path / 'again'}").main()
+    again = tmp_path / "again" / _rows(tmp_path / "again")[0]["file"]
+    np.testing.assert_array_equal(np.asarray(Image.open(again)), series[2])
+
+    extra = ["--best_of=4", "--num_images=2", "--gif", "--npz", "--scorer=words"]
+    binary("sample", *base, *extra, f"--output={tmp_path / 'b'}").main()
+    rows = _rows(tmp_path / "b")
+    best = notebook.generate(gpt, gpt.load_tokenizer(), "dog", num_images=2, best_of=4, scorer="words")
+    arrays = np.load(tmp_path / "b" / "samples.npz")
+    assert list(arrays) == ["arr_0"]
+    np.testing.assert_array_equal(arrays["arr_0"], best)
+    assert rows[0]["found"]["score"] >= rows[1]["found"]["score"]
+    binary("sample", f"--from_image={tmp_path / 'b' / rows[1]['file']}", f"--output={tmp_path / 'again2'}").main()
+    again = tmp_path / "again2" / _rows(tmp_path / "again2")[0]["file"]
+    np.testing.assert_array_equal(np.asarray(Image.open(again)), best[1])
+    with Image.open(tmp_path / "b" / "samples.gif") as gif:
+        assert gif.n_frames == 16
+
+
+def test_checks_flag_and_withhold_and_pictures_are_marked(binary, workdirs, tmp_path):
+    (tmp_path / "blocked.txt").write_text("cat\n")
+    base = [f"--decoder={workdirs.decoder}", "--prompt=dog", "--prompt=a cat"]
+    checks = [f"--blocklist={tmp_path / 'blocked.txt'}", "--image_checker=numpy:mean", "--check_threshold=256"]
+    binary("sample", *base, f"--output={tmp_path / 'plain'}").main()
+    binary("sample", *base, *checks, f"--output={tmp_path / 'flagged'}").main()
+    binary("sample", *base, *checks, "--withhold", f"--output={tmp_path / 'withheld'}").main()
+    binary("sample", *base, "--invisible_watermark=us", f"--output={tmp_path / 'marked'}").main()
+    rows = {name: _rows(tmp_path / name) for name in ("plain", "flagged", "withheld", "marked")}
+    read = {
+        name: [np.asarray(Image.open(tmp_path / name / row["file"])) for row in found] for name, found in rows.items()
+    }
+    assert "flagged" not in rows["plain"][0]["found"]
+    for name in ("flagged", "withheld"):
+        assert [row["found"]["flagged"] for row in rows[name]] == [False, True]
+        assert [row["found"]["blocked"] for row in rows[name]] == [[], ["cat"]]
+        np.testing.assert_allclose(rows[name][0]["found"]["unwanted"], read["plain"][0].mean())
+    np.testing.assert_array_equal(read["flagged"], read["plain"])
+    np.testing.assert_array_equal(read["withheld"][0], read["plain"][0])
+    assert (read["withheld"][1] == safety.WITHHELD).all()
+    assert [safety.watermark_share(image, "us") for image in read["marked"]] == [1, 1]
+    np.testing.assert_allclose(read["marked"][0].astype(int), read["plain"][0], atol=1)
+
+
+def test_captions(binary, workdirs, tmp_path, picture, capsys):
+    flags = [f"--decoder={workdirs.decoder}", f"--caption={picture}", f"--output={tmp_path / 'o'}", "--num_images=2"]
+    binary("sample", *flags).main()
+    (row,) = _rows(tmp_path / "o")
+    gpt = api.load_decoder(workdirs.decoder)
+    source = images.read_picture(str(picture), (16, 16))[None]
+    assert row["captions"] == notebook.caption(gpt, gpt.load_tokenizer(), source, num_captions=2)
+    assert capsys.readouterr().out.startswith(f"{picture}\t{row['captions'][0]}\t")
+    with pytest.raises(UserError, match="already there"):
+        binary("sample", *flags).main()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--inpaint=a.png"], "--inpaint needs --mask"),
+        (["--inpaint=/no.png", "--mask=/no.png"], "/no.png cannot be read"),
+        (["--edit=a.png"], "--edit needs --prompt"),
+        (["--edit=a.png", "--complete=b.png"], "two tasks"),
+        (["--interpolate=a"], "needs one --prompt"),
+        (["--prompt=a", "--grid=2"], "--grid=2 must be 2 whole numbers"),
+        (["--prompt=a", "--scorer=likelyhood"], "Did you mean 'likelihood'"),
+        (["--variations=a.png", "--prompt=a", "--prompt=b"], "2 prompts for 1 pictures"),
+    ],
+)
+def test_mistakes_in_tasks_are_explained(binary, workdirs, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        binary("sample", f"--decoder={workdirs.decoder}", f"--output={tmp_path / 'o'}", *flags).main()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,10 +319,25 @@ def test_output_that_is_not_ours_is_refused(binary, workdirs, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ prompts
 
 
-def test_prompts_file(binary, tmp_path):
+def test_prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffone\r\n\n  # comment\n# other\n  zwei Räder 🚲 \nlast".encode())
-    assert binary("sample").read_prompts(str(path)) == ["one", "zwei Räder 🚲", "last"]
+    assert requests.read_prompts(str(path)) == ["one", "zwei Räder 🚲", "last"]
+
+
+def test_tables_of_prompts(tmp_path):
+    path = tmp_path / "PartiPrompts.tsv"
+    path.write_text('Prompt\tCategory\tNote\n# a red fox\tAnimals\t\n\ttoo few\n"two\nlines"\tArts\t\n')
+    assert requests.read_prompts(str(path)) == ["# a red fox", "two\nlines"]
+    path = tmp_path / "prompts.CSV"
+    path.write_text('\ufeffid,Text,other\r\n1,"a fox, red",x\r\n2,dog,y\r\n', encoding="utf-8")
+    assert requests.read_prompts(str(path)) == ["a fox, red", "dog"]
+    assert requests.read_prompts(str(path), "other") == ["x", "y"]
+    with pytest.raises(UserError, match="no column 'othr'.*Did you mean 'other'"):
+        requests.read_prompts(str(path), "othr")
+    path.write_text("id,name\n1,a\n")
+    with pytest.raises(UserError, match="no column 'prompt'"):
+        requests.read_prompts(str(path))
 
 
 @pytest.mark.parametrize(
@@ -158,15 +349,15 @@ def test_prompts_file(binary, tmp_path):
         (b"# nothing\n\n", "has no prompts"),
     ],
 )
-def test_bad_lines_are_named(binary, tmp_path, content, words):
+def test_bad_lines_are_named(tmp_path, content, words):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words):
-        binary("sample").read_prompts(str(path))
+        requests.read_prompts(str(path))
 
 
-def test_file_names_are_safe(binary):
-    file_name = binary("sample").file_name
+def test_file_names_are_safe():
+    file_name = requests.file_name
     assert file_name(3, "A red, Red bicycle!") == "00003-a-red-red-bicycle.png"
     assert file_name(0, "../..\\x:*\n") == "00000-x.png"
     assert file_name(12, "自転車") == "00012.png"

@@ -14,8 +14,8 @@ of `transformers` (`pip install -e '.[parity]'`). Each reading is a process of i
 sampler, those of `transformers`, and the time to read weights and cache once a token (`benchmark_sampling.py`).
 
 Each process of `train` also times the product of two 4096 x 4096 matrices before and after its steps. The machine's
-rate is the better of the two libraries', and a step's share of it is model FLOPs / seconds / rate: three forward passes'
-products, causal attention counted once, nothing for the optimizer.
+rate is the better of the two libraries', and a step's share of it is model FLOPs / seconds / rate: products of three
+forward passes, causal attention counted once, nothing for the optimizer.
 """
 
 import importlib.util
@@ -35,6 +35,7 @@ from absl import flags
 from imagegpt_jax import cli
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the figures to this JSON file as well.")
+PAGE = flags.DEFINE_string("page", None, "`sample`: also put the table into this page, such as docs/sampling.md.")
 SECONDS = flags.DEFINE_float(
     "seconds",
     30.0,
@@ -174,7 +175,10 @@ def sample() -> None:
     """
     load = look_around()
     rows, versions = benchmark_sampling.run(SIZE.value, REPEATS.value, SECONDS.value, OURS_ONLY.value)
-    print(benchmark_sampling.text(rows))
+    table = benchmark_sampling.text(rows)
+    print(table)
+    if PAGE.value:
+        benchmark_sampling.fill_page(pathlib.Path(PAGE.value), table)
     report(load, versions, {"rows": rows, "ratios": benchmark_sampling.ratios(rows)})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import benchmark_sampling as sampling
 import benchmark_workloads as workloads
+import numpy as np
 from absl import flags
 
 from imagegpt_jax import cli
@@ -24,6 +25,7 @@ SECONDS = flags.DEFINE_float("seconds", 0.0, "Draw at least this long.", lower_b
 def make(workload: sampling.Workload, weights: str) -> tuple[Any, Any]:
     """A decoder of random numbers as decoding wants it, and its layout."""
     import jax
+    import jax.numpy as jnp
 
     from imagegpt_jax.data.packing import Layout, TokenSpace
     from imagegpt_jax.generate import prepare
@@ -38,15 +40,26 @@ def make(workload: sampling.Workload, weights: str) -> tuple[Any, Any]:
         heads=workload.heads,
         mlp_width=workload.mlp_width,
     )
-    # In one program, so that no second copy of the weights is ever held.
-    gpt = jax.jit(lambda key: prepare(GPT(config, key=key), weights))(jax.random.key(0))
-    return jax.block_until_ready(gpt), layout
+    # Leaf by leaf, so that no second copy of the weights is ever held.
+    leaves, treedef = jax.tree.flatten(
+        jax.eval_shape(lambda key: prepare(GPT(config, key=key), weights), jax.random.key(0))
+    )
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(treedef, [jnp.asarray(random_leaf(rng, x.shape, x.dtype)) for x in leaves]), layout
+
+
+def random_leaf(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Numbers of about the size of trained weights."""
+    if dtype == np.int8:
+        return rng.integers(-127, 128, shape, np.int8)
+    if len(shape) < 2:
+        return np.full(shape, 1e-3 if "int8" in MODE.value else 1.0, dtype)
+    return (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
 
 
 def compiled_bytes(gpt: Any, job: Any, how: Any) -> dict[str, int]:
     """What the compiler plans for the loop: weights, cache, and the peak of the whole program."""
     import jax
-    import numpy as np
 
     from imagegpt_jax.sampling import engine, tiles
 
@@ -68,7 +81,6 @@ def compiled_bytes(gpt: Any, job: Any, how: Any) -> dict[str, int]:
 def main() -> None:
     """Times the line that the flags name."""
     import jax
-    import numpy as np
 
     from imagegpt_jax.generate import Sampling, image_job, run
 

@@ -51,6 +51,12 @@ def describe(report: dict) -> str:
     if report["collective_bound_bytes"]:
         ratio = report["collective_bytes"] / report["collective_bound_bytes"]
         lines.append(f"  all communication is {ratio:.2f} x its bound")
+    if "bytes_accessed" in report:
+        lines.append(
+            f"  a step accesses {report['bytes_accessed'] / GIB:.3f} GiB, {report['accessed_over_read']:.2f} x weights"
+            f" {report['weights_bytes'] / GIB:.3f} and cache {report['cache_bytes'] / GIB:.3f};"
+            f" {report['alias_bytes'] / GIB:.3f} GiB are updated in place"
+        )
     times = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in report["roofline_estimate_seconds"].items())
     lines.append(
         f"  estimate from peak rates, not measured: {times}; MFU at most {report['roofline_estimate_mfu']:.0%}"

@@ -102,7 +102,7 @@ def train(stage: str, workdir: pathlib.Path) -> tuple[float, float]:
 
 def draw(workdir: pathlib.Path) -> tuple[float, float]:
     """Draws two tiles of pictures, of which the second counts; (pictures per second, codes of a picture)."""
-    from imagegpt_jax import api
+    from imagegpt_jax import api, notebook
     from imagegpt_jax.generate import TILE
 
     decoder = api.load_decoder(workdir / "decoder")
@@ -111,7 +111,7 @@ def draw(workdir: pathlib.Path) -> tuple[float, float]:
     seconds = []
     for seed in (0, 1):
         started = time.perf_counter()
-        api.generate(decoder, tok, prompt, classes=label, num_images=TILE, seed=seed)
+        notebook.generate(decoder, tok, prompt, classes=label, num_images=TILE, seed=seed)
         seconds.append(time.perf_counter() - started)
     return TILE / seconds[-1], decoder.setup.layout.num_codes
 

@@ -66,10 +66,12 @@ def cells() -> dict[str, list[str]]:
                 found[name] += ["--programs=train"]
     for program in ("reconstruction", "adversarial"):
         found[f"vq16 {program} v5e-16"] = ["--config=configs/tokenizer.py:size=vq16", f"--programs={program}"]
-    for program in ("prefill", "decode"):
-        found[f"3B {program} v5e-16"] = [
-            "--config=configs/decoder.py:size=3B", "--topology=v5e-16", "--batch_size=128", f"--programs={program}"
-        ]  # fmt: skip
+    for size in ("B", "XL", "3B"):
+        for topology in ("v5e-8", "v6e-8"):  # four images a chip, so eight rows
+            found[f"{size} decode {topology}"] = [
+                f"--config=configs/decoder.py:size={size}", f"--topology={topology}", "--batch_size=32",
+                "--programs=decode",
+            ]  # fmt: skip
     for depth in (8, 64):
         found[f"depth {depth} v5p-128"] = [
             "--config=configs/decoder.py:size=XL", "--topology=v5p-128", f"--config.model.depth={depth}",
@@ -174,7 +176,16 @@ HEADER = (
 
 def tables(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Marker -> table."""
-    presets = [r for n, r in reports.items() if not n.startswith(("reference", "depth"))]
+    presets = [r for n, r in reports.items() if not n.startswith(("reference", "depth")) and r["program"] != "decode"]
+    decoding = [
+        f"| {cell['name'].split(' ')[0]} | {cell['topology']} | {cell['weights_bytes'] / GIB:.3f} |"
+        f" {cell['cache_bytes'] / GIB:.3f} | {cell['alias_bytes'] / GIB:.3f} | {cell['bytes_accessed'] / GIB:.3f} |"
+        f" {cell['accessed_over_read']:.2f} | {cell['peak_bytes'] / GIB:.3f} |"
+        for cell in reports.values()
+        if "bytes_accessed" in cell
+    ]
+    columns = ("weights", "cache", "updated in place", "moved", "moved / (weights + cache)", "peak")
+    head = f"| config | slice | {' | '.join(columns)} |"
     reference = []
     for name, peak in MAXTEXT.items():
         if (cell := reports.get(f"reference {name}")) is not None:
@@ -189,6 +200,7 @@ def tables(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
         "reference": "\n".join(
             ["| shape | peak GiB, ours | MaxText | ratio | sent / bound, ours |", "|---|---|---|---|---|", *reference]
         ),
+        "decoding": "\n".join([head, "|---|---|---|---|---|---|---|---|", *decoding]),
         "depth": "; ".join(seconds) + ratio + ".",
     }
 

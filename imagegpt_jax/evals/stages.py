@@ -183,7 +183,7 @@ def score_generation(
     """Retrieval of drawn pictures, and a picture (uint8 [H, W, 3]) of some references, each before its samples."""
     from tqdm import tqdm
 
-    from imagegpt_jax import api, images
+    from imagegpt_jax import drawing, images
     from imagegpt_jax.data import pipeline
     from imagegpt_jax.evals import generation
 
@@ -210,20 +210,16 @@ def score_generation(
 
     sampling = decoder.sampling()
     prompts = [decoder.setup.labels[r["label"]] if use_labels else r["captions"][0] for r in records]
-    stream = api.generate_tiles(
-        decoder,
-        tok,
-        [""] * len(records) if use_labels else prompts,
-        [record["label"] if use_labels else None for record in records],
-        sampling=sampling,
-        seed=settings.seed,
-        num_images=each,
+    asked = drawing.Sketch(
+        prompts=[""] * len(records) if use_labels else prompts,
+        classes=[record["label"] if use_labels else None for record in records],
     )
+    stream = drawing.draw(decoder, tok, asked, sampling, settings.seed, num_images=each)
     drawn = []
     with tqdm(total=len(records) * each, desc="generation", unit="image", mininterval=1.0) as bar:
         for tile in stream:
-            drawn.append(tile)
-            bar.update(len(tile))
+            drawn.append(tile.images)
+            bar.update(len(tile.images))
     samples = np.concatenate(drawn)
     samples_PSHWC = samples.reshape(len(records), each, *samples.shape[1:])
     about = {

@@ -90,11 +90,19 @@ def causal_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
     return jnp.tril(jnp.ones((length, length), bool)) & (segments_BL[:, :, None] == segments_BL[:, None, :])
 
 
-def cache_mask(cache: Cache, segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L S"]:
-    """The same for L new tokens whose segments are already written at the end of `cache` (before its length grew)."""
+def cache_mask(cache: Cache, segments_BL: Int[Array, "B L"], alone: int = 0) -> Bool[Array, "B L S"]:
+    """The same for L new tokens whose segments are already written at the end of `cache` (before its length grew).
+
+    The last `alone` of them do not see one another.
+    """
     slots_S = jnp.arange(cache.capacity)
-    last_BL = cache.length.reshape(-1, 1) + jnp.arange(segments_BL.shape[1])
-    return (slots_S <= last_BL[:, :, None]) & (segments_BL[:, :, None] == cache.segments_BS[:, None, :])
+    count = segments_BL.shape[1]
+    last_BL = cache.length.reshape(-1, 1) + jnp.arange(count)
+    seen_BLS = (slots_S <= last_BL[:, :, None]) & (segments_BL[:, :, None] == cache.segments_BS[:, None, :])
+    if alone:
+        first_B11 = (cache.length.reshape(-1, 1) + count - alone)[..., None]
+        seen_BLS &= (slots_S < first_B11) | (slots_S == last_BL[:, :, None]) | (last_BL[:, :, None] < first_B11)
+    return seen_BLS
 
 
 def attend(

@@ -115,13 +115,16 @@ class GPT(nnx.Module):
 
     # ------------------------------------------------------------------------------------------------ public calls
 
-    def __call__(self, sequence: Sequence, cache: Cache | None = None, *, key: jax.Array | None = None) -> Output:
+    def __call__(
+        self, sequence: Sequence, cache: Cache | None = None, *, key: jax.Array | None = None, alone: int = 0
+    ) -> Output:
         """Runs the decoder.
 
         Args:
           sequence: tokens, or with a cache the tokens that follow those in it.
           cache: what `init_cache` or an earlier call returned; it must have room for the tokens.
           key: turns dropout on; one key, or one for each row.
+          alone: with a cache, so many of the last tokens do not see one another.
 
         Raises:
           UserError: if the sequence has fields the config does not provide for, or lacks some that it needs.
@@ -134,7 +137,7 @@ class GPT(nnx.Module):
         if cache is None:
             x_BLD = self._run(x_BLD, rotary, visible(segments_BL, self.config), condition_BD, block_keys)
         else:
-            x_BLD, cache = self._run_cached(x_BLD, rotary, segments_BL, condition_BD, cache)
+            x_BLD, cache = self._run_cached(x_BLD, rotary, segments_BL, condition_BD, cache, alone)
         hidden_BLD = self.norm(x_BLD[:, x_BLD.shape[1] - sequence.tokens.shape[1] :])
         if self.modulation is not None and condition_BD is not None:
             hidden_BLD = adapt(hidden_BLD, *modulate(self.modulation, condition_BD, 2))
@@ -285,12 +288,14 @@ class GPT(nnx.Module):
         batch = (rotary, seen, condition_BD, keys_B)
         return fsdp.run(blocks_of_rows, x_BLD, self.blocks, batch, layers.as_dtype(config.dtype))
 
-    def _run_cached(self, x_BLD, rotary, segments_BL, condition_BD, cache: Cache) -> tuple[jax.Array, Cache]:
+    def _run_cached(
+        self, x_BLD, rotary, segments_BL, condition_BD, cache: Cache, alone: int
+    ) -> tuple[jax.Array, Cache]:
         """All blocks, unrolled: scanning would copy the whole cache twice per step."""
         length = cache.length
         segments_BS = write(cache.segments_BS[..., None], segments_BL[..., None], length)[..., 0]
         cache = dataclasses.replace(cache, segments_BS=segments_BS)
-        mask_BLS = cache_mask(cache, segments_BL)
+        mask_BLS = cache_mask(cache, segments_BL, alone)
         pairs = []
         blocks = unstack(self.blocks, self.config.depth)
         for i, (block, keys, values) in enumerate(zip(blocks, cache.keys, cache.values, strict=True)):

@@ -77,8 +77,9 @@ def extend(
     positions_RL3: Int[Array, "R L 3"],
     target_positions_RL3: Int[Array, "R L 3"] | None = None,
     prompt: Sequence | None = None,
+    alone: int = 0,
 ) -> tuple[Float[Array, "R L D"], Cache]:
-    """Adds L tokens to each row, as `step` adds one."""
+    """Adds L tokens to each row, as `step` adds one; the last `alone` of them do not see one another."""
     sequence = Sequence(
         tokens=tokens_RL,
         positions=positions_RL3,
@@ -89,7 +90,7 @@ def extend(
         sequence = dataclasses.replace(
             sequence, condition=prompt.condition, features=prompt.features, feature_mask=prompt.feature_mask
         )
-    output = gpt(sequence, cache)
+    output = gpt(sequence, cache, alone=alone)
     assert output.cache is not None
     return output.hidden, output.cache
 

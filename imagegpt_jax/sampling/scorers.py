@@ -1,0 +1,98 @@
+"""Scorers: which of several pictures of one request is the best. A scorer is any function with these two arguments:
+
+    def score(gpt: Decoder, candidates: Candidates) -> one number for each candidate, larger is better
+
+Known by name:
+    likelihood   log P(picture | words) under the guided logits that it was sampled with
+    caption      log P(words | picture) of the same decoder, run image -> text: needs `config.data.image_to_text`
+    words        log P(picture | words) - log P(picture): how much the words explain
+Any other is given as "module:function", or as the function itself.
+
+Shapes: B candidates, H W C image, N codes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.data.packing import NO_LABEL, Layout
+from imagegpt_jax.sampling.likelihood import log_likelihood
+from imagegpt_jax.sampling.plugins import plug_in
+
+if TYPE_CHECKING:
+    from imagegpt_jax.api import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a candidate should show."""
+
+    prompt: str
+    label: int | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Pictures to score.
+
+    Attributes:
+      asked: what each should show.
+      images: uint8 [B, H, W, C].
+      codes: int32 [B, N].
+      log_likelihood: float32 [B], see `engine.State`.
+      layout: of their codes.
+    """
+
+    asked: Sequence[Asked]
+    images: np.ndarray
+    codes: np.ndarray
+    log_likelihood: np.ndarray
+    layout: Layout
+
+
+Scorer = Callable[["Decoder", Candidates], np.ndarray]
+
+
+def likelihood(gpt: "Decoder", candidates: Candidates) -> np.ndarray:
+    """log P(picture | words), as it was sampled."""
+    return candidates.log_likelihood
+
+
+def caption(gpt: "Decoder", candidates: Candidates) -> np.ndarray:
+    """log P(words | picture): the decoder reads the picture and says how likely the words are."""
+    if not gpt.setup.layout.space.text_vocab:
+        raise UserError("the scorer 'caption' needs a decoder with words: use --scorer=likelihood.")
+    texts, labels = _ids(gpt, candidates)
+    return log_likelihood(gpt.gpt, candidates.layout, texts, labels, candidates.codes, of="text")
+
+
+def words(gpt: "Decoder", candidates: Candidates) -> np.ndarray:
+    """log P(picture | words) - log P(picture), both without guidance: the pointwise mutual information."""
+    texts, labels = _ids(gpt, candidates)
+    given = log_likelihood(gpt.gpt, candidates.layout, texts, labels, candidates.codes)
+    none = log_likelihood(gpt.gpt, candidates.layout, [[] for _ in texts], None, candidates.codes)
+    return given - none
+
+
+def _ids(gpt: "Decoder", candidates: Candidates) -> tuple[list[list[int]], list[int]]:
+    texts = [gpt.encode_text(asked.prompt) for asked in candidates.asked]
+    return texts, [NO_LABEL if a.label is None else gpt.class_index(a.label) for a in candidates.asked]
+
+
+SCORERS: dict[str, Scorer] = {"likelihood": likelihood, "caption": caption, "words": words}
+
+
+def find(name: str | Scorer) -> Scorer:
+    """A scorer by its name, as "module:function", or as it is.
+
+    Raises:
+      UserError: if there is none of that name.
+    """
+    if callable(name):
+        return name
+    if name in SCORERS:
+        return SCORERS[name]
+    return plug_in(name, "scorer", SCORERS)

@@ -1,0 +1,41 @@
+"""Bytes between HBM and the chip, read from a piece of HLO text."""
+
+from imagegpt_jax import traffic
+
+TEXT = """HloModule jit_step
+
+%fused (a: f32[8]) -> f32[8] {
+  ROOT %inner = f32[8]{0} negate(%a)
+}
+
+ENTRY %main (p0: bf16[64,32], p1: f32[8,16], p2: s32[]) -> f32[8,16] {
+  %p0 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = f32[8,16]{1,0:T(8,128)} parameter(1)
+  %p2 = s32[]{:T(128)} parameter(2)
+  %slice-start.1 = ((bf16[64,32]{1,0}), bf16[16,32]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%p0), slice={}
+  %slice-done.1 = bf16[16,32]{1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start.1)
+  %copy-start.2 = (f32[8,16]{1,0:T(8,128)S(1)}, f32[8,16]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p1)
+  %copy-done.2 = f32[8,16]{1,0:T(8,128)S(1)} copy-done(%copy-start.2)
+  %near = f32[1,16]{1,0:T(8,128)S(1)} fusion(%slice-done.1, %copy-done.2), calls=%fused, metadata={op_name="x/%p0"}
+  %far = (f32[4]{0:T(128)}, f32[2]{0:T(128)S(1)}) fusion(%p0, %near), kind=kLoop, calls=%fused
+  %element = f32[4]{0:T(128)} get-tuple-element(%far), index=0
+  %used = f32[4]{0:T(128)S(1)} fusion(%element), kind=kLoop, calls=%fused
+  ROOT %updated = f32[8,16]{1,0:T(8,128)} dynamic-update-slice(%p1, %near, %p2, %p2)
+}
+"""
+
+
+def test_what_lies_in_vmem_does_not_count():
+    fetched = 16 * 32 * 2 + 8 * 16 * 4  # by slice-start and copy-start, read once
+    far = 64 * 32 * 2 + 4 * 4  # p0 read, the tuple's first array written
+    used = 4 * 4
+    updated = 16 * 4  # one row written, in place
+    assert traffic.hbm_bytes(TEXT) == fetched + far + used + updated
+
+
+def test_types():
+    assert traffic.arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0}, s32[])") == [
+        (12, False),
+        (5, True),
+        (4, True),
+    ]

@@ -50,7 +50,9 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures of each prompt or c
 SEED = flags.DEFINE_integer("seed", 0, "Picture i depends on the seed and i alone.", lower_bound=0)
 BEST_OF = flags.DEFINE_integer("best_of", None, "Draw so many of each prompt and keep the best --num_images.", 1)
 SCORER = flags.DEFINE_string(
-    "scorer", "likelihood", "For --best_of: likelihood, caption, words, or module:function (see sampling/scorers.py)."
+    "scorer",
+    "likelihood",
+    "For --best_of: likelihood, caption, words, clip:FOLDER, or module:function (see sampling/scorers.py).",
 )
 GIF = flags.DEFINE_bool("gif", False, "Also write samples.gif, the first pictures filling code by code.")
 NPZ = flags.DEFINE_bool("npz", False, "Also write samples.npz, all pictures as ADM's evaluation takes them.")

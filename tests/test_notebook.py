@@ -173,6 +173,30 @@ def test_the_best_of_several(gpt, tok):
         np.testing.assert_array_equal(draws, order)
 
 
+def test_the_clip_scorer_is_the_cosine_of_embeddings(gpt, tok, pictures, monkeypatch):
+    from imagegpt_jax.evals import networks
+    from imagegpt_jax.sampling import scorers
+
+    texts = np.array([[1.0, 0, 0], [0, 1, 1]])
+
+    def load(name, path, resize):
+        assert (name, path) == ("clip", "folder")
+        return types.SimpleNamespace(
+            prepare=lambda image: image.astype(np.float32),
+            apply=lambda params, images: {"embedding": params * images.mean((1, 2))},
+            params=2.0,
+        )
+
+    monkeypatch.setattr(networks, "load", load)
+    monkeypatch.setattr(networks, "embed_texts", lambda path, prompts: texts[[["a", "b"].index(p) for p in prompts]])
+    asked = [scorers.Asked("b", None), scorers.Asked("a", None)]
+    candidates = scorers.Candidates(asked, pictures, np.zeros((2, 16)), np.zeros(2), gpt.setup.layout)
+    got = scorers.find("clip:folder")(gpt, candidates)
+    means = pictures.mean((1, 2))
+    cosine = (means * texts[[1, 0]]).sum(1) / np.linalg.norm(means, axis=1) / np.array([np.sqrt(2), 1])
+    np.testing.assert_allclose(got, 100 * cosine, rtol=1e-5)
+
+
 def test_aspect_ratios_and_the_list_that_goes_on(gpt, tok):
     wide = ig.generate(gpt, tok, "dog", grid=(2, 6), num_images=3)
     assert wide.shape == (3, 8, 24, 3)

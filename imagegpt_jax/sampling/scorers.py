@@ -6,6 +6,7 @@ Known by name:
     likelihood   log P(picture | words) under the guided logits that it was sampled with
     caption      log P(words | picture) of the same decoder, run image -> text: needs `config.data.image_to_text`
     words        log P(picture | words) - log P(picture): how much the words explain
+    clip:FOLDER  CLIPScore (arXiv:2104.08718) of the prompts, with the weights and tokenizer in that folder
 Any other is given as "module:function", or as the function itself.
 
 Shapes: B candidates, H W C image, N codes.
@@ -15,6 +16,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from imagegpt_jax.cli import UserError
@@ -77,6 +79,29 @@ def words(gpt: "Decoder", candidates: Candidates) -> np.ndarray:
     return given - none
 
 
+@dataclasses.dataclass(frozen=True)
+class ClipScore:
+    """100 times the cosine of CLIP's embeddings of picture and prompt, at least 0.
+
+    Attributes:
+      folder: with CLIP's weights and tokenizer, as `transformers` saves them.
+    """
+
+    folder: str
+
+    def __call__(self, gpt: "Decoder", candidates: Candidates) -> np.ndarray:
+        """Scores candidates by their prompts; classes are not regarded."""
+        from imagegpt_jax.evals import captions, networks
+
+        network = networks.load("clip", self.folder, "")
+        apply, rows = jax.jit(network.apply), []
+        for image in candidates.images:  # one size of batch, so that a score does not depend on the others
+            image = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+            rows.append(np.asarray(apply(network.params, network.prepare(image)[None])["embedding"])[0])
+        texts = networks.embed_texts(self.folder, [asked.prompt for asked in candidates.asked])
+        return captions.clip_scores(np.stack(rows), texts)
+
+
 def _ids(gpt: "Decoder", candidates: Candidates) -> tuple[list[list[int]], list[int]]:
     texts = [gpt.encode_text(asked.prompt) for asked in candidates.asked]
     return texts, [NO_LABEL if a.label is None else gpt.class_index(a.label) for a in candidates.asked]
@@ -86,7 +111,7 @@ SCORERS: dict[str, Scorer] = {"likelihood": likelihood, "caption": caption, "wor
 
 
 def find(name: str | Scorer) -> Scorer:
-    """A scorer by its name, as "module:function", or as it is.
+    """A scorer by its name, "clip:FOLDER", "module:function", or as it is.
 
     Raises:
       UserError: if there is none of that name.
@@ -95,4 +120,6 @@ def find(name: str | Scorer) -> Scorer:
         return name
     if name in SCORERS:
         return SCORERS[name]
+    if name.startswith("clip:"):
+        return ClipScore(name.removeprefix("clip:"))
     return plug_in(name, "scorer", SCORERS)

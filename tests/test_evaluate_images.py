@@ -99,9 +99,9 @@ def test_scores_say_what_was_measured(given, first):
     assert f"{scores['fid']['value']:.6g}" in first.printed
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_batch_sizes_give_the_same_numbers(evaluate, given, first, batch_size):
-    scores = evaluate(*flags(given, f"--batch_size={batch_size}"))
+def test_batch_sizes_give_the_same_numbers(evaluate, given, first):
+    """1 here, 64 in the first run; 7 and more in tests/evals/test_image_sets.py."""
+    scores = evaluate(*flags(given, "--batch_size=1"))
     for name, value in values(scores).items():
         assert value == pytest.approx(values(first.scores)[name], rel=1e-9), name
 

@@ -74,6 +74,15 @@ def test_adms_reference_has_statistics_for_fid_and_images_for_the_rest(evaluate,
     assert about["images"]["sha256"] == expected["provenance"]["reference"]["sha256"]
 
 
+def test_batch_sizes_change_no_bit(evaluate, given):
+    found = []
+    for size in (1, 7, 64):
+        scores = evaluate(*(f"--images={given[0]}", f"--reference={given[1]}", f"--batch_size={size}"))
+        found.append({name: score for name, score in scores.items() if name != "provenance"})
+    assert found[0] == found[1] == found[2]
+    assert found[0].keys() == {"fid", "is", "kid"}
+
+
 def test_what_drew_the_images_is_read_from_them(evaluate, given, tmp_path):
     about = {"prompt": "x", "seed": 5, "sampler": {"cfg_scale": 3.0}, "decoder": "runs/d", "step": 7, "index": 1}
     drawn = folder(tmp_path / "drawn", 12, 3, metadata=about)

@@ -140,5 +140,8 @@ def test_table_leaves_out_what_was_not_scored():
     text = stage_data.table({"generation/retrieval_top1": 0.25, "generation/retrieval_top1_shuffled": 0.01})
     assert text.split() == ["top-1", "retrieval", "0.2500", "prompts", "shuffled", "0.0100"]
     assert np.all(
-        [line.key.split("/")[0] in ("tokenizer", "decoder", "generation", "samples") for line in stage_data.TABLE]
+        [
+            line.key.split("/")[0] in ("tokenizer", "reconstruction", "decoder", "generation", "samples")
+            for line in stage_data.TABLE
+        ]
     )

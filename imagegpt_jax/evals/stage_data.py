@@ -66,6 +66,8 @@ class Line:
 
 TABLE = (
     Line("reconstruction PSNR, dB", "tokenizer/val_psnr", "mean colour", "tokenizer/val_psnr_mean_color"),
+    Line("rFID", "reconstruction/fid"),
+    Line("KID of reconstructions", "reconstruction/kid"),
     Line("codebook usage", "tokenizer/codebook_usage"),
     Line("codebook perplexity", "tokenizer/codebook_perplexity"),
     Line("image bits per token", "decoder/val_image_bits_per_token", "unigram", "decoder/unigram_image_bits_per_token"),

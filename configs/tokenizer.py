@@ -171,6 +171,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "plain_blocks": False,
         "spatial_norm": False,
         "frames": 0,
+        "unit_pixels": False,
         "decoder": True,
         "logit_laplace": False,
         "conv_impl": "auto",

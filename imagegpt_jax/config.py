@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.convert import files
 
 T = TypeVar("T")
 # A ConfigDict to a reader, and no type to a checker: which keys it has is known when the config file has run.
@@ -179,12 +180,17 @@ def save(config: Config, workdir: epath.PathLike) -> None:
 
 
 def load(workdir: epath.PathLike) -> Config:
-    """Reads the config of a workdir.
+    """Reads the config of a workdir; of weights that no run of ours trained it is `task` = "weights" alone.
 
     Raises:
-      UserError: if the folder is not a workdir of ours.
+      UserError: if the folder is not a workdir of ours, and holds no weights.
     """
     folder = epath.Path(workdir)
+    local = pathlib.Path(workdir).expanduser()
+    if files.holds_weights(local):
+        about = local / "config.json"
+        run = json.loads(about.read_text()).get("run") if about.is_file() else None
+        return ConfigDict(run or {"task": "weights"})
     if not folder.exists():
         raise UserError(f"there is no folder {folder}: give the --workdir of a training run.")
     if not (folder / "config.json").exists():

@@ -159,6 +159,10 @@ def encode() -> None:
 
     # --- Everything a person can get wrong, before devices and files.
     config: Any = config_lib.load(TOKENIZER.value)
+    if config.task == "weights" and not OPS.value:
+        raise cli.UserError(
+            "published weights do not say what pictures they want: give --ops=..., with value_range(-1,1)."
+        )
     ops = OPS.value or config.data.eval_ops
     ops_lib.parse(ops)
     source = sources.open_source(DATA.value, require="image")

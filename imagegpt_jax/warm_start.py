@@ -1,4 +1,4 @@
-"""Beginning a run with the parameters of another: `config.init_from`."""
+"""Beginning a run with the parameters of another, or with published weights: `config.init_from`."""
 
 import dataclasses
 import sys
@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from imagegpt_jax import checkpoint, distributed, events
 from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
+from imagegpt_jax.convert import reading
 from imagegpt_jax.state import Params, TrainState, flatten, unflatten
 
 
@@ -22,7 +24,8 @@ def load_params(state: TrainState, config: Config, log: events.Log) -> TrainStat
 
     Args:
       state: the state of a run that begins.
-      config: its config: `init_from`, the workdir of the other run; `init_partial`, whether parameters may be missing
+      config: its config: `init_from`, the workdir of the other run, or weights (a portable folder, or published ones
+        such as GPT-2's, see docs/weights.md); `init_partial`, whether parameters may be missing
         there, left over, or of another shape. They are the averaged ones, where the other run keeps averages.
       log: gets an event "init".
 
@@ -30,6 +33,8 @@ def load_params(state: TrainState, config: Config, log: events.Log) -> TrainStat
       UserError: if there is no such checkpoint; or without `init_partial` if not every parameter of the networks that
         both runs have is there in the same shape: it lists both sides.
     """
+    if reading.is_weights(config.init_from):
+        return _load_weights(state, config, log)
     step = checkpoint.choose_step(config.init_from)
     folder = folders.root(config.init_from) / str(step) / folders.STATE
     with ocp.PyTreeCheckpointer() as reader:
@@ -78,6 +83,53 @@ def load_params(state: TrainState, config: Config, log: events.Log) -> TrainStat
             file=sys.stderr,
         )
     log.write("init", source=str(config.init_from), step=step, taken=taken, left=lines)
+    return dataclasses.replace(state, trainable=trainable, ema=ema)
+
+
+# Tables that may have more rows here than there, and the axis of their rows: words come first in the token space.
+_TABLES = {"embed/weight": 0, "head/weight": 0, "position": 1}
+
+
+def _load_weights(state: TrainState, config: Config, log: events.Log) -> TrainState:
+    """Puts published or portable weights into the network of their kind; tables are filled from their first row on.
+
+    So a GPT-2 is a warm start for a decoder of its shape with its text tokenizer: ids of words are the first rows, and
+    the rows of codes and special ids keep their random numbers.
+    """
+    name = "decoder" if "decoder" in state.trainable else "generator"
+    loaded = reading.load(config.init_from, "decoder" if name == "decoder" else "tokenizer")
+    here, there = flatten(state.trainable[name]), flatten(loaded.params)
+    taken: Params = {}
+    lines = [f"{name}/{path}: not in {config.init_from}" for path in here if path not in there]
+    for path, array in there.items():
+        if path not in here:
+            lines.append(f"{name}/{path}: only in {config.init_from}")
+            continue
+        like, axis = here[path], _TABLES.get(path)
+        fits = [n == m or (i == axis and n < m) for i, (n, m) in enumerate(zip(array.shape, like.shape, strict=False))]
+        if array.ndim != like.ndim or not all(fits):
+            lines.append(f"{name}/{path}: {like.shape} here, {array.shape} there")
+            continue
+        rows = tuple(slice(0, n) for n in array.shape)
+        filled = jax.jit(lambda x, y, rows=rows: x.at[rows].set(y), out_shardings=like.sharding)
+        taken[path] = filled(like, np.asarray(array.astype(like.dtype)))
+    if not taken or (lines and not config.init_partial):
+        shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+        raise UserError(
+            f"the parameters of {config.init_from} are not those of this run ({shown}): give config.model the shape"
+            " of the weights, or set --config.init_partial=True to take those that fit."
+        )
+    trainable, ema = dict(state.trainable), dict(state.ema)
+    trainable[name] = unflatten({**here, **taken}, trainable[name])
+    if name in ema:
+        ema[name] = jax.tree.map(lambda x: x.copy(), trainable[name])
+    if distributed.is_first():
+        print(
+            f"{len(taken)} arrays of {config.init_from} were taken, {len(lines)} were not"
+            + "".join(f"\n  {line}" for line in lines),
+            file=sys.stderr,
+        )
+    log.write("init", source=str(config.init_from), step=0, taken=len(taken), left=lines)
     return dataclasses.replace(state, trainable=trainable, ema=ema)
 
 

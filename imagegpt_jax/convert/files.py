@@ -12,7 +12,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from flax import serialization
 
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert import torch_file
@@ -180,6 +179,8 @@ def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _open_msgpack(path: pathlib.Path) -> dict[str, Tensor]:
+    from flax import serialization  # imports JAX, for which nothing else here has a use
+
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
     except Exception as e:  # the library raises what it happens to meet
@@ -256,6 +257,8 @@ def write_msgpack(
     about: Mapping[str, Any],
 ) -> None:
     """Writes `flax_model.msgpack`, and `config.json` if there is something to say."""
+    from flax import serialization
+
     tree: dict[str, Any] = {}
     for name, array in arrays:
         *path, last = name.split(".")

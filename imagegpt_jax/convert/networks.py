@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.convert.core import Shape
@@ -35,7 +34,7 @@ def network(config: Config) -> state_lib.Network:
 
 
 def _leaves(net: state_lib.Network) -> dict[tuple[Any, ...], jax.ShapeDtypeStruct]:
-    params = nnx.to_pure_dict(nnx.state(net.abstract))
+    params = state_lib.split(net.abstract)[1]
     return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 

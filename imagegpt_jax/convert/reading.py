@@ -48,8 +48,24 @@ class Loaded:
 
 def is_weights(path: Any) -> bool:
     """Whether a path holds weights, published or portable, and not a workdir of training."""
+    return bool(path) and files.holds_weights(pathlib.Path(path).expanduser())
+
+
+def describe(path: Any, kind: str) -> tuple[networks.Config, state_lib.Network]:
+    """Config and structure of the network of weights, without reading them; errors as in `load`."""
     local = pathlib.Path(path).expanduser()
-    return files.holds_weights(local)
+    if local.is_dir() and portable.is_portable(local):
+        config = _open(local, kind).config
+    else:
+        config = formats.recognise(files.open_source(local), kind).config
+    return config, networks.network(config)
+
+
+def _open(local: pathlib.Path, kind: str) -> portable.Portable:
+    opened = portable.open_portable(local)
+    if opened.kind != kind:
+        raise UserError(f"{local} holds a {opened.kind}, not a {kind}.")
+    return opened
 
 
 def load(path: Any, kind: str, options: Options | None = None) -> Loaded:
@@ -65,9 +81,7 @@ def load(path: Any, kind: str, options: Options | None = None) -> Loaded:
     """
     local = pathlib.Path(path).expanduser()
     if local.is_dir() and portable.is_portable(local):
-        opened = portable.open_portable(local)
-        if opened.kind != kind:
-            raise UserError(f"{path} holds a {opened.kind}, not a {kind}.")
+        opened = _open(local, kind)
         net, params = opened.params(_dtype_to_keep)
         text = local / "text_tokenizer"
         run = ConfigDict(opened.run) if opened.run else {}
@@ -99,12 +113,14 @@ class DecoderSetup:
       model: the network's config.
       layout: how pictures become sequences; None for a language model.
       folder: where it came from.
+      tokenizer: the image tokenizer to draw with; "" = what lies beside the weights.
       text_folder: its text tokenizer; None without one.
     """
 
     model: Any
     layout: RasterLayout | None
     folder: str
+    tokenizer: str
     text_folder: pathlib.Path | None
 
     @property
@@ -138,7 +154,7 @@ class DecoderSetup:
         return ConfigDict(
             {
                 "task": "decoder",
-                "tokenizer": "",
+                "tokenizer": self.tokenizer or self.folder,
                 "model": dataclasses.asdict(self.model),
                 "data": {"text_length": 0, "use_labels": classes > 0},
                 "sampling": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0},

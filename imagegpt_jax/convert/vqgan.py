@@ -36,6 +36,7 @@ class Style:
       flax: whether arrays lie and are called as Flax has them.
       l2_normalize: whether codes are compared on the unit sphere.
       plain: MaskGIT's blocks, and no projections around the codes.
+      unit_pixels: whether the network's pixels lie in [0, 1].
       carried: names that the network has no use for, and that go back as they came.
       dropped: names of other networks in the same file.
     """
@@ -51,6 +52,7 @@ class Style:
     flax: bool = False
     l2_normalize: bool = False
     plain: bool = False
+    unit_pixels: bool = False
     carried: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
@@ -74,8 +76,9 @@ DALLE_MINI = Style(
     attn="attn_{j}",
     codebook="quantize.embedding.embedding",
     flax=True,
+    unit_pixels=True,
 )
-MASKGIT = Style(mid=("mid.0", "mid.1"), upsample="upsample_conv", plain=True)
+MASKGIT = Style(mid=("mid.0", "mid.1"), upsample="upsample_conv", plain=True, unit_pixels=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -254,6 +257,7 @@ def infer_config(tensors: Mapping[str, Tensor], style: Style) -> VQConfig:
         double_latent=z_out == 2 * z_channels,
         quant_conv=not style.plain,
         plain_blocks=style.plain,
+        unit_pixels=style.unit_pixels,
         decoder=has_decoder,
         quantizer=quantizer(codes, dim, style.l2_normalize),
         **SHARED,
@@ -271,6 +275,7 @@ def as_styled(config: VQConfig, style: Style) -> VQConfig:
         **{name: getattr(config, name) for name in kept},
         quant_conv=not style.plain,
         plain_blocks=style.plain,
+        unit_pixels=style.unit_pixels,
         quantizer=quantizer(config.quantizer.num_codes, config.quantizer.code_dim, style.l2_normalize),
         **SHARED,
     )

@@ -45,6 +45,7 @@ class VQConfig:
       spatial_norm: the decoder's norms are scaled and shifted by the codes, see `conv.SpatialNorm`.
       frames: frames of a film that become one grid of codes, with convolutions along time, see `temporal.Frames`;
         0 = a tokenizer of images.
+      unit_pixels: the network's pixels lie in [0, 1]: images are mapped from [-1, 1] before it, and back after it.
       decoder: whether there is one; some published tokenizers come without.
       logit_laplace: the decoder ends in a distribution of each pixel, `losses.logit_laplace`, with twice the channels.
       norm_groups: groups of every group normalisation.
@@ -72,6 +73,7 @@ class VQConfig:
     plain_blocks: bool = False
     spatial_norm: bool = False
     frames: int = 0
+    unit_pixels: bool = False
     decoder: bool = True
     logit_laplace: bool = False
     norm_groups: int = 32
@@ -334,7 +336,8 @@ class VQModel(nnx.Module):
             raise UserError(
                 "a tokenizer with double_latent cannot encode: its projection takes half of what comes out."
             )
-        return _project(self.quant_conv, self.encoder(images_BHWC))
+        pixels_BHWC = (images_BHWC + 1) / 2 if self.config.unit_pixels else images_BHWC
+        return _project(self.quant_conv, self.encoder(pixels_BHWC))
 
     def decode_features(self, zq_BhwZ: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
         """Quantized codes -> the input of the decoder's last layer, through which adaptive weights pull gradients."""
@@ -349,7 +352,8 @@ class VQModel(nnx.Module):
         """The decoder's last layer, float32 (float64 in float64): images, or with `logit_laplace` means and log scales
         of the pixels' logits, one after the other in the channels."""
         assert self.decoder is not None
-        return self.decoder.output(features_BHWC)
+        output_BHWC = self.decoder.output(features_BHWC)
+        return 2 * output_BHWC - 1 if self.config.unit_pixels else output_BHWC
 
     def pixels(self, output_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """What the last layer gives -> images, not clipped to [-1, 1]."""

@@ -1,47 +1,48 @@
-"""Reference programs that are installed without what they depend on (see the Makefile)."""
+"""What the parity tests of weights show is collected, and written as docs/weights.md once all of them have passed."""
 
-import importlib.util
+import json
 import pathlib
-import types
+import sys
 
-import numpy as np
 import pytest
 
-TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
+# So that tests can import the references beside them.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGE, KEPT, MEMORY = (ROOT / "docs" / name for name in ("weights.md", "weights.json", "import_memory.json"))
+_SHOWN = {}
 
 
-def _tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def shows(request):
+    """Call it with a layout and the keys of `matrix.CHECKS` that the test shows; counts only if the test passes."""
+    noted = []
+
+    def note(layout, *checks):
+        noted.append((layout, checks))
+
+    yield note
+    if request.node.passed:
+        for layout, checks in noted:
+            _SHOWN.setdefault(layout, set()).update(checks)
 
 
-@pytest.fixture(scope="session")
-def programs():
-    """The tool `reference_programs`."""
-    return _tool("reference_programs")
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    if call.when == "call":
+        item.passed = outcome.get_result().passed
 
 
-@pytest.fixture(scope="session")
-def fidelity(programs):
-    """torch-fidelity and clean-fid: `fidelity.torch_fidelity`, `fidelity.cleanfid`."""
-    return programs.fidelity()
+def pytest_sessionfinish(session, exitstatus):
+    """Writes the page if the whole matrix was run and nothing failed."""
+    if exitstatus or not _SHOWN:
+        return
+    from imagegpt_jax.convert import matrix
+    from imagegpt_jax.convert.formats import FORMATS
 
-
-@pytest.fixture(scope="session")
-def inception(programs, fidelity, tmp_path_factory):
-    """`path`, a file of random weights of the FID Inception as torch.save writes it, and torch-fidelity's `network`."""
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    programs.save_torch(programs.random_inception(0), path)
-    return types.SimpleNamespace(path=path, network=programs.torch_inception(fidelity, path))
-
-
-@pytest.fixture(scope="session")
-def pictures():
-    """uint8 [64, 64, 64, 3]: random pictures of which the second half is paler."""
-    rng = np.random.default_rng(0)
-    coarse = rng.uniform(0, 255, (64, 8, 8, 3))
-    fine = coarse.repeat(8, axis=1).repeat(8, axis=2) + rng.normal(0, 12, (64, 64, 64, 3))
-    fine[32:] = 100 + 0.5 * fine[32:]
-    return fine.clip(0, 255).astype(np.uint8)
+    if set(_SHOWN) != set(FORMATS):
+        return
+    shown = {name: [key for key in matrix.CHECKS if key in _SHOWN[name]] for name in FORMATS}
+    KEPT.write_text(json.dumps(shown, indent=1) + "\n")
+    PAGE.write_text(matrix.page(shown, json.loads(MEMORY.read_text())))

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import references
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -16,7 +17,6 @@ import imagegpt_jax as ig
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert import command
 from imagegpt_jax.generate import Sampling, generate_codes
-from tests.parity import references
 
 pytestmark = pytest.mark.parity
 
@@ -41,7 +41,7 @@ def draw_codes(batch, length, seed=0):
     return np.random.default_rng(seed).integers(0, CODES, (batch, length))
 
 
-def test_class_conditional_logits(by_class):
+def test_class_conditional_logits(by_class, shows):
     reference, path = by_class
     gpt = ig.load_decoder(path, heads=4, grid=(GRID, GRID))
     codes, labels = draw_codes(3, GRID**2 - 1), np.array([0, 7, CLASSES])  # the last is "no class"
@@ -51,12 +51,13 @@ def test_class_conditional_logits(by_class):
     with torch.no_grad():
         expected = reference(reference.condition(torch.tensor(labels)), torch.tensor(codes)).numpy()
     assert relative(gpt.logits(ids), expected) < 1e-5
+    shows("llamagen", "logits")
     # The trap: with the prefix turned like any other token, the numbers are others.
     gpt.gpt.config = dataclasses.replace(gpt.gpt.config, rope_zero_prefix=False)
     assert relative(gpt.logits(ids), expected) > 1e-3
 
 
-def test_greedy_pictures_are_the_same(by_class):
+def test_greedy_pictures_are_the_same(by_class, shows):
     reference, path = by_class
     gpt = ig.load_decoder(path, heads=4, grid=(GRID, GRID))
     labels = np.array([1, 5])
@@ -67,6 +68,7 @@ def test_greedy_pictures_are_the_same(by_class):
             codes = torch.cat([codes, logits[:, -1:].argmax(-1)], dim=1)
     ours = generate_codes(gpt.gpt, gpt.setup.layout, None, labels, Sampling(temperature=0.0))
     np.testing.assert_array_equal(ours, codes.numpy())
+    shows("llamagen", "greedy")
 
 
 def test_text_conditional_logits(tmp_path):
@@ -91,7 +93,7 @@ def test_heads_of_unpublished_sizes_are_asked_for(by_class):
         ig.load_decoder(by_class[1])
 
 
-def test_decoder_round_trip_gives_the_same_bits(by_class, tmp_path):
+def test_decoder_round_trip_gives_the_same_bits(by_class, tmp_path, shows):
     reference, path = by_class
     command.convert(path, tmp_path / "portable", heads=4)
     command.convert(tmp_path / "portable", tmp_path / "back")
@@ -105,6 +107,7 @@ def test_decoder_round_trip_gives_the_same_bits(by_class, tmp_path):
     ids = draw_codes(1, 5)
     first, again = (ig.load_decoder(tmp_path / name).logits(ids) for name in ("portable", "back"))
     np.testing.assert_array_equal(first, again)
+    shows("llamagen", "bits")
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizers
@@ -140,7 +143,7 @@ def tokenizer(tmp_path_factory):
     return reference, renamed, path
 
 
-def test_tokenizer_codes_and_pixels(tokenizer):
+def test_tokenizer_codes_and_pixels(tokenizer, shows):
     reference, _, path = tokenizer
     tok = ig.load_tokenizer(path, rows=1)
     assert (tok.downsample, tok.num_codes) == (4, 64)
@@ -153,9 +156,10 @@ def test_tokenizer_codes_and_pixels(tokenizer):
         pixels = reference.decode(codes).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(tok.encode(images), codes.numpy())
     assert relative(tok.decode(codes.numpy()), np.clip(pixels, -1, 1)) < 1e-4
+    shows("llamagen_vq", "codes", "pixels")
 
 
-def test_tokenizer_round_trip_gives_the_same_bits(tokenizer, tmp_path):
+def test_tokenizer_round_trip_gives_the_same_bits(tokenizer, tmp_path, shows):
     _, renamed, path = tokenizer
     command.convert(path, tmp_path / "portable")
     command.convert(tmp_path / "portable", tmp_path / "back")
@@ -163,6 +167,7 @@ def test_tokenizer_round_trip_gives_the_same_bits(tokenizer, tmp_path):
     assert set(written) == set(renamed)
     for name, tensor in renamed.items():
         assert written[name].tobytes() == tensor.numpy().tobytes(), name
+    shows("llamagen_vq", "bits")
 
 
 def test_a_tokenizer_becomes_a_folder_that_transformers_loads(tokenizer, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import references
 import torch
 import transformers
 from safetensors.numpy import load_file
@@ -18,7 +19,6 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 import imagegpt_jax as ig
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert import command
-from tests.parity import references
 
 pytestmark = pytest.mark.parity
 
@@ -99,10 +99,11 @@ def logits(model):
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-def test_llama(name, tmp_path):
+def test_llama(name, tmp_path, shows):
     model = save(llama(**LLAMAS[name]), tmp_path / "folder")
     gpt = ig.load_decoder(tmp_path / "folder")
     assert relative(gpt.logits(IDS), logits(model)) < 1e-5
+    shows("llama", "logits")
     # Of the same weights without the option, the numbers are others: the option was in force.
     if name != "plain" and "grouped" not in name:
         config = json.loads((tmp_path / "folder/config.json").read_text())
@@ -126,10 +127,11 @@ GPT2S = {
 
 
 @pytest.mark.parametrize("name", GPT2S)
-def test_gpt2(name, tmp_path):
+def test_gpt2(name, tmp_path, shows):
     model = save(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**GPT2, **GPT2S[name]})), tmp_path)
     gpt = ig.load_decoder(tmp_path)
     assert relative(gpt.logits(IDS), logits(model)) < 1e-5
+    shows("gpt2", "logits")
     with pytest.raises(UserError, match="17 tokens are more than the 16 positions"):
         gpt.logits(np.zeros((1, 17), int))
 
@@ -141,16 +143,17 @@ def test_gpt2_without_its_head_is_tied(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*GPT2S, "tied"])
-def test_imagegpt(name, tmp_path):
+def test_imagegpt(name, tmp_path, shows):
     values = {**GPT2, **GPT2S.get(name, {"tie_word_embeddings": True}), "vocab_size": 51}
     model = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**values))
     save(model, tmp_path)
     expected = logits(model)
     assert expected.shape[-1] == (51 if name == "tied" else 50)  # the last id, start of sequence, is never predicted
     assert relative(ig.load_decoder(tmp_path).logits(IDS), expected) < 1e-5
+    shows("imagegpt", "logits")
 
 
-def test_imagegpt_draws_with_its_colours(tmp_path):
+def test_imagegpt_draws_with_its_colours(tmp_path, shows):
     save(
         transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**{**GPT2, "vocab_size": 17})), tmp_path
     )
@@ -163,14 +166,21 @@ def test_imagegpt_draws_with_its_colours(tmp_path):
     np.testing.assert_array_equal(tok.encode(images), np.stack(expected))
     np.testing.assert_allclose(tok.decode(np.stack(expected)).reshape(3, 16, 3), colours[np.stack(expected)], atol=1e-6)
     assert ig.generate(gpt, tok, [""], num_images=2).shape == (2, 4, 4, 3)
+    command.convert(tmp_path, tmp_path / "portable", kind="tokenizer")
+    command.convert(tmp_path / "portable", tmp_path / "back")
+    assert ig.load_tokenizer(tmp_path / "back", rows=1).fingerprint == tok.fingerprint
+    shows("imagegpt_clusters", "codes", "pixels", "bits")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_greedy_continuations_of_64_tokens_are_the_same(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "imagegpt"])
+def test_greedy_continuations_of_64_tokens_are_the_same(kind, tmp_path, shows):
     if kind == "llama":
         model = llama(max_position_embeddings=128, num_key_value_heads=2)
-    else:
+    elif kind == "gpt2":
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**GPT2, "n_positions": 128}))
+    else:
+        config = transformers.ImageGPTConfig(**{**GPT2, "n_positions": 128, "vocab_size": 51})
+        model = transformers.ImageGPTForCausalImageModeling(config)
     save(model, tmp_path)
     prompt = torch.tensor(IDS[:, :5])
     settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0)
@@ -181,6 +191,7 @@ def test_greedy_continuations_of_64_tokens_are_the_same(kind, tmp_path):
         ids[:, place] = np.asarray(gpt.logits(ids))[:, place - 1].argmax(-1)
     np.testing.assert_array_equal(ids, expected)
     assert len(np.unique(ids[:, 5:])) > 3
+    shows(kind, "greedy")
 
 
 def test_shards_and_half_precision(tmp_path):
@@ -196,7 +207,7 @@ def test_shards_and_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "imagegpt"])
-def test_decoder_round_trips_give_the_same_bits(kind, tmp_path):
+def test_decoder_round_trips_give_the_same_bits(kind, tmp_path, shows):
     model = {
         "llama": lambda: llama(num_key_value_heads=2, attention_bias=True),
         "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
@@ -204,6 +215,7 @@ def test_decoder_round_trips_give_the_same_bits(kind, tmp_path):
     }[kind]()
     save(model.to(torch.bfloat16) if kind == "llama" else model, tmp_path / "folder")
     round_trip(tmp_path / "folder", tmp_path, "decoder")
+    shows(kind, "bits")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +266,7 @@ JANUSES = {
 
 
 @pytest.mark.parametrize("name", JANUSES)
-def test_janus(name, tmp_path):
+def test_janus(name, tmp_path, shows):
     model = save(JanusVQVAE(JanusVQVAEConfig(**{**JANUS, **JANUSES[name]})), tmp_path, 0.03)
     tok = ig.load_tokenizer(tmp_path, rows=1)
     codes = np.random.default_rng(2).integers(0, 64, (2, 64))
@@ -269,6 +281,7 @@ def test_janus(name, tmp_path):
         normalize = torch.nn.functional.normalize
         expected = torch.cdist(normalize(z, dim=-1), normalize(model.quantize.embedding.weight.double(), dim=-1))
     np.testing.assert_array_equal(tok.encode(IMAGES).ravel(), expected.argmin(-1))
+    shows("janus", "codes", "pixels")
 
 
 CHAMELEONS = {
@@ -279,13 +292,14 @@ CHAMELEONS = {
 
 
 @pytest.mark.parametrize("name", CHAMELEONS)
-def test_chameleon(name, tmp_path):
+def test_chameleon(name, tmp_path, shows):
     model = save(ChameleonVQVAE(ChameleonVQVAEConfig(**{**CHAMELEON, **CHAMELEONS[name]})), tmp_path, 0.05)
     tok = ig.load_tokenizer(tmp_path, rows=1)
     with torch.no_grad():
         expected = model.encode(NCHW).image_tokens.numpy()
     np.testing.assert_array_equal(tok.encode(IMAGES).ravel(), expected)
     assert len(np.unique(expected)) > 3
+    shows("chameleon", "codes")
     with pytest.raises(UserError, match="this tokenizer has no decoder"):
         tok.decode(np.zeros((1, 64), int))
 
@@ -297,7 +311,7 @@ EMU3S = {
 
 
 @pytest.mark.parametrize("name", EMU3S)
-def test_emu3(name, tmp_path):
+def test_emu3(name, tmp_path, shows):
     model = save(Emu3VQVAE(Emu3VQVAEConfig(**{**EMU3, **EMU3S[name]})), tmp_path, 0.05)
     tok = ig.load_tokenizer(tmp_path, rows=1)
     with torch.no_grad():
@@ -305,11 +319,12 @@ def test_emu3(name, tmp_path):
         codes = np.random.default_rng(2).integers(0, 64, (2, 16, 16))
         check_pixels(tok, codes.reshape(2, -1), model.decode(torch.tensor(codes)))
     np.testing.assert_array_equal(tok.encode(IMAGES).reshape(2, 16, 16), expected)
+    shows("emu3", "codes", "pixels")
     assert len(np.unique(expected)) > 3
 
 
 @pytest.mark.parametrize("kind", ["janus", "chameleon", "emu3"])
-def test_tokenizer_round_trips_give_the_same_bits(kind, tmp_path):
+def test_tokenizer_round_trips_give_the_same_bits(kind, tmp_path, shows):
     model = {
         "janus": lambda: JanusVQVAE(JanusVQVAEConfig(**JANUS)),
         "chameleon": lambda: ChameleonVQVAE(ChameleonVQVAEConfig(**CHAMELEON)),
@@ -317,9 +332,10 @@ def test_tokenizer_round_trips_give_the_same_bits(kind, tmp_path):
     }[kind]()
     save(model, tmp_path / "folder")
     round_trip(tmp_path / "folder", tmp_path, "tokenizer")
+    shows(kind, "bits")
 
 
-def test_the_tokenizer_within_a_whole_model_is_found(tmp_path):
+def test_the_tokenizer_within_a_whole_model_is_found(tmp_path, shows):
     text = {**LLAMA, "model_type": "llama"}
     vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
               "projection_dim": 32}  # fmt: skip
@@ -341,3 +357,4 @@ def test_the_tokenizer_within_a_whole_model_is_found(tmp_path):
         toks = [ig.load_tokenizer(tmp_path / name / kind, rows=1) for kind in ("whole", "alone")]
         np.testing.assert_array_equal(*(tok.encode(IMAGES) for tok in toks))
         assert toks[0].fingerprint == toks[1].fingerprint
+        shows(name, "whole")

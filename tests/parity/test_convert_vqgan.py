@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import references
 import torch
 from flax import serialization
 from safetensors.numpy import load_file
@@ -12,7 +13,6 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 import imagegpt_jax as ig
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert import command
-from tests.parity import references
 
 pytestmark = pytest.mark.parity
 
@@ -41,10 +41,13 @@ def taming():
             parts[2] = str(LEVELS - 1 - int(parts[2]))
         renamed[".".join(parts)] = tensor
     with torch.no_grad():
-        codes = reference.encode(NCHW).image_tokens.numpy()
+        codes, unit_codes = (reference.encode(x).image_tokens.numpy() for x in (NCHW, (NCHW + 1) / 2))
         entries = reference.quantize.embedding(torch.tensor(CODES)).permute(0, 3, 1, 2)
         pixels = reference.decoder(reference.post_quant_conv(entries)).permute(0, 2, 3, 1).numpy()
-    return renamed, codes, pixels
+    return renamed, codes, pixels, unit_codes
+
+
+UNIT = (NCHW + 1) / 2  # as dalle-mini and MaskGIT have their pixels
 
 
 def check(path, codes, pixels):
@@ -56,14 +59,15 @@ def check(path, codes, pixels):
     return tok
 
 
-def test_taming_from_a_lightning_checkpoint(taming, tmp_path):
-    renamed, codes, pixels = taming
+def test_taming_from_a_lightning_checkpoint(taming, tmp_path, shows):
+    renamed, codes, pixels, _ = taming
     extra = {"loss.discriminator.main.0.weight": torch.zeros(3), "loss.logvar": torch.zeros(())}
     torch.save({"epoch": 3, "state_dict": {**renamed, **extra}, "lr_schedulers": []}, tmp_path / "last.ckpt")
     check(tmp_path / "last.ckpt", codes, pixels)
+    shows("taming", "codes", "pixels")
 
 
-def test_taming_round_trip(taming, tmp_path):
+def test_taming_round_trip(taming, tmp_path, shows):
     (tmp_path / "folder").mkdir()
     save_file(taming[0], tmp_path / "folder/model.safetensors")
     command.convert(tmp_path / "folder", tmp_path / "portable")
@@ -71,6 +75,7 @@ def test_taming_round_trip(taming, tmp_path):
     written = load_file(tmp_path / "back/model.safetensors")
     assert set(written) == set(taming[0])
     assert all(written[name].tobytes() == tensor.numpy().tobytes() for name, tensor in taming[0].items())
+    shows("taming", "bits")
 
 
 def test_a_codebook_on_the_sphere_cannot_become_tamings(taming, tmp_path):
@@ -79,8 +84,8 @@ def test_a_codebook_on_the_sphere_cannot_become_tamings(taming, tmp_path):
         command.convert(tmp_path / "vq.safetensors", tmp_path / "out", to="llamagen_vq")
 
 
-def test_dalle_mini_from_flax(taming, tmp_path):
-    renamed, codes, pixels = taming
+def test_dalle_mini_from_flax(taming, tmp_path, shows):
+    renamed, _, pixels, codes = taming
     tree = {}
     for name, tensor in renamed.items():
         parts = name.split(".")
@@ -104,13 +109,14 @@ def test_dalle_mini_from_flax(taming, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
     (tmp_path / "folder/config.json").write_text('{"model_type": "vqgan", "ch": 32}')
-    check(tmp_path / "folder", codes, pixels)
+    check(tmp_path / "folder", codes, 2 * pixels - 1)
     command.convert(tmp_path / "folder", tmp_path / "portable")
     command.convert(tmp_path / "portable", tmp_path / "back")
     back = serialization.msgpack_restore((tmp_path / "back/flax_model.msgpack").read_bytes())
     before, after = (dict(_flatten(t)) for t in (tree, back))
     assert set(before) == set(after)
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+    shows("dalle_mini_vqgan", "codes", "pixels", "bits")
 
 
 def _flatten(tree, prefix=""):
@@ -121,17 +127,18 @@ def _flatten(tree, prefix=""):
             yield prefix + key, value
 
 
-def test_maskgit(tmp_path):
+def test_maskgit(tmp_path, shows):
     reference = references.randomize(references.MaskGitVQGAN(mults=(1, 1, 2), blocks=2), 0.05)
     torch.save(reference.state_dict(), tmp_path / "pytorch_model.bin")
     with torch.no_grad():
-        z = reference.encode(NCHW).permute(0, 2, 3, 1).reshape(-1, 16).double()
+        z = reference.encode(UNIT).permute(0, 2, 3, 1).reshape(-1, 16).double()
         codes = torch.cdist(z, reference.quantize.embedding.weight.double()).argmin(-1).numpy()
         pixels = reference.decode(torch.tensor(CODES)).permute(0, 2, 3, 1).numpy()
-    check(tmp_path, codes, pixels)
+    check(tmp_path, codes, 2 * pixels - 1)
     command.convert(tmp_path, tmp_path / "portable")
     command.convert(tmp_path / "portable", tmp_path / "back")
     written = load_file(tmp_path / "back/model.safetensors")
     state = reference.state_dict()
     assert set(written) == set(state)
     assert all(written[name].tobytes() == tensor.numpy().tobytes() for name, tensor in state.items())
+    shows("maskgit_vqgan", "codes", "pixels", "bits")

@@ -18,6 +18,7 @@ from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config, to_dataclass
+from imagegpt_jax.convert import reading
 from imagegpt_jax.data import ops as ops_lib
 from imagegpt_jax.data import packing, quarantine, sources
 from imagegpt_jax.data import text as text_lib
@@ -71,6 +72,13 @@ def tokenizer_config(config: Config) -> Config:
     return untrained
 
 
+def _image_tokenizer(config: Config) -> tokenizer_task.Setup:
+    """Static part of the image tokenizer: of a run, of published or portable weights, or untrained."""
+    if reading.is_weights(config.tokenizer):
+        return tokenizer_task.setup_for_weights(*reading.describe(config.tokenizer, "tokenizer"))
+    return tokenizer_task.setup_for_inference(tokenizer_config(config), config.tokenizer)
+
+
 def _build(
     config: Config,
     text: text_lib.TextTokenizer | None,
@@ -80,7 +88,7 @@ def _build(
     num_classes: int,
 ) -> Setup:
     data = config.data
-    image_tokenizer = tokenizer_task.setup_for_inference(tokenizer_config(config), config.tokenizer)
+    image_tokenizer = _image_tokenizer(config)
     space = packing.TokenSpace(
         text_vocab=data.text_vocab_size if text is None else text.vocab_size,
         num_classes=num_classes if data.use_labels else 0,
@@ -117,7 +125,8 @@ def setup(config: Config) -> Setup:
     data = config.data
     for name in ("train_ops", "eval_ops"):
         ops_lib.parse(data[name])
-    tokenizer_config(config)
+    if not reading.is_weights(config.tokenizer):
+        tokenizer_config(config)
     needs = "label" if data.use_labels else "captions" if data.text_vocab_size else None
     opened = {split: sources.open_source(data[split], require=needs) for split in ("train", "validation")}
     if data.text_tokenizer:
@@ -206,7 +215,12 @@ def check_mesh(setup: Setup, mesh: Mesh) -> None:
 
 
 def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> state_lib.Params:
-    """Parameters of the image tokenizer: from its workdir, or those of the untrained one."""
+    """Parameters of the image tokenizer: from its workdir or weights, or those of the untrained one."""
+    if reading.is_weights(setup.config.tokenizer):
+        abstract = state_lib.split(setup.tokenizer.networks["generator"].abstract)[1]
+        params = reading.load(setup.config.tokenizer, "tokenizer").params
+        params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract)
+        return params if sharding_tree is None else jax.device_put(params, sharding_tree)
     if setup.config.tokenizer:
         make = functools.partial(tokenizer_task.init_state, setup.tokenizer)
         abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))

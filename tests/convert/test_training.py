@@ -1,0 +1,134 @@
+"""Published weights in training: as the image tokenizer, as a warm start, as a text encoder."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+import imagegpt_jax as ig
+from imagegpt_jax import config as config_lib
+from imagegpt_jax import events, warm_start
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.convert import command
+from imagegpt_jax.data import text as text_lib
+from imagegpt_jax.models.gpt import GPT, Sequence
+from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.tasks import decoder as decoder_task
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "weights"
+
+
+@pytest.mark.parametrize("form", ["published", "portable"])
+def test_a_decoder_is_trained_over_a_published_tokenizer(form, tmp_path):
+    path = GOLDEN / "janus"
+    if form == "portable":
+        command.convert(path, tmp_path / "portable")
+        path = tmp_path / "portable"
+    config = config_lib.sibling(str(ROOT / "configs/x.py"), "decoder.py").get_config("size=test")
+    config.tokenizer = str(path)
+    config.data.grid = (4, 4)
+    setup = decoder_task.setup_abstract(config)
+    assert setup.space.num_codes == 16
+    params = decoder_task.tokenizer_params(setup)
+    network = setup.tokenizer.networks["generator"].module(params)
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
+    codes = ig.load_tokenizer(path, rows=1).encode(images)
+    np.testing.assert_array_equal(network.encode_codes(images).reshape(1, -1), codes)
+
+
+# -------------------------------------------------------------------------------------------------------- warm start
+
+# GPT-2's shape, with room for more ids and longer sequences.
+MODEL = {"vocab_size": 30, "width": 16, "depth": 2, "heads": 2, "mlp_width": 64, "norm": "layer", "mlp": "gelu",
+         "bias": True, "attention_scale_by_layer": True, "position": "learned", "max_length": 20,
+         "tie_embeddings": True}  # fmt: skip
+
+
+def begin(model, **settings):
+    """The state of a decoder's run after its warm start."""
+    net = state_lib.network(lambda key: GPT(GPTConfig(**model), key=key))
+    params = state_lib.split(net.construct(jax.random.key(0)))[1]
+    state = state_lib.TrainState(
+        step=jnp.zeros((), jnp.int32), trainable={"decoder": params}, frozen={"decoder": {}}, opt={}, ema={}, stats={}
+    )
+    config = config_lib.ConfigDict({"init_from": str(GOLDEN / "gpt2"), "init_partial": False, **settings})
+    return net, params, warm_start.load_params(state, config, events.Log(None)).trainable["decoder"]
+
+
+def test_gpt2_is_a_warm_start_for_the_words_of_a_decoder():
+    net, before, after = begin(MODEL)
+    ids = np.arange(22).reshape(2, 11) % 16
+    words = net.module(after).logits(jnp.asarray(ids))[..., :17]
+    expected = ig.load_decoder(GOLDEN / "gpt2").logits(ids)
+    np.testing.assert_allclose(words, expected, atol=1e-5 * np.abs(expected).max())
+    # Rows of ids that GPT-2 does not know keep what they were drawn with.
+    np.testing.assert_array_equal(after["embed"]["weight"][17:], before["embed"]["weight"][17:])
+    assert not np.array_equal(after["embed"]["weight"][:17], before["embed"]["weight"][:17])
+
+
+def test_what_does_not_fit_is_listed_or_left(capsys):
+    with pytest.raises(UserError, match=r"decoder/blocks/attention/query_norm/scale: not in .*init_partial=True"):
+        begin({**MODEL, "qk_norm": True})
+    _, before, after = begin({**MODEL, "mlp_width": 48}, init_partial=True)
+    np.testing.assert_array_equal(*(p["blocks"]["mlp"]["up"]["weight"] for p in (before, after)))
+    assert not np.array_equal(*(p["blocks"]["attention"]["out"]["weight"] for p in (before, after)))
+    assert "decoder/blocks/mlp/up/weight: (2, 16, 48) here, (2, 16, 64) there" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ text encoder
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A GPT-2 with a tokenizer of words beside its weights."""
+    words = {word: i for i, word in enumerate(["a", "red", "blue", "green", "bicycle", "of", "on", "the", "boat"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({**words, "[UNK]": 9}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    shutil.copytree(GOLDEN / "gpt2", tmp_path / "gpt2")
+    text_lib.TextTokenizer(tokenizer).save(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_hidden_states_of_a_language_model_are_features_of_a_prompt(encoder):
+    gpt = ig.load_decoder(encoder)
+    prompts = ["a red bicycle", "the blue boat on the green boat", "", "a red bicycle of the boat on a red boat"]
+    features_BPE, mask_BP = gpt.text_features(prompts, length=7)
+    assert features_BPE.shape == (4, 7, 16)
+    np.testing.assert_array_equal(mask_BP.sum(1), [3, 7, 0, 7])
+    assert mask_BP[0].tolist() == [False] * 4 + [True] * 3
+    assert not features_BPE[2].any()
+    # Each is what the language model computes of the prompt alone.
+    ids = np.array([gpt.setup.text.encode_batch(prompts[:1])[0]])
+    alone = gpt(
+        Sequence(jnp.asarray(ids), jnp.broadcast_to(jnp.arange(3)[None, :, None], (1, 3, 3)), jnp.ones((1, 3), int))
+    )
+    np.testing.assert_allclose(features_BPE[0, 4:], alone.hidden[0], atol=1e-5)
+
+    # They are the prefix of a decoder of pictures.
+    config = GPTConfig(
+        vocab_size=20, width=16, depth=1, heads=2, mlp_width=32, feature_width=16, feature_length=7
+    )  # fmt: skip
+    decoder = GPT(config, key=jax.random.key(1))
+    sequence = Sequence(
+        jnp.zeros((4, 3), int), jnp.zeros((4, 3, 3), int), jnp.ones((4, 3), int),
+        features=jnp.asarray(features_BPE), feature_mask=jnp.asarray(mask_BP),
+    )  # fmt: skip
+    logits = decoder(sequence).logits
+    assert logits.shape == (4, 3, 20)
+    assert not np.allclose(logits[0], logits[1])
+
+
+def test_a_portable_folder_keeps_the_text_tokenizer(encoder, tmp_path):
+    command.convert(encoder, tmp_path / "portable")
+    first, again = (
+        ig.load_decoder(path).text_features(["a red boat"], 4)[0] for path in (encoder, tmp_path / "portable")
+    )
+    np.testing.assert_array_equal(first, again)
+    with pytest.raises(UserError, match="comes without a text tokenizer"):
+        ig.load_decoder(GOLDEN / "gpt2").text_features(["a"], 4)

@@ -88,7 +88,7 @@ def _config(
     heads: int,
     features: tuple[int, int],
     about: Mapping[str, Any],
-    **sizes: int,
+    **sizes: Any,
 ) -> GPTConfig:
     """Config from sizes; `features` are number and width of those of text."""
     head_dim = width // heads

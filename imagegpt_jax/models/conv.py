@@ -155,7 +155,8 @@ class SpatialNorm(nnx.Module):
     def __call__(self, x_BHWC: Float[Array, "B H W C"], z_BhwZ: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
         """Normalises; H and W are multiples of h and w."""
         # The maps are 1x1 and the codes only repeat: mapped first, it is the same for a fraction of the work.
-        scale, shift = (_repeat(layer(z_BhwZ), x_BHWC.shape[1:3]) for layer in (self.scale, self.shift))
+        H, W = x_BHWC.shape[1:3]
+        scale, shift = (_repeat(layer(z_BhwZ), (H, W)) for layer in (self.scale, self.shift))
         return self.norm(x_BHWC) * scale + shift
 
 

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from imagegpt_jax.cli import UserError
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig
 
@@ -49,7 +50,13 @@ class Palette(nnx.Module):
         self.config = config
 
     def encode_codes(self, images_BHWC: Float[Array, "B H W C"]) -> Int[Array, "B H W"]:
-        """Images in [-1, 1] -> indices of colours."""
+        """Images in [-1, 1] -> indices of colours.
+
+        Raises:
+          UserError: if the images have another number of channels.
+        """
+        if images_BHWC.shape[-1] != self.config.in_channels:
+            raise UserError(f"images of {images_BHWC.shape[-1]} channels have no colours of {self.config.in_channels}.")
         return self.quantize.nearest(images_BHWC)
 
     def decode_codes(self, codes_BHW: Int[Array, "B H W"]) -> Float[Array, "B H W C"]:

@@ -1,0 +1,201 @@
+"""Measures what one trained decoder can do beside drawing from words, each figure with its control.
+
+  python tools/measure_tasks.py --decoder=runs/demo/decoder --output=tasks.json
+
+    captions    the right caption ranked first by likelihood among those of so many pictures of different things;
+                control: each picture credited with another's caption
+    inpainting  pixels outside the mask that changed, and the error within it; control: the mask's mean colour
+    styles      how often a picture drawn in another style is nearer to the true one in that style than to its source;
+                controls: the tokenizer's reconstruction of the source, and pictures drawn for other things
+    weights     bits of a code of the pictures, with weights in float32, bfloat16 and int8
+    steps       passes of the network that speculative decoding takes for a picture; control: its number of codes
+
+Distances are Euclidean between features: by default pictures averaged down to 16 x 16 pixels, less their mean colour;
+--features=module:function takes uint8 [B, H, W, 3] and returns [B, F].
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from imagegpt_jax import cli
+
+DECODER = flags.DEFINE_string("decoder", None, "Workdir of a decoder trained on the built-in emoji.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Write the figures to this JSON file as well.")
+SPLIT = flags.DEFINE_string("split", "train", "Of the built-in set: train, validation or all.")
+EXAMPLES = flags.DEFINE_integer("examples", 100, "Pictures of each measurement.", lower_bound=2)
+SEED = flags.DEFINE_integer("seed", 0, "Of the choice of pictures and of all draws.", lower_bound=0)
+BEST_OF = flags.DEFINE_integer("best_of", 1, "Pictures drawn for each style, of which the likeliest is kept.", 1)
+STRENGTH = flags.DEFINE_float("strength", 1.0, "Share of the codes that a change of style draws anew.")
+CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance; by default the decoder's own.")
+FEATURES = flags.DEFINE_string("features", "", "module:function of pictures; by default their pixels at 16 x 16.")
+WINDOW = 16  # guesses of speculative decoding
+
+
+def thumbnails(images_BHWC: np.ndarray) -> np.ndarray:
+    """[B, 16 * 16 * C]: pictures averaged down, each less its mean colour."""
+    from imagegpt_jax.evals.generation import box_downsample
+
+    small = box_downsample(images_BHWC)
+    return (small - small.mean((1, 2), keepdims=True)).reshape(len(small), -1)
+
+
+def ranks(scores_BC: np.ndarray, right_B: np.ndarray) -> dict[str, float]:
+    """How the right one of C captions ranks for each picture."""
+    right = scores_BC[np.arange(len(scores_BC)), right_B][:, None]
+    above_B = (scores_BC > right).sum(1)
+    return {"first": float(np.mean(above_B == 0)), "among_five": float(np.mean(above_B < 5)),
+            "median_rank": float(np.median(above_B) + 1)}  # fmt: skip
+
+
+def nearer(out_BF: np.ndarray, target_BF: np.ndarray, source_BF: np.ndarray) -> float:
+    """Share of pictures that are nearer to their target than to their source."""
+    return float(np.mean(np.linalg.norm(out_BF - target_BF, axis=1) < np.linalg.norm(out_BF - source_BF, axis=1)))
+
+
+def captions(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict[str, Any]:
+    """The figures of `captions`, in every direction that the decoder was trained in."""
+    from imagegpt_jax import notebook
+    from imagegpt_jax.evals.generation import derangement
+
+    found: dict[str, Any] = {"candidates": len(words)}
+    for of in ("image", "text") if gpt.config.data.image_to_text else ("image",):
+        scores = notebook.rank_captions(gpt, tok, pictures, words, of=of)
+        right = np.arange(len(words))
+        found[of] = ranks(scores, right) | {
+            "first_control": ranks(scores, derangement(len(words), SEED.value))["first"]
+        }
+        if of == "image":  # without what the caption makes likely for any picture
+            less = scores - np.log(np.mean(np.exp(scores - scores.max(0)), axis=0)) - scores.max(0)
+            found["image, less the mean over pictures"] = ranks(less, right)
+    return found
+
+
+def inpainting(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict[str, float]:
+    """The figures of `inpainting`: the middle of each picture is drawn anew."""
+    from imagegpt_jax import notebook
+
+    mask = np.zeros(pictures.shape[1:3], bool)
+    quarter = [size // 4 for size in mask.shape]
+    mask[quarter[0] : -quarter[0], quarter[1] : -quarter[1]] = True
+    out = notebook.inpaint(gpt, tok, pictures, mask, words, seed=SEED.value, cfg_scale=CFG_SCALE.value)
+    inside = pictures[:, mask].astype(float)
+    mean = inside.mean(1, keepdims=True)
+    return {
+        "pixels_changed_outside": float((out[:, ~mask] != pictures[:, ~mask]).mean()),
+        "rms_error_inside": float(np.sqrt(np.mean(np.square(out[:, mask] - inside)))),
+        "rms_error_inside_control": float(np.sqrt(np.mean(np.square(mean - inside)))),
+    }
+
+
+def styles(gpt: Any, tok: Any, source: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """The figures of `styles`, over random pairs of drawings of one thing."""
+    from imagegpt_jax import images, notebook, sketches
+    from imagegpt_jax.evals.generation import derangement
+    from imagegpt_jax.sampling.plugins import plug_in
+
+    features = plug_in(FEATURES.value, "features") if FEATURES.value else thumbnails
+    pairs = source.pairs()
+    chosen, concepts = [], set()
+    for i in rng.permutation(len(pairs)):
+        concept = source.pictures[pairs[i][0]].concept
+        if concept not in concepts and len(chosen) < EXAMPLES.value:
+            concepts.add(concept)
+            chosen.append(pairs[i])
+    before, after = (source.__getitems__([pair[k] for pair in chosen]) for k in (0, 1))
+    given, wanted = (np.stack([_decoded(r) for r in records]) for records in (before, after))
+    words = [
+        sketches.restyled(record["captions"][:1], other["style"], record["style"])[0]
+        for record, other in zip(before, after, strict=True)
+    ]
+    how = {"seed": SEED.value, "best_of": BEST_OF.value, "cfg_scale": CFG_SCALE.value}
+    out = notebook.variations(gpt, tok, given, STRENGTH.value, words, **how)
+    again = images.to_uint8(tok.decode(tok.encode(given), gpt.setup.layout.grid))
+    shuffled = derangement(len(out), SEED.value)
+    made, true, own = features(out), features(wanted), features(given)
+    return {
+        "pairs": len(chosen),
+        "nearer_to_the_other_style": nearer(made, true, own),
+        "control_reconstruction": nearer(features(again), true, own),
+        "control_shuffled_prompts": nearer(made[shuffled], true, own),
+        "features": FEATURES.value or "16 x 16 pixels less their mean colour",
+    }
+
+
+def weights(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict[str, float]:
+    """The figures of `weights`: -log2 P(picture | words) of a code, in each precision."""
+    from imagegpt_jax.generate import Sampling, image_job, run
+
+    codes, texts = tok.encode(pictures), [gpt.encode_text(text) for text in words]
+    found = {}
+    for precision in ("float32", "bfloat16", "int8"):
+        how = Sampling(weights=precision)
+        job = image_job(gpt.setup.layout, [(texts, None)], how, given=codes)
+        nats = -run(gpt.gpt, job, how).log_likelihood.mean() / codes.shape[1]
+        found[f"{precision}_bits_per_code"] = float(nats / np.log(2))
+    return found
+
+
+def steps(gpt: Any, words: list[str]) -> dict[str, float]:
+    """The figures of `steps`, as the decoder draws and greedily."""
+    import dataclasses
+
+    from imagegpt_jax.generate import image_job
+    from imagegpt_jax.sampling import speculative
+
+    texts, layout = [gpt.encode_text(text) for text in words[:32]], gpt.setup.layout
+    found: dict[str, float] = {"codes": layout.num_codes, "window": WINDOW}
+    for name, temperature in (("as_drawn", None), ("greedy", 0.0)):
+        how = gpt.sampling(temperature=temperature, cfg_scale=CFG_SCALE.value)
+        how = dataclasses.replace(how, no_repeat=0)
+        job = image_job(layout, [(texts, None)], how)
+        found[f"{name}_steps"] = float(speculative.run(gpt.gpt, job, how, SEED.value, window=WINDOW).steps.mean())
+    return found
+
+
+def _decoded(record: dict[str, Any]) -> np.ndarray:
+    import io
+
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(record["image"])).convert("RGB"))
+
+
+def main() -> None:
+    """Measures the decoder that the flags name."""
+    from imagegpt_jax import api
+    from imagegpt_jax.data.emoji import EmojiSource
+    from imagegpt_jax.evals.generation import choose_distinct
+
+    gpt = api.load_decoder(DECODER.value)
+    tok = gpt.load_tokenizer()
+    res = gpt.setup.layout.grid[0] * tok.downsample
+    source = EmojiSource(SPLIT.value, res=res)
+    chosen = choose_distinct(
+        lambda numbers: [source.pictures[i].concept for i in numbers], len(source), EXAMPLES.value, SEED.value
+    )
+    records = source.__getitems__(chosen.tolist())
+    pictures, words = np.stack([_decoded(r) for r in records]), [r["captions"][0] for r in records]
+    found = {
+        "decoder": DECODER.value,
+        "step": gpt.step,
+        "data": source.name,
+        "seed": SEED.value,
+        "sampler": {"cfg_scale": CFG_SCALE.value, "best_of": BEST_OF.value, "strength": STRENGTH.value},
+        "captions": captions(gpt, tok, pictures, words),
+        "inpainting": inpainting(gpt, tok, pictures, words),
+        "weights": weights(gpt, tok, pictures, words),
+        "steps": steps(gpt, words),
+        "styles": styles(gpt, tok, source, np.random.default_rng(SEED.value)),
+    }
+    text = json.dumps(found, indent=1)
+    print(text)
+    if OUTPUT.value:
+        pathlib.Path(OUTPUT.value).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

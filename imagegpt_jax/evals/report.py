@@ -24,7 +24,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1100px; 
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #e5e7eb }
 table { border-collapse: collapse }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #f3f4f6 }
-th:first-child, td:first-child { text-align: left } td.words { text-align: left; word-break: break-all }
+th:first-child, th:last-child, td:first-child { text-align: left } td.words { text-align: left; word-break: break-all }
 .warning { background: #fef3c7; border-left: 4px solid #d97706; padding: .4rem .8rem; margin: .4rem 0 }
 .gallery { display: flex; flex-wrap: wrap; gap: 14px } figure { margin: 0 }
 figcaption { max-width: 340px }

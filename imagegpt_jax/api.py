@@ -12,7 +12,6 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable
-from collections.abc import Sequence as List
 from typing import Any
 
 import jax
@@ -217,13 +216,13 @@ class Decoder(nnx.Module):
         self.setup = setup
         self.path, self.step = path, step
 
-    def placed(self, weights: str = "") -> GPT:
-        """The network as decoding wants it (`generate.place`), made once for each precision of the weights."""
+    def placed(self, weights: str = "", mesh: jax.sharding.Mesh | None = None) -> GPT:
+        """The network as decoding wants it (`generate.place`), made once for each precision of the weights and mesh."""
         kept, leaves = _PLACED.setdefault(self, {}), jax.tree.leaves(self.gpt)
-        made_of, placed = kept.get(weights, ((), self.gpt))
+        made_of, placed = kept.get((weights, mesh), ((), self.gpt))
         if len(made_of) != len(leaves) or any(a is not b for a, b in zip(made_of, leaves, strict=True)):
-            placed = place(self.gpt, weights)
-            kept[weights] = leaves, placed
+            placed = place(self.gpt, weights, mesh)
+            kept[weights, mesh] = leaves, placed
         return placed
 
     @property
@@ -261,32 +260,6 @@ class Decoder(nnx.Module):
             values_BPE, mask_BP = (jnp.asarray(x) for x in features)
             sequence = dataclasses.replace(sequence, features=values_BPE, feature_mask=mask_BP.astype(bool))
         return _logits(self.gpt, sequence)
-
-    def text_features(self, prompts: List[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Final states of a language model over prompts, as prefix features of another decoder.
-
-        Args:
-          prompts: texts; an empty one has no features.
-          length: P, features of each prompt; of longer prompts the first are kept.
-
-        Returns:
-          float32 [B, P, E] and bool [B, P]: features and which of them are real, at the end of each row, so that the
-          last one stands right before the picture.
-
-        Raises:
-          UserError: if the weights came without a text tokenizer.
-        """
-        ids = [row[:length] for row in self.setup.text.encode_batch(list(prompts))]
-        mask_BP = np.arange(length) >= length - np.array([[len(row)] for row in ids])
-        tokens_BP = np.zeros(mask_BP.shape, np.int32)
-        tokens_BP[mask_BP] = np.concatenate([np.asarray(row, np.int32) for row in ids])
-        positions_BP1 = np.where(mask_BP, np.cumsum(mask_BP, axis=1) - 1, 0)[..., None].astype(np.int32)
-        sequence = Sequence(
-            tokens=jnp.asarray(tokens_BP),
-            positions=jnp.broadcast_to(positions_BP1, (*mask_BP.shape, 3)),
-            segments=jnp.asarray(mask_BP, jnp.int32),
-        )
-        return np.asarray(_hidden(self.gpt, sequence), np.float32) * mask_BP[..., None], mask_BP
 
     def sampling(self, **settings: float | None) -> Sampling:
         """The run's `config.sampling`, with the settings that are given (not None) in place of its own.
@@ -342,16 +315,11 @@ class Decoder(nnx.Module):
 
 
 # What `Decoder.placed` made, and of which parameters; outside the module, whose copies have parameters of their own.
-_PLACED: weakref.WeakKeyDictionary[Decoder, dict[str, tuple[list[jax.Array], GPT]]] = weakref.WeakKeyDictionary()
+_PLACED: weakref.WeakKeyDictionary[Decoder, dict[Any, tuple[list[jax.Array], GPT]]] = weakref.WeakKeyDictionary()
 
 
 def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
-
-
-@jax.jit
-def _hidden(gpt: GPT, sequence: Sequence) -> jax.Array:
-    return gpt(sequence).hidden
 
 
 @jax.jit
@@ -384,8 +352,7 @@ def load_decoder(
     if reading.is_weights(path):
         loaded = reading.load(path, "decoder", Options(heads=heads, grid=grid))
         if not loaded.run:
-            beside = str(tokenizer or "")
-            setup: Any = reading.DecoderSetup(loaded.config, loaded.layout, str(path), beside, loaded.text)
+            setup: Any = reading.DecoderSetup(loaded.config, loaded.layout, str(path), loaded.text)
             return Decoder(loaded.module(), setup, path=str(path), step=0)
     config = read_config(path, "decoder") if loaded is None else loaded.run
     if tokenizer is not None:

@@ -180,7 +180,7 @@ def draw(
                 features=_rows((sketch.features, sketch.feature_mask), request),
             )
             drawn = run(
-                gpt.gpt if mesh is not None else gpt.placed(sampling.weights),
+                gpt.placed(sampling.weights, mesh),
                 job,
                 sampling,
                 seed,

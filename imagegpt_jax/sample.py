@@ -54,6 +54,9 @@ SCORER = flags.DEFINE_string(
     "likelihood",
     "For --best_of: likelihood, caption, words, clip:FOLDER, or module:function (see sampling/scorers.py).",
 )
+TENSOR = flags.DEFINE_integer(
+    "tensor", 1, "Cut heads and matrices over so many devices; pictures are shared out among the rest.", lower_bound=1
+)
 GIF = flags.DEFINE_bool("gif", False, "Also write samples.gif, the first pictures filling code by code.")
 NPZ = flags.DEFINE_bool("npz", False, "Also write samples.npz, all pictures as ADM's evaluation takes them.")
 
@@ -140,6 +143,10 @@ def adopt(path: str) -> tuple[dict[str, Any], int]:
         raise cli.UserError(f"--from_image={path} cannot be read ({e}): give a PNG that this program wrote.") from None
     if "request" not in about:
         raise cli.UserError(f"--from_image={path} has no metadata of this program: give a PNG that it wrote.")
+    for name, value in about["finish"].items():
+        # A picture must not decide which code is run.
+        if name in finishing.PLUG_INS and ":" in value and flags.FLAGS[name].value != value:
+            raise cli.UserError(f"--from_image={path} was made with --{name}={value}: give that flag if you trust it.")
     own = {flag.name: about[flag.name] for flag in (DECODER, TOKENIZER, STEP) if not flag.present}
     for name, value in {**own, "seed": about["seed"], **about["sampler"], **about["finish"]}.items():
         flags.FLAGS[name].value = value
@@ -160,11 +167,14 @@ def draw_rows(
     done: list[output.Row],
 ) -> None:
     """Draws the pictures of `rows` that are not among `done`, and writes each with its line."""
+    import jax
     from tqdm import tqdm
 
-    from imagegpt_jax import drawing, images
+    from imagegpt_jax import drawing, images, sharding
 
     lines = list(done)
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": TENSOR.value}, devices) if len(devices) > 1 else None
 
     def write(row: output.Row, image: Any, found: dict[str, Any]) -> None:
         image, checked = finish(image, row["prompt"])
@@ -185,6 +195,7 @@ def draw_rows(
                 best_of=BEST_OF.value,
                 num_images=NUM_IMAGES.value,
                 scorer=SCORER.value,
+                mesh=mesh,
             )
             for row, image, score, draw in list(zip(rows, *kept, strict=True))[len(done) :]:
                 write(row | {"draw": int(draw)}, image, {"score": float(score)})
@@ -198,6 +209,7 @@ def draw_rows(
             num_images=NUM_IMAGES.value,
             first=len(done),
             draws=[row["draw"] for row in rows],
+            mesh=mesh,
         )
         waiting = iter(rows[len(done) :])
         for part in stream:

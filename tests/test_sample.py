@@ -1,6 +1,7 @@
 """The sampling binary: what it writes, what it refuses, and that nothing half-written stays."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -188,14 +189,16 @@ def test_a_picture_is_drawn_again_from_its_metadata(binary, workdirs, tmp_path):
     assert len({row["decoder_hash"] for row in rows}) == 1
     for row in (rows[0], rows[4]):
         path, where = tmp_path / "o" / row["file"], tmp_path / f"again{row['index']}"
-        binary("sample", f"--from_image={path}", f"--output={where}").main()
+        with pytest.raises(UserError, match="--upscaler=numpy:flipud: give that flag if you trust it"):
+            binary("sample", f"--from_image={path}", f"--output={where}").main()
+        binary("sample", f"--from_image={path}", "--upscaler=numpy:flipud", f"--output={where}").main()
         (again,) = _rows(where)
         assert (again["prompt"], again["draw"], again["sampler"]) == (row["prompt"], row["index"], row["sampler"])
         pixels = np.asarray(Image.open(path))
         assert pixels.shape == (40, 40, 3)
         np.testing.assert_array_equal(np.asarray(Image.open(where / again["file"])), pixels)
     with pytest.raises(UserError, match="another decoder"):
-        binary("sample", f"--from_image={path}", "--step=1", f"--output={tmp_path / 'x'}").main()
+        binary("sample", f"--from_image={path}", "--step=1", finish[2], f"--output={tmp_path / 'x'}").main()
     (tmp_path / "plain.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot be read"):
         binary("sample", f"--from_image={tmp_path / 'plain.png'}", f"--output={tmp_path / 'x'}").main()
@@ -253,6 +256,22 @@ def test_checks_flag_and_withhold_and_pictures_are_marked(binary, workdirs, tmp_
     assert (read["withheld"][1] == safety.WITHHELD).all()
     assert [safety.watermark_share(image, "us") for image in read["marked"]] == [1, 1]
     np.testing.assert_allclose(read["marked"][0].astype(int), read["plain"][0], atol=1)
+
+
+def test_several_devices_share_the_pictures(binary, workdirs, tmp_path):
+    flags = [f"--decoder={workdirs.decoder}", "--prompt=dog", "--num_images=11", "--seed=2"]
+    binary("sample", *flags, f"--output={tmp_path / 'one'}").main()
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
+    for name, tensor in (("four", 1), ("cut", 2)):
+        command = [sys.executable, "-m", "imagegpt_jax.sample", *flags, f"--tensor={tensor}"]
+        done = subprocess.run(
+            [*command, f"--output={tmp_path / name}"], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    for row in _rows(tmp_path / "one"):
+        one, four = (np.asarray(Image.open(tmp_path / name / row["file"])) for name in ("one", "four"))
+        np.testing.assert_array_equal(one, four)
+    assert len(_rows(tmp_path / "cut")) == 11
 
 
 def test_captions(binary, workdirs, tmp_path, picture, capsys):

@@ -31,6 +31,7 @@ INVISIBLE = flags.DEFINE_string("invisible_watermark", "", "Text whose pattern i
 ALL = (
     UPSCALER, RESIZE, CONTRAST, BLOCKLIST, CHECKER, CHECK_THRESHOLD, WITHHOLD, WATERMARK, INVISIBLE
 )  # fmt: skip
+PLUG_INS = ("upscaler", "image_checker")
 
 
 def remembered() -> dict[str, Any]:

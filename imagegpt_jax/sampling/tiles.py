@@ -90,6 +90,9 @@ def place(gpt: GPT, weights: str = "", mesh: Mesh | None = None) -> GPT:
         "tensor",
         mesh,
     )
+    devices = set(mesh.devices.flat)
+    if any(set(leaf.sharding.device_set) != devices for leaf in jax.tree.leaves(gpt)):
+        gpt = jax.device_put(gpt, sharding.replicated(mesh))
     with jax.set_mesh(mesh):
         make = functools.partial(prepare, weights=weights)
         return jax.jit(make, out_shardings=sharding.tensor_shardings(jax.eval_shape(make, gpt), mesh))(gpt)

@@ -31,6 +31,7 @@ def test_the_same_bits_on_one_device_and_on_eight_and_logits_to_1e_5_under_tenso
         layout = Layout(space=space, text_length=4, grid=(3, 3))
         config = GPTConfig(vocab_size=space.vocab_size, width=64, depth=2, heads=4, mlp_width=128)
         gpt = jax.jit(lambda key: jax.tree.map(lambda x: 4 * x, GPT(config, key=key)))(jax.random.key(0))
+        gpt = jax.device_put(gpt, jax.devices()[0])  # as a checkpoint is read
         rng = np.random.default_rng(0)
         texts = [rng.integers(0, 20, rng.integers(0, 5)).tolist() for _ in range(64)]
         how = Sampling(cfg_scale=2.0, top_k=40, top_p=0.95)

@@ -12,6 +12,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable
+from collections.abc import Sequence as List
 from typing import Any
 
 import jax
@@ -261,6 +262,32 @@ class Decoder(nnx.Module):
             sequence = dataclasses.replace(sequence, features=values_BPE, feature_mask=mask_BP.astype(bool))
         return _logits(self.gpt, sequence)
 
+    def text_features(self, prompts: List[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Final states of a language model over prompts, as prefix features of another decoder.
+
+        Args:
+          prompts: texts; an empty one has no features.
+          length: P, features of each prompt; of longer prompts the first are kept.
+
+        Returns:
+          float32 [B, P, E] and bool [B, P]: features and which of them are real, at the end of each row, so that the
+          last one stands right before the picture.
+
+        Raises:
+          UserError: if the weights came without a text tokenizer.
+        """
+        ids = [row[:length] for row in self.setup.text.encode_batch(list(prompts))]
+        mask_BP = np.arange(length) >= length - np.array([[len(row)] for row in ids])
+        tokens_BP = np.zeros(mask_BP.shape, np.int32)
+        tokens_BP[mask_BP] = np.concatenate([np.asarray(row, np.int32) for row in ids])
+        positions_BP1 = np.where(mask_BP, np.cumsum(mask_BP, axis=1) - 1, 0)[..., None].astype(np.int32)
+        sequence = Sequence(
+            tokens=jnp.asarray(tokens_BP),
+            positions=jnp.broadcast_to(positions_BP1, (*mask_BP.shape, 3)),
+            segments=jnp.asarray(mask_BP, jnp.int32),
+        )
+        return np.asarray(_hidden(self.gpt, sequence), np.float32) * mask_BP[..., None], mask_BP
+
     def sampling(self, **settings: float | None) -> Sampling:
         """The run's `config.sampling`, with the settings that are given (not None) in place of its own.
 
@@ -323,6 +350,11 @@ def _plain(name: str) -> str:
 
 
 @jax.jit
+def _hidden(gpt: GPT, sequence: Sequence) -> jax.Array:
+    return gpt(sequence).hidden
+
+
+@jax.jit
 def _logits(gpt: GPT, sequence: Sequence) -> jax.Array:
     return gpt(sequence).logits
 
@@ -352,7 +384,8 @@ def load_decoder(
     if reading.is_weights(path):
         loaded = reading.load(path, "decoder", Options(heads=heads, grid=grid))
         if not loaded.run:
-            setup: Any = reading.DecoderSetup(loaded.config, loaded.layout, str(path), loaded.text)
+            beside = str(tokenizer or "")
+            setup: Any = reading.DecoderSetup(loaded.config, loaded.layout, str(path), beside, loaded.text)
             return Decoder(loaded.module(), setup, path=str(path), step=0)
     config = read_config(path, "decoder") if loaded is None else loaded.run
     if tokenizer is not None:

@@ -4,6 +4,7 @@
 # make parity   comparisons with PyTorch references (installs torch)
 # make scale    compile every preset for TPU slices, keep docs/scale.json and docs/scale.md (installs libtpu; an hour)
 # make scale-check   recompile one small cell and compare it with what is kept (a minute or two)
+# make chaos         kill real trainings six times, compare with undisturbed ones (a few minutes)
 # make gpu-check     both trainings and sampling on the GPUs of this machine, with throughput and memory
 # make format   rewrite the sources in the project's format
 #
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := imagegpt_jax configs tests tools
 
-.PHONY: demo test lint parity scale scale-check gpu-check format setup clean
+.PHONY: demo test lint parity scale scale-check chaos gpu-check format setup clean
 
 setup: $(VENV)/.stamp-base
 
@@ -60,6 +61,9 @@ scale: $(VENV)/.stamp-scale
 
 scale-check: $(VENV)/.stamp-scale
 	$(BIN)/python tools/scale.py --check
+
+chaos: $(VENV)/.stamp-base
+	$(BIN)/python tools/chaos.py --kills=6
 
 gpu-check: $(VENV)/.stamp-base
 	$(BIN)/python tools/gpu_check.py --output=gpu.json

@@ -10,18 +10,19 @@ Shape suffixes: B rows of a batch on this host.
 """
 
 import collections
+import functools
 import io
 import json
 import pathlib
 import re
 import struct
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from imagegpt_jax.cli import UserError, suggest
 
@@ -50,7 +51,6 @@ class Quarantine:
       max_share: above this share of bad ones among the records drawn, the run stops.
       accept: kinds of `KINDS` that are let through.
       report: called once for each bad record, with its id and the reason.
-      known: ids that were reported before.
 
     Raises:
       UserError: if `accept` names something else.
@@ -61,13 +61,11 @@ class Quarantine:
         max_share: float = 0.1,
         accept: Collection[str] = (),
         report: Callable[[str, str], None] | None = None,
-        known: Collection[str] = (),
     ):
         for kind in accept:
             if kind not in KINDS:
                 raise UserError(f"config.data.quarantine.accept has {kind!r}.{suggest(kind, KINDS)}")
         self._max_share, self._accept, self._report = max_share, frozenset(accept), report
-        self._reported = set(known)
         self._reasons: dict[int, tuple[str, str]] = {}
         self._drawn = self._refused = 0
         self._lock = threading.Lock()
@@ -88,6 +86,7 @@ class Quarantine:
         Raises:
           UserError: if too many records are bad.
         """
+        _, first = np.unique(position_B, return_index=True)  # what fills up a last batch is one example
         position_B = position_B.copy()
         records: list[Any] = [None] * len(position_B)
         index_B = np.zeros(len(position_B), np.int64)
@@ -101,7 +100,7 @@ class Quarantine:
             left = np.array([row for row in left.tolist() if records[row] is None], np.int64)
             own_B[left] = False
             position_B[left] += 1
-        self._count(len(own_B), int((~own_B).sum()))
+        self._count(len(first), int((~own_B[first]).sum()))
         return records, index_B, own_B
 
     def _read(self, source: Any, indices: list[int]) -> list[dict[str, Any] | None]:
@@ -125,11 +124,9 @@ class Quarantine:
     def add(self, index: int, name: str, reason: str) -> None:
         """Notes that a record is bad, and reports it unless it was before."""
         with self._lock:
+            known = index in self._reasons
             self._reasons[index] = (name, reason)
-            if name in self._reported:
-                return
-            self._reported.add(name)
-        if self._report is not None:
+        if not known and self._report is not None:
             self._report(name, reason)
 
     def _count(self, drawn: int, refused: int) -> None:
@@ -151,7 +148,7 @@ class Quarantine:
 
 
 class Report:
-    """`quarantine.jsonl` of a workdir: one line {"id", "reason"} for each bad record, from whichever run found it.
+    """`quarantine.jsonl` of a workdir: one line {"source", "id", "reason"} for each bad record, whichever run found it.
 
     Args:
       workdir: the run's folder.
@@ -160,25 +157,26 @@ class Report:
     """
 
     def __init__(self, workdir: epath.PathLike, process: int, log: Any):
-        self._folder, self._log = epath.Path(workdir), log
-        self._path = self._folder / ("quarantine.jsonl" if process == 0 else f"quarantine.process-{process}.jsonl")
-
-    def known(self) -> set[str]:
-        """Ids that are listed already, by any process."""
-        found = set()
-        for path in self._folder.glob("quarantine*.jsonl"):
+        folder, self._log, self._lock = epath.Path(workdir), log, threading.Lock()
+        self._path = folder / ("quarantine.jsonl" if process == 0 else f"quarantine.process-{process}.jsonl")
+        self._listed: set[tuple[str, str]] = set()
+        for path in folder.glob("quarantine*.jsonl"):
             for line in path.read_text().splitlines():
                 try:
-                    found.add(json.loads(line)["id"])
+                    fields = json.loads(line)
+                    self._listed.add((fields["source"], fields["id"]))
                 except (ValueError, KeyError, TypeError):
                     continue  # cut off by a kill; found and listed again
-        return found
 
-    def __call__(self, name: str, reason: str) -> None:
-        """Lists a record."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"id": name, "reason": reason}) + "\n")
-        self._log.write("quarantine", id=name, reason=reason)
+    def __call__(self, source: str, name: str, reason: str) -> None:
+        """Lists a record, unless it is."""
+        with self._lock:
+            if (source, name) in self._listed:
+                return
+            self._listed.add((source, name))
+            with self._path.open("a") as file:
+                file.write(json.dumps({"source": source, "id": name, "reason": reason}) + "\n")
+        self._log.write("quarantine", source=source, id=name, reason=reason)
 
 
 # ------------------------------------------------------------------------------------------------ looking at a record
@@ -203,6 +201,8 @@ def refuse_caption(caption: str) -> str | None:
 def _refuse_image(data: bytes, name: str, accept: Collection[str]) -> str | None:
     try:
         form, width, height, traits = _header(data)
+    except UnidentifiedImageError:
+        return "not a sound image: of no known format"
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, Image.DecompressionBombError) as e:
         return f"not a sound image: {' '.join(str(e).split()) or type(e).__name__}"
     if width * height > MAX_PIXELS:
@@ -262,8 +262,8 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int, int]:
     raise ValueError("a JPEG without a picture")
 
 
-def attach(sources: dict[str, Any], policy: Any, report: Report | None) -> None:
+def attach(sources: dict[str, Any], policy: Any, report: Report) -> None:
     """Gives opened sources a quarantine each, by the policy of `config.data.quarantine`."""
-    known: Sequence[str] | set[str] = report.known() if report is not None else ()
     for source in sources.values():
-        source.quarantine = Quarantine(policy.max_share, tuple(policy.accept), report, known)
+        listed = functools.partial(report, source.name)
+        source.quarantine = Quarantine(policy.max_share, tuple(policy.accept), listed)

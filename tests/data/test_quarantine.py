@@ -2,12 +2,16 @@
 
 import io
 import json
+import pathlib
 import resource
 import struct
+import types
 import zlib
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from imagegpt_jax import events
@@ -97,9 +101,9 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("hostile") / "data", good=60)
 
 
-def opened(folder, max_share=0.5, accept=(), report=None, known=()):
+def opened(folder, max_share=0.5, accept=(), report=None):
     source = sources.open_source(f"folder:{folder}")
-    source.quarantine = quarantine.Quarantine(max_share, accept, report, known)
+    source.quarantine = quarantine.Quarantine(max_share, accept, report)
     return source
 
 
@@ -216,11 +220,13 @@ def test_memory_stays_bounded(folder):
 def test_the_list_of_a_workdir_has_each_record_once(tmp_path):
     for process in (0, 1):
         report = quarantine.Report(tmp_path, process, events.Log(tmp_path))
-        held = quarantine.Quarantine(0.5, (), report, report.known())
-        held.add(3, "a.png", "torn")
-        held.add(3, "a.png", "torn")
+        for _ in range(2):  # the training set, and the validation set of the same folder
+            source = types.SimpleNamespace(name="folder:x")
+            quarantine.attach({"train": source}, ConfigDict({"max_share": 0.5, "accept": ()}), report)
+            source.quarantine.add(3, "a.png", "torn")
+            source.quarantine.add(3, "a.png", "torn")
     lines = [json.loads(x) for p in tmp_path.glob("quarantine*.jsonl") for x in p.read_text().splitlines()]
-    assert lines == [{"id": "a.png", "reason": "torn"}]
+    assert lines == [{"source": "folder:x", "id": "a.png", "reason": "torn"}]
     assert [e["id"] for e in events.read(tmp_path)] == ["a.png"]
 
 
@@ -244,3 +250,26 @@ def test_windows_that_are_left_out(start):
         for batches in range(12):
             assert position_after(start, batches, size, windows) == position
             position = out_of(windows, position + size)
+
+
+def test_a_training_on_five_percent_of_them_ends_the_same_twice(tmp_path):
+    """The whole program: listed once each, gone around, and the same state both times."""
+    from imagegpt_jax import config as config_lib
+    from imagegpt_jax import loop
+    from imagegpt_jax.tasks import tokenizer
+
+    folder = write_folder(tmp_path / "data", good=285)
+    configs = pathlib.Path(__file__).resolve().parents[2] / "configs"
+    config = config_lib.sibling(str(configs / "x.py"), "tokenizer.py").get_config("size=test")
+    config.data.train = config.data.validation = f"folder:{folder}"
+    config.data.train_ops = config.data.eval_ops = "decode|resize(16)|value_range(-1,1)"
+    config.steps, config.eval_every, config.loss.gan_start = 45, 45, -1
+    ends = []
+    for name in ("first", "second"):
+        state = loop.run(tokenizer, config, tmp_path / name)
+        listed = [json.loads(line) for line in (tmp_path / name / "quarantine.jsonl").read_text().splitlines()]
+        assert sorted(line["id"] for line in listed) == sorted(files())
+        ends.append((jax.device_get(state), sorted((line["id"], line["reason"]) for line in listed)))
+    jax.tree.map(np.testing.assert_array_equal, ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+    assert (tmp_path / "first" / "metrics.jsonl").read_bytes() == (tmp_path / "second" / "metrics.jsonl").read_bytes()

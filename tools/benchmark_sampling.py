@@ -91,6 +91,7 @@ LINES = (
     Line("imagegpt_jax", "plain", "float32", OURS),
     Line("imagegpt_jax", "plain", "bfloat16", OURS),
     Line("imagegpt_jax", "int8", "float32", OURS),
+    Line("imagegpt_jax", "speculative", "float32", OURS),
     *(Line("LlamaGen's sampler", "plain", dtype, TORCH) for dtype in ("float32", "bfloat16")),
     *(
         Line("transformers", mode, dtype, TORCH)

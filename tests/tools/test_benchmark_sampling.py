@@ -23,7 +23,7 @@ def reading(*seconds, peak=0):
 
 def test_rows_ratios_and_text(sampling):
     work = sampling.Workload(images=2, side=2)  # 8 tokens in all
-    ours, _, _, llamagen, _, *others = sampling.LINES
+    ours, _, _, _, llamagen, _, *others = sampling.LINES
     readings = {
         ours: [reading(1, 2, 9, peak=100), reading(4, peak=90), reading(0.5, peak=80)],
         llamagen: [reading(8), reading(8), reading(8)],
@@ -81,9 +81,11 @@ def test_our_lines_run(tmp_path):
         ("imagegpt_jax", "plain", "float32"),
         ("imagegpt_jax", "plain", "bfloat16"),
         ("imagegpt_jax", "int8", "float32"),
+        ("imagegpt_jax", "speculative", "float32"),
         ("bound", "weights and cache read once a step", "float32"),
     ]
-    plain, brain, int8, bound = found["rows"]
+    plain, brain, int8, speculative, bound = found["rows"]
+    assert (plain["steps"], 1 < speculative["steps"] <= 16) == (16, True)
     assert all(row["tokens_per_second"] > 0 and row["peak_rss_bytes"] > 0 for row in found["rows"])
     assert plain["tokens_per_second"] < bound["tokens_per_second"]
     # Matrices at four, two and one byte a number.

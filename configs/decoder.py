@@ -175,6 +175,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "top_k": 0,
         "top_p": 1.0,
         "cfg_scale": 3.0 if small else 2.0,
+        "cfg_schedule": "constant",
+        "cfg_power": 1.0,
     }
     # Drawn for TensorBoard at every evaluation; () = none.
     config.sample_prompts = ("noto emoji of red heart", "twemoji emoji of dog face") if small else ()

@@ -43,7 +43,7 @@ def _llamagen(size: str) -> Recipe:
     )
 
 
-def _rar(depth: int, heads: int, width: int, mlp_width: int, cfg_scale: float) -> Recipe:
+def _rar(depth: int, heads: int, width: int, mlp_width: int, cfg_scale: float, cfg_power: float) -> Recipe:
     """250k steps of 2048: random order until 125k, raster from 187.5k; MaskGIT-VQGAN's 1024 codes."""
     return Recipe(
         size="B",
@@ -84,6 +84,8 @@ def _rar(depth: int, heads: int, width: int, mlp_width: int, cfg_scale: float) -
             "optim.warmup_steps": 62_500,
             "optim.final_lr_ratio": 1e-5 / 4e-4,
             "sampling.cfg_scale": cfg_scale,
+            "sampling.cfg_schedule": "power_cosine",
+            "sampling.cfg_power": cfg_power,
         },
     )
 
@@ -144,10 +146,10 @@ def _imagegpt(depth: int, heads: int, width: int, lr: float) -> Recipe:
 
 RECIPES = {
     **{f"llamagen_{size}": _llamagen(size) for size in ("B", "L", "XL", "XXL", "3B")},
-    "rar_B": _rar(24, 16, 768, 3072, 16.0),
-    "rar_L": _rar(24, 16, 1024, 4096, 15.5),
-    "rar_XL": _rar(32, 16, 1280, 5120, 6.9),
-    "rar_XXL": _rar(40, 16, 1408, 6144, 8.0),
+    "rar_B": _rar(24, 16, 768, 3072, 16.0, 2.75),
+    "rar_L": _rar(24, 16, 1024, 4096, 15.5, 2.5),
+    "rar_XL": _rar(32, 16, 1280, 5120, 6.9, 1.5),
+    "rar_XXL": _rar(40, 16, 1408, 6144, 8.0, 1.2),
     # The paper tries learning rates from 0.01 down until one is stable: these are starting points.
     "imagegpt_S": _imagegpt(24, 8, 512, 3e-3),
     "imagegpt_M": _imagegpt(36, 8, 1024, 3e-3),

@@ -212,15 +212,21 @@ def tensor_shardings(abstract_module: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(treedef, layouts)
 
 
-def tree_specs(tree: Any, params: Any, param_specs: Any) -> Any:
+# A leaf of optimizer state that is like no parameter is cut if it has more elements than this.
+LARGE = 1 << 18
+
+
+def tree_specs(tree: Any, params: Any, param_specs: Any, mesh: Any) -> Any:
     """Specs for a state tree (optimizer, EMA, ...): a leaf whose path ends in a parameter's path is laid out like it.
 
-    A leaf with some of the parameter's dimensions, such as a factored second moment, is cut along those.
+    A leaf with some of the parameter's dimensions, such as a factored second moment, is cut along those; a large one
+    that is like no parameter, such as a preconditioner, along its last dimension over `fsdp`.
 
     Args:
       tree: abstract tree, such as an optimizer state.
       params: abstract parameters.
       param_specs: tree of their PartitionSpecs.
+      mesh: the mesh.
     """
     specs = jax.tree.leaves(param_specs, is_leaf=lambda x: isinstance(x, P))
     by_path = {
@@ -233,7 +239,7 @@ def tree_specs(tree: Any, params: Any, param_specs: Any) -> Any:
         for start in range(len(names)):
             if names[start:] in by_path:
                 return _subset(leaf.shape, *by_path[names[start:]])
-        return P()
+        return spec_for(leaf.shape, ("embed",), mesh) if leaf.size > LARGE else P()
 
     return jax.tree_util.tree_map_with_path(find, tree)
 

@@ -204,7 +204,9 @@ def shardings(state: TrainState, networks: Mapping[str, Network], mesh: Mesh) ->
         step=P(),
         **{
             field: {
-                name: sharding.tree_specs(value, nnx.to_pure_dict(nnx.state(networks[name].abstract)), specs[name])
+                name: sharding.tree_specs(
+                    value, nnx.to_pure_dict(nnx.state(networks[name].abstract)), specs[name], mesh
+                )
                 for name, value in getattr(state, field).items()
             }
             for field in ("trainable", "frozen", "opt", "ema")

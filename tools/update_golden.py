@@ -21,8 +21,12 @@ def specs() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, task in (("decoder", decoder), ("tokenizer", tokenizer)):
         module = sibling(str(CONFIGS / "x.py"), f"{name}.py")
-        for size in module.MODELS:
-            config = module.get_config(f"size={size}")
+        recipes = module.RECIPES if name == "tokenizer" else sibling(str(CONFIGS / "x.py"), "recipes.py").RECIPES
+        presets = {size: f"size={size}" for size in module.MODELS}
+        # LlamaGen's networks are those of sizes.
+        presets |= {recipe: f"recipe={recipe}" for recipe in recipes if not recipe.startswith("llamagen")}
+        for preset, arg in presets.items():
+            config = module.get_config(arg)
             count = hardware.parse_topology(config.topology).chips if config.topology else 8
             sizes = sharding.mesh_shape(config.mesh, count)
             minor = sharding.minor_sizes(sizes["fsdp"])[0]
@@ -36,7 +40,7 @@ def specs() -> dict[str, Any]:
                 for path, spec in leaves:
                     key = "/".join([network, *(str(getattr(p, "key", p)) for p in path)])
                     params[key] = " ".join("+".join(sharding.as_tuple(entry)) or "-" for entry in spec)
-            found[f"{name} {size}"] = {"mesh": dict(zip(sharding.MESH_AXES, shape, strict=True)), "params": params}
+            found[f"{name} {preset}"] = {"mesh": dict(zip(sharding.MESH_AXES, shape, strict=True)), "params": params}
     return found
 
 

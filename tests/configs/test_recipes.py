@@ -148,17 +148,17 @@ IMAGEGPT = {
     "data": {"grid": (32, 32), "text_length": 0},
     "codes": 512,
 }  # fmt: skip
-# Recipe -> common numbers, (layers, heads, width, mlp width), published millions of parameters, guidance scale.
+# Recipe -> common numbers, (layers, heads, width, mlp width), published millions of parameters, guidance.
 DECODERS = {
     "llamagen_B": (LLAMAGEN, (12, 12, 768, 2048), 111, None),
     "llamagen_L": (LLAMAGEN, (24, 16, 1024, 2816), 343, None),
     "llamagen_XL": (LLAMAGEN, (36, 20, 1280, 3584), 775, None),
     "llamagen_XXL": (LLAMAGEN, (48, 24, 1536, 4096), 1400, None),
     "llamagen_3B": (LLAMAGEN, (24, 32, 3200, 8704), 3100, None),
-    "rar_B": (RAR, (24, 16, 768, 3072), 261, 16.0),
-    "rar_L": (RAR, (24, 16, 1024, 4096), 461, 15.5),
-    "rar_XL": (RAR, (32, 16, 1280, 5120), 955, 6.9),
-    "rar_XXL": (RAR, (40, 16, 1408, 6144), 1500, 8.0),
+    "rar_B": (RAR, (24, 16, 768, 3072), 261, (16.0, 2.75)),
+    "rar_L": (RAR, (24, 16, 1024, 4096), 461, (15.5, 2.5)),
+    "rar_XL": (RAR, (32, 16, 1280, 5120), 955, (6.9, 1.5)),
+    "rar_XXL": (RAR, (40, 16, 1408, 6144), 1500, (8.0, 1.2)),
     "imagegpt_S": (IMAGEGPT, (24, 8, 512, 2048), 76, None),
     "imagegpt_M": (IMAGEGPT, (36, 8, 1024, 4096), 455, None),
     "imagegpt_L": (IMAGEGPT, (48, 16, 1536, 6144), 1362, None),
@@ -189,14 +189,16 @@ DECODERS = {
 @pytest.mark.parametrize("recipe", DECODERS)
 def test_decoder_recipe(recipe):
     config = get("decoder", recipe)
-    expected, shape, parameters, scale = DECODERS[recipe]
+    expected, shape, parameters, guidance = DECODERS[recipe]
     assert (config.steps, config.batch_size) == (expected["steps"], expected["batch_size"])
     assert_rates(config, expected["rates"])
     assert_has(config.optim, expected["optim"])
     assert_has(config.model, expected["model"])
     assert_has(config.data.to_dict(), expected["data"])
     assert tuple(config.model[k] for k in ("depth", "heads", "width", "mlp_width")) == shape
-    assert scale is None or config.sampling.cfg_scale == scale
+    if guidance is not None:
+        assert config.sampling.cfg_schedule == "power_cosine"
+        assert (config.sampling.cfg_scale, config.sampling.cfg_power) == guidance
     setup = decoder.setup_abstract(config)
     assert setup.space.num_codes == expected["codes"]
     assert setup.tokenizer.model.downsample * config.data.grid[0] in (32, 256)

@@ -93,6 +93,14 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 
+def _is(entry: Format, source: Source, options: Options) -> bool:
+    """Whether a source is of a format, even if a value in it is not supported."""
+    try:
+        return entry.read(source, options) is not None
+    except UserError:
+        return True
+
+
 class Unknown(UserError):
     """A source holds nothing that is known, or nothing of the kind that is asked for."""
 
@@ -113,7 +121,7 @@ def recognise(source: Source, kind: str, options: Options | None = None) -> Publ
     for entry in FORMATS.values():
         if entry.kind == kind and (found := entry.read(source, options)) is not None:
             return found
-    other = [f.title for f in FORMATS.values() if f.kind != kind and f.read(source, options) is not None]
+    other = [f.title for f in FORMATS.values() if f.kind != kind and _is(f, source, options)]
     known = "; ".join(f.title for f in FORMATS.values() if f.kind == kind)
     holds = f"holds a {other[0]}" if other else f"is of the model_type {source.config.get('model_type')!r}"
     raise Unknown(f"{source.path} {holds}, and no {kind} that is known here. Known: {known}.")

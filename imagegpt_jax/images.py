@@ -209,7 +209,7 @@ def grid(tiles: Sequence[Tile]) -> np.ndarray:
 
 def resize(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes a uint8 image to (height, width) with a Lanczos filter, which averages where it shrinks."""
-    out = np.asarray(_pil(image_HWC).resize(size[::-1], Image.Resampling.LANCZOS))
+    out = np.asarray(_pil(image_HWC).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     return out.reshape(*size, -1)
 
 
@@ -230,7 +230,7 @@ def read_picture(path: str, size: tuple[int, int]) -> np.ndarray:
         picture = opened.convert("RGBA")
     page = Image.new("RGBA", picture.size, "white")
     page.alpha_composite(picture)
-    return np.asarray(ImageOps.fit(page.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.fit(page.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS))
 
 
 def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
@@ -240,7 +240,7 @@ def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
       OSError: if it cannot be read.
     """
     with Image.open(path) as opened:
-        grey = ImageOps.fit(opened.convert("L"), size[::-1], Image.Resampling.NEAREST)
+        grey = ImageOps.fit(opened.convert("L"), (size[1], size[0]), Image.Resampling.NEAREST)
     return np.asarray(grey) >= 128
 
 

@@ -244,7 +244,8 @@ def overviews(asked: Sequence[Request], rows: Sequence[output.Row], folder: "epa
         (folder / output.GIF_FILE).write_bytes(images.gif_bytes(frames))
     if NPZ.value:
         buffer = io.BytesIO()
-        np.savez(buffer, **dict(output.npz([read(row) for row in rows], [row["class"] for row in rows])))
+        arrays: dict[str, Any] = dict(output.npz([read(row) for row in rows], [row["class"] for row in rows]))
+        np.savez(buffer, **arrays)
         (folder / output.NPZ_FILE).write_bytes(buffer.getvalue())
 
 
@@ -291,7 +292,8 @@ def main() -> None:
 
     # --- Everything a person can get wrong, before any picture.
     decoder = api.load_decoder(DECODER.value, STEP.value, tokenizer=TOKENIZER.value or None)
-    sampling = decoder.sampling(**{flag.name: flag.value for flag in SETTINGS})
+    settings: dict[str, Any] = {flag.name: flag.value for flag in SETTINGS}
+    sampling = decoder.sampling(**settings)
     tok = decoder.load_tokenizer()
     if asking.CAPTION.value:
         folder, _ = output.start(where, [])

@@ -88,12 +88,13 @@ def variations(
 
 def region_mask(images: np.ndarray, region: Sequence[int]) -> np.ndarray:
     """bool [H, W], set in (top, left, height, width)."""
-    mask = np.zeros(np.shape(images)[1:3], bool)
+    rows, columns = np.asarray(images).shape[1:3]
+    mask = np.zeros((rows, columns), bool)
     if len(region) != 4 or min(region) < 0 or not min(region[2:]):
         raise UserError(f"region={tuple(region)} must be top,left,height,width in pixels.")
     top, left, height, width = region
-    if top + height > mask.shape[0] or left + width > mask.shape[1]:
-        raise UserError(f"region={tuple(region)} does not lie within {mask.shape[0]} x {mask.shape[1]} pixels.")
+    if top + height > rows or left + width > columns:
+        raise UserError(f"region={tuple(region)} does not lie within {rows} x {columns} pixels.")
     mask[top : top + height, left : left + width] = True
     return mask
 

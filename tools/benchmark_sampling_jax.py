@@ -68,7 +68,7 @@ def compiled_bytes(gpt: Any, job: Any, how: Any) -> dict[str, int]:
     samples = np.arange(job.total)
     rows = tiles.rows_of(job, tiles.sample_keys(0, samples), samples[None])
     state = jax.eval_shape(lambda *a: engine.start(*a, shape=shape), gpt, rows, settings)
-    memory = engine.advance.lower(gpt, rows, settings, state, 2, shape=shape).compile().memory_analysis()
+    memory: Any = engine.advance.lower(gpt, rows, settings, state, 2, shape=shape).compile().memory_analysis()
     size = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
             for name, tree in (("weights", gpt), ("cache", state.cache))}  # fmt: skip
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

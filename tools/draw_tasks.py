@@ -45,7 +45,7 @@ def pages(gpt: Any, tok: Any, given: np.ndarray, words: list[str]) -> dict[str, 
     middle[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
     other = sketches.restyled(words, OTHER.value, STYLE.value)
     turned = [*words[1:], words[0]]
-    how = {"num_images": SAMPLES, "seed": SEED.value}
+    how: dict[str, Any] = {"num_images": SAMPLES, "seed": SEED.value}
     margin = tok.downsample * max(1, gpt.setup.layout.grid[0] // 4)
     drawn = {
         "words": (words, notebook.generate(gpt, tok, words, **how)),

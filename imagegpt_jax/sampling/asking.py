@@ -72,13 +72,17 @@ USES = {
 }
 
 
+def _value(name: str) -> Any:
+    return flags.FLAGS[name].value
+
+
 def task() -> str:
     """The name of the task, "" for pictures from words.
 
     Raises:
       UserError: for two tasks at once, or a task without what it needs.
     """
-    asked = [name for name in TASKS if flags.FLAGS[name].value]
+    asked = [name for name in TASKS if _value(name)]
     if not asked:
         return ""
     if len(asked) > 1:
@@ -107,7 +111,7 @@ def requests() -> list[Request]:
         found.append(Request())
     name = task()
     if name in OF_PICTURES:
-        count = len(flags.FLAGS[name].value)
+        count = len(_value(name))
         found = found * count if len(found) == 1 else found or [Request()] * count
         if len(found) != count:
             raise UserError(f"there are {len(found)} prompts for {count} pictures: give one for all, or one for each.")
@@ -145,7 +149,7 @@ def remembered(number: int, request: Request) -> dict[str, Any]:
     if name == "interpolate":
         kept |= {name: INTERPOLATE.value, "frame": number}
     if name in OF_PICTURES:
-        path = flags.FLAGS[name].value[number]
+        path = _value(name)[number]
         files = [path, MASK.value] if name == "inpaint" else [path]
         kept |= {name: [path], "files": {path: digest(path) for path in files}}
     return kept
@@ -219,7 +223,7 @@ def sketch(asked: list[Request], gpt: "Decoder", tok: "Tokenizer", seed: int) ->
     name = task()
     found = Sketch(prompts=words, classes=labels, grid=numbers(GRID, 2) if GRID.value else None)  # type: ignore[arg-type]
     if name in OF_PICTURES:
-        source = pictures(flags.FLAGS[name].value, gpt, tok)
+        source = pictures(_value(name), gpt, tok)
         if name == "inpaint":
             try:
                 mask = images.read_mask(MASK.value, source.shape[1:3])

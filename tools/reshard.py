@@ -31,7 +31,7 @@ TASKS = ("tokenizer", "decoder")
 def meshes() -> list[tuple[int, int, int]]:
     """All (data, fsdp, tensor) of 1 to 8 devices."""
     sizes = range(1, DEVICES + 1)
-    return [m for m in itertools.product(sizes, repeat=3) if m[0] * m[1] * m[2] <= DEVICES]
+    return [(a, b, c) for a, b, c in itertools.product(sizes, sizes, sizes) if a * b * c <= DEVICES]
 
 
 def campaign(task_name: str, pairs: int) -> dict[str, Any]:

@@ -21,7 +21,10 @@ from imagegpt_jax.data.mixture import Mixture
 
 
 class Source(Protocol):
-    """Random access to records. Implementations are safe to call from several threads."""
+    """Random access to records. Implementations are safe to call from several threads.
+
+    One that has an attribute `quarantine`, a `quarantine.Quarantine`, has its bad records replaced by `pipeline.Batches`.
+    """
 
     @property
     def name(self) -> str:
@@ -37,9 +40,6 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes when the content does."""
         ...
-
-    # A `quarantine.Quarantine`, where bad records are to be replaced instead of ending the program.
-    quarantine: Any
 
     def __len__(self) -> int:
         """Number of records."""

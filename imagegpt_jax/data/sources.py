@@ -23,7 +23,7 @@ from imagegpt_jax.data.mixture import Mixture
 class Source(Protocol):
     """Random access to records. Implementations are safe to call from several threads.
 
-    One that has an attribute `quarantine`, a `quarantine.Quarantine`, has its bad records replaced by `pipeline.Batches`.
+    One with an attribute `quarantine`, a `quarantine.Quarantine`, has its bad records replaced by `pipeline.Batches`.
     """
 
     @property

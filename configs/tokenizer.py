@@ -268,7 +268,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.update(of_optimizers)
     config.discriminator_optim.update(of_optimizers)
     if args.quantizer:
-        codes = config.model.quantizer.num_codes
+        quantizer = config["model"].quantizer
         kind = choose("quantizer", args.quantizer, QUANTIZER_KINDS)
-        config.model.quantizer.update(kind(codes, codes.bit_length() - 1))
+        quantizer.update(kind(quantizer.num_codes, quantizer.num_codes.bit_length() - 1))
     return config

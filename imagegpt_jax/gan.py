@@ -152,7 +152,8 @@ def gradients(
         parts = {"l1": losses.l1(recon, images_BHWC), "l2": losses.l2(recon, images_BHWC)}
         total = loss.l1 * parts["l1"] + loss.l2 * parts["l2"]
         if loss.logit_laplace:
-            parts["logit_laplace"] = losses.logit_laplace(*jnp.split(output, 2, axis=-1), images_BHWC)
+            mean, log_scale = jnp.split(output, 2, axis=-1)
+            parts["logit_laplace"] = losses.logit_laplace(mean, log_scale, images_BHWC)
             total = total + loss.logit_laplace * parts["logit_laplace"]
         if loss.lpips:
             perceptual: Any = networks["perceptual"].module(state.frozen["perceptual"])
@@ -220,7 +221,7 @@ def _judge(
     def judge(params: state_lib.Params) -> tuple[jax.Array, tuple[Logits, metrics.Totals]]:
         real, fake = critic(params, images_BHWC), critic(params, fake_BHWC)
         total = discriminator_loss(real, fake)
-        values = {"gan_discriminator": metrics.mean(total)}
+        values: metrics.Totals = {"gan_discriminator": metrics.mean(total)}
         if loss.lecam:
             averages = state.stats["logits"]
             lecam = losses.lecam(real, fake, averages.real, averages.fake)

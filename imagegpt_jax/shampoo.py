@@ -102,9 +102,9 @@ def scale_by_shampoo(
         direction = _join(cut, gradient, ndim)
         return jnp.where(begun, direction * (_norm(graft, own) / _norm(direction, own)), graft)
 
-    def update(gradients: Any, state: ShampooState, params: Any = None) -> tuple[Any, ShampooState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ShampooState]:
         del params
-        count = state.count + 1
+        gradients, count = updates, state.count + 1
 
         def squared(ndim: int, gradient: jax.Array, old: jax.Array) -> jax.Array:
             own = tuple(range(gradient.ndim - ndim, gradient.ndim))

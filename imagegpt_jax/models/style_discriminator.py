@@ -6,6 +6,7 @@ Shapes: B batch, H height, W width, C channels in, O channels out, S statistics 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,8 @@ class HalvingBlock(nnx.Module):
     """Two convolutions, of which the second halves the image, beside a halving 1x1 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, *, dtype: str, param_dtype: str, key: jax.Array):
-        keys, kinds = jax.random.split(key, 3), {"dtype": dtype, "param_dtype": param_dtype}
+        keys = jax.random.split(key, 3)
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.conv1 = EqualConv(in_channels, in_channels, 3, key=keys[0], **kinds)
         self.conv2 = EqualConv(in_channels, out_channels, 3, halve=True, key=keys[1], **kinds)
         self.skip = EqualConv(
@@ -112,7 +114,8 @@ class StyleDiscriminator(nnx.Module):
     ):
         blocks = int(math.log2(image_size // LAST_SIDE))
         widths = [min(base_width * 2**i, max_width) for i in range(blocks + 1)]
-        keys, kinds = jax.random.split(key, blocks + 4), {"dtype": dtype, "param_dtype": param_dtype}
+        keys = jax.random.split(key, blocks + 4)
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.conv_in = EqualConv(in_channels, widths[0], 1, key=keys[0], **kinds)
         self.blocks = nnx.List(
             [HalvingBlock(widths[i], widths[i + 1], key=keys[4 + i], **kinds) for i in range(blocks)]

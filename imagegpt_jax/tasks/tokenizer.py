@@ -258,10 +258,10 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
 
     # --- What codes learn without gradient, and codes that nobody uses.
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    codebooks = [_codebook(params) for params in (state.trainable["generator"], trainable["generator"])]
+    before, moved = _codebook(state.trainable["generator"]), _codebook(trainable["generator"])
     codebook, stats, revived_I = quantizers.learn(
         setup.model.quantizer,
-        None if codebooks[0] is None else codebooks,
+        None if before is None or moved is None else (before, moved),
         state.stats["quantizer"],
         sums.use,
         vectors,

@@ -140,7 +140,7 @@ class Quantizer(nnx.Module):
         quantize = {"vq": self._vq, "ibq": self._ibq, "fsq": self._fsq, "lfq": self._lfq}[config.kind]
         groups = [quantize(g, z_NZ) for g, z_NZ in enumerate(self._compared(z))]
         # Each is a mean over vectors and dimensions, so their mean is that over all groups.
-        losses = {name: sum(g.losses[name] for g in groups) / config.groups for name in groups[0].losses}
+        losses = {n: jnp.asarray(sum(g.losses[n] for g in groups)) / config.groups for n in groups[0].losses}
         weights = {
             "commitment": config.commitment_weight,
             "codebook": config.codebook_weight,
@@ -156,7 +156,7 @@ class Quantizer(nnx.Module):
             vectors=lax.stop_gradient(vectors_NPZ).reshape(*z.shape[:-1], *vectors_NPZ.shape[1:]),
             sums=self._sums(codes.reshape(-1), vectors_NPZ),
             losses=losses,
-            loss=sum((weights[name] * loss for name, loss in losses.items()), jnp.zeros((), zq_NZ.dtype)),
+            loss=jnp.asarray(sum((weights[n] * loss for n, loss in losses.items()), jnp.zeros((), zq_NZ.dtype))),
         )
 
     def _sums(self, ids: Int[Array, "NP"], vectors_NPZ: Float[Array, "N P Z"]) -> UseSums:

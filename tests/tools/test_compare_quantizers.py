@@ -1,0 +1,120 @@
+"""The comparison of quantizers: scores against their definitions, and what may stand in one table."""
+
+import importlib.util
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+from absl import flags
+
+from imagegpt_jax.cli import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("compare_quantizers", ROOT / "tools" / "compare_quantizers.py")
+    sys.modules["compare_quantizers"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["compare_quantizers"]
+    for flag in list(flags.FLAGS.flags_by_module_dict()["compare_quantizers"]):
+        delattr(flags.FLAGS, flag.name)
+
+
+def images(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+class Halving:
+    """A tokenizer that loses the least significant bit of every pixel, and uses three of its four codes."""
+
+    num_codes = 4
+
+    def encode(self, real):
+        self.real = real
+        return np.arange(2 * len(real)).reshape(len(real), 2) % 3
+
+    def decode(self, codes):
+        return (self.real // 2 * 2).astype(np.float32) / 127.5 - 1
+
+
+def test_scores_are_their_definitions(tool):
+    real = images(12)
+    scores = tool.score(Halving(), real)
+    mse = np.square(real % 2).mean((1, 2, 3))
+    assert scores["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / mse)), rel=1e-6)
+    assert scores["codebook_usage"] == 0.75
+    assert scores["code_entropy_bits"] == pytest.approx(np.log2(3))
+    assert scores["images"] == 12
+    fake, features = tool.thumbnails(real // 2 * 2), tool.thumbnails(real)
+    unlike = ~np.eye(12, dtype=bool)
+    within = [((x @ x.T / 768 + 1) ** 3)[unlike].mean() for x in (fake, features)]
+    assert scores["kid"] == pytest.approx(sum(within) - 2 * ((fake @ features.T / 768 + 1) ** 3).mean())
+
+
+def test_features_are_pictures_of_16_pixels(tool):
+    real = images(3)
+    features = tool.thumbnails(real)
+    assert features.shape == (3, 768)
+    expected = real[1, :2, :2].astype(np.float64).mean((0, 1)) / 127.5 - 1
+    np.testing.assert_allclose(features[1, :3], expected)
+
+
+def test_controls_tell_alike_from_unlike(tool):
+    """Halves of one set are near each other; pictures without any detail are far."""
+    base = 255 * np.random.default_rng(1).integers(0, 2, (2000, 2, 1, 3)).astype(np.uint8)
+    found = tool.controls(np.kron(base, np.ones((1, 16, 32, 1), np.uint8)))
+    assert found["mean_color"] > 0.15
+    assert abs(found["halves"]) < 0.2 * found["mean_color"]
+
+
+def report(name, **changes):
+    controls = {"halves": 0.001, "mean_color": 0.3}
+    return {
+        "name": name, "steps": 60, "size": "emoji", "images": 258, "bits": 9.0, "parameters": 1000, "psnr": 20.0,
+        "codes": "1 of 512", "kid": 0.0012, "codebook_usage": 0.5, "code_entropy_bits": 7.0, "step_seconds": 0.5,
+        "kid_controls": controls, "device": "cpu", **changes,
+    }  # fmt: skip
+
+
+def test_page_ranks_and_states_the_steps(tool):
+    text = tool.page([report("vq"), report("fsq", psnr=21.5, parameters=1009)])
+    assert text.index("| FSQ | 1 of 512 | 1,009 | 21.50 | 1.20 | 50% | 7.00 | 0.50 |") < text.index("| VQ, on the unit")
+    assert "**60 steps**" in text
+    assert "gives 1.00, and pictures replaced by their mean colour 300.00" in text
+
+
+@pytest.mark.parametrize("change", [{"steps": 61}, {"images": 5}, {"bits": 8.0}, {"parameters": 1011}])
+def test_what_is_not_equal_is_not_compared(tool, change):
+    with pytest.raises(UserError, match="differ in|over 1% apart"):
+        tool.page([report("vq"), report("fsq", **change)])
+
+
+def test_step_time_leaves_the_compiling_interval_out(tool, tmp_path):
+    lines = [0.1, 40.0, 64.0, 32.0]
+    text = "".join(f'{{"step": {i}, "timing/examples_per_second": {x}}}\n' for i, x in enumerate(lines))
+    (tmp_path / "timing.jsonl").write_text(text)
+    assert tool.step_seconds(tmp_path, 32) == 0.5
+
+
+def test_training_is_asked_for_by_name(tool, monkeypatch, tmp_path):
+    seen = []
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(tool.subprocess, "run", lambda command, **_: seen.append(command) or done)
+    flags.FLAGS(["x", "--steps=7"])
+    tool.train("bsq", tmp_path)
+    assert "--config=configs/tokenizer.py:size=emoji,quantizer=bsq" in seen[0]
+    assert "--config.steps=7" in seen[0]
+    done.returncode = 1
+    with pytest.raises(UserError, match="training bsq failed"):
+        tool.train("bsq", tmp_path)
+
+
+def test_names_are_those_of_the_config(tool):
+    from imagegpt_jax.config import sibling
+
+    assert set(tool.NAMES) == set(sibling(str(ROOT / "configs" / "x.py"), "tokenizer.py").QUANTIZER_KINDS)

@@ -105,8 +105,8 @@ def test_a_decoder_whose_process_is_killed_ends_and_continues(tmp_path):
     assert time.monotonic() - killed < 10 + 15
     assert status == 128 + signal.SIGKILL
     assert "error: process 1 ended by signal 9." in error
-    # Process 0 says so itself where a collective fails, or JAX does where the heartbeat is first.
-    assert re.search(r"process 0 of 2 on .* lost another process|tasks are unhealthy .*\n1\n", error)
+    # Process 0 says so where a collective fails, or its watchdog where that waits for ever.
+    assert re.search(r"process 0 of 2 on .* (lost another process|ends, because process 1 has not answered)", error)
     before = [line["step"] for line in lines(workdir)]
     assert before[0] == 2
     assert before[-1] < 24

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from imagegpt_jax.cluster import number
+from imagegpt_jax.cluster import first_line, number
 
 EXIT_HANG = 76
 _POLL_SECONDS = 1.0
@@ -48,6 +48,7 @@ class Watchdog:
         self._step, self._moved = 0, time.monotonic()
         self._answered = self._ticked = time.monotonic()
         self._seen: dict[int, tuple[str, float]] = {}
+        self._refusal = ""  # what the coordinator's store last said instead of an answer
         if signs is not None:
             threading.Thread(target=self._exchange, daemon=True, name="signs of life").start()
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
@@ -68,8 +69,10 @@ class Watchdog:
             try:
                 self._signs.put(json.dumps([count, self._step]))
                 found = self._signs.all()
-            except Exception:
-                continue  # the coordinator's silence is noticed by `_watch`
+            except Exception as e:  # the coordinator's client has no type of its own for them
+                self._refusal = f" ({first_line(e)})"
+                continue  # `_watch` ends the process when this goes on, and says why
+            self._refusal = ""
             self._answered = now = time.monotonic()
             for index, text in found.items():
                 if index not in self._seen or self._seen[index][0] != text:
@@ -90,7 +93,7 @@ class Watchdog:
             return f"this process was itself stopped for {now - before:.0f} s"
         if self._signs is not None:
             if now - self._answered > silence:
-                return f"process 0 has not answered for {now - self._answered:.0f} s"
+                return f"process 0 has not answered for {now - self._answered:.0f} s{self._refusal}"
             for index, (_, seen) in sorted(self._seen.items()):
                 if now - seen > silence:
                     return f"process {index} has not answered for {now - seen:.0f} s"

@@ -185,7 +185,8 @@ def test_people_vote_in_a_browser_and_come_back(browser, study, serve, tmp_path)
             sides.append(better)
             browser.evaluate(f"document.getElementById('{better}-5').click()")
             browser.evaluate(f"document.getElementById('vote-{better}').click()")
-    browser.wait("document.body.dataset.state === 'finished'")
+            browser.wait(f"!['pair-{pair}', 'sending'].includes(document.body.dataset.state)")
+    assert browser.evaluate("document.body.dataset.state") == "finished"
     assert browser.errors == []
     shown = json.loads(browser.evaluate("document.getElementById('results').textContent"))
     votes = human.read_votes(tmp_path / "votes.jsonl")

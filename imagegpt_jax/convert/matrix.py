@@ -49,6 +49,8 @@ Good to know:
   Text-conditional models take features: `gpt.logits(ids, features=(features_BPE, mask_BP))`.
 - **ImageGPT** is two things in one folder: a decoder, and 512 colours that `load_tokenizer` finds in
   `preprocessor_config.json`.
+  Its attention divides by the root of the heads' width, as OpenAI trained it. `transformers` 5.17 rounds that root down
+  to an integer first, which changes the numbers of M and L (heads of 128 and 96), not of S (64); 5.23 does not.
 - **dalle-mini's VQGAN** is read as taming-transformers defines it. The Flax code of dalle-mini applies all attention
   blocks of a level after each of its residual blocks; where a level has several, its codes differ a little.
 - The pixels of **dalle-mini's** and **MaskGIT's** networks lie in [0, 1]. Here images are float in [-1, 1] or uint8 for

@@ -1,11 +1,13 @@
 """Trains the same tokenizer with each quantizer and compares them: docs/quantizers.json and docs/quantizers.md.
 
-  python tools/compare_quantizers.py                          # every quantizer that is not kept yet at these steps
-  python tools/compare_quantizers.py --quantizers=fsq,ibq     # these alone; again if they are kept already
+  python tools/compare_quantizers.py                          # every quantizer that is not scored yet at these steps
+  python tools/compare_quantizers.py --quantizers=fsq,ibq     # these alone, even if they are scored already
   python tools/compare_quantizers.py --render                 # only write the page from what is kept
 
 All see the same pictures in the same order for the same number of steps, at the same rate (bits for each vector) and,
-to a few parts in a thousand, with the same number of parameters. A run that was cut short goes on from its checkpoint.
+to a few parts in a thousand, with the same number of parameters. A run that was cut short goes on from its checkpoint,
+and scores are put beside it: so quantizers may be trained one at a time, in any order or at once, and whichever call
+finds all of them scored writes the page.
 """
 
 import json
@@ -23,13 +25,14 @@ from imagegpt_jax import cli
 
 STEPS = flags.DEFINE_integer("steps", 400, "Training steps of each quantizer.", lower_bound=1)
 SIZE = flags.DEFINE_string("size", "emoji", "Size of configs/tokenizer.py.")
-QUANTIZERS = flags.DEFINE_list("quantizers", [], "Train and score these alone; all that are missing by default.")
+QUANTIZERS = flags.DEFINE_list("quantizers", [], "Train and score these alone; all that are not scored by default.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/quantizers", "Folder for the training runs.")
 RENDER = flags.DEFINE_bool("render", False, "Only write the page from what is kept.")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEPT, PAGE = ROOT / "docs" / "quantizers.json", ROOT / "docs" / "quantizers.md"
 LOG_EVERY = 5
+HALVES = 100  # random divisions of the pictures
 NAMES = {
     "vq": "VQ, on the unit sphere",
     "vq_plain": "VQ",
@@ -79,35 +82,59 @@ def thumbnails(images_NHWC: np.ndarray) -> np.ndarray:
     return box_downsample(images_NHWC / 127.5 - 1).reshape(len(images_NHWC), -1)
 
 
-def score(tok: Any, real_NHWC: np.ndarray) -> dict[str, float]:
+def psnr(fake_NHWC: np.ndarray, real_NHWC: np.ndarray) -> float:
+    """Mean over pictures, in dB."""
+    error_N = np.mean(np.square(real_NHWC.astype(np.float64) - fake_NHWC), axis=(1, 2, 3))
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(error_N, 1e-6))))
+
+
+def score(tok: Any, real_NHWC: np.ndarray) -> dict[str, Any]:
     """PSNR, KID of reconstructions and use of the codes of a tokenizer, on these pictures."""
     from imagegpt_jax.evals import common, kernels
     from imagegpt_jax.images import to_uint8
 
     codes_NL = tok.encode(real_NHWC)
     fake_NHWC = to_uint8(tok.decode(codes_NL))
-    error_N = np.mean(np.square(real_NHWC.astype(np.float64) - fake_NHWC), axis=(1, 2, 3))
     counts_K = np.bincount(codes_NL.ravel(), minlength=tok.num_codes)
     return {
-        "psnr": float(np.mean(10 * np.log10(255**2 / np.maximum(error_N, 1e-6)))),
-        "kid": kernels.mmd2_unbiased(thumbnails(fake_NHWC), thumbnails(real_NHWC)),
+        "psnr": psnr(fake_NHWC, real_NHWC),
+        "kid": kernels.mmd2_unbiased(thumbnails(fake_NHWC), thumbnails(real_NHWC), paired=True),
         "codebook_usage": float(np.mean(counts_K > 0)),
         "code_entropy_bits": common.entropy_bits(counts_K),
         "images": len(real_NHWC),
+        "total_codes": codes_NL.size,
     }
 
 
-def controls(real_NHWC: np.ndarray) -> dict[str, float]:
-    """KID of one half of the pictures against the other, and of all replaced by their mean colours."""
-    from imagegpt_jax.evals import kernels
+def controls(real_NHWC: np.ndarray, codes: int, num_codes: int) -> dict[str, float]:
+    """What the scores are of pictures that no tokenizer made.
 
-    order = np.random.default_rng(0).permutation(len(real_NHWC))
-    half = len(order) // 2
-    features = thumbnails(real_NHWC)
+    Args:
+      real_NHWC: the originals.
+      codes: how many codes they become.
+      num_codes: how many different ones there are.
+
+    Returns:
+      KID of one half of the originals against the other, mean and standard deviation over random halves; KID and PSNR
+      of pictures replaced by their mean colours; use and entropy of codes drawn at random.
+    """
+    from imagegpt_jax.evals import common, kernels
+
+    rng = np.random.default_rng(0)
+    features, half = thumbnails(real_NHWC), len(real_NHWC) // 2
+    halves = []
+    for _ in range(HALVES):
+        order = rng.permutation(len(features))
+        halves.append(kernels.mmd2_unbiased(features[order[:half]], features[order[half : 2 * half]]))
     flat = np.broadcast_to(real_NHWC.mean((1, 2), keepdims=True), real_NHWC.shape)
+    counts_K = np.bincount(rng.integers(num_codes, size=codes), minlength=num_codes)
     return {
-        "halves": kernels.mmd2_unbiased(features[order[:half]], features[order[half : 2 * half]]),
-        "mean_color": kernels.mmd2_unbiased(thumbnails(flat), features),
+        "halves_kid": float(np.mean(halves)),
+        "halves_kid_std": float(np.std(halves)),
+        "mean_color_kid": kernels.mmd2_unbiased(thumbnails(flat), features, paired=True),
+        "mean_color_psnr": psnr(flat, real_NHWC),
+        "random_usage": float(np.mean(counts_K > 0)),
+        "random_entropy_bits": common.entropy_bits(counts_K),
     }
 
 
@@ -124,34 +151,36 @@ def compare(name: str) -> dict[str, Any]:
     import imagegpt_jax as ig
     from imagegpt_jax import api, state
 
-    workdir = ROOT / WORKDIR.value / f"{SIZE.value}-{STEPS.value}" / name
+    workdir = folder() / name
     train(name, workdir)
     setup, params, step = api.read_tokenizer(workdir)
     quantizer = setup.model.quantizer
     real_NHWC = pictures(setup.config)
+    bits = quantizer.codes_per_vector * math.log2(quantizer.num_codes)
+    scores = score(ig.load_tokenizer(workdir), real_NHWC)
     return {
         "name": name,
         "steps": step,
         "size": SIZE.value,
         "parameters": state.count_params(params),
         "codes": f"{quantizer.codes_per_vector} of {quantizer.num_codes}",
-        "bits": quantizer.codes_per_vector * math.log2(quantizer.num_codes),
-        **score(ig.load_tokenizer(workdir), real_NHWC),
-        "kid_controls": controls(real_NHWC),
+        "bits": bits,
+        **scores,
+        "controls": controls(real_NHWC, scores["total_codes"] // quantizer.codes_per_vector, round(2**bits)),
         "step_seconds": step_seconds(workdir, setup.config.batch_size),
         "device": jax.devices()[0].device_kind,
     }
 
 
-def kept() -> dict[str, dict[str, Any]]:
-    """Name -> what is kept of it."""
-    return {report["name"]: report for report in json.loads(KEPT.read_text())} if KEPT.exists() else {}
+def folder() -> pathlib.Path:
+    """Where the runs of this size and number of steps lie, and what is known of them as NAME.json."""
+    return ROOT / WORKDIR.value / f"{SIZE.value}-{STEPS.value}"
 
 
-def keep(reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the reports, one line each."""
-    ordered = [reports[name] for name in NAMES if name in reports]
-    KEPT.write_text("[\n" + ",\n".join(json.dumps(report) for report in ordered) + "\n]\n")
+def scored() -> list[dict[str, Any]]:
+    """What is known of the quantizers at this size and number of steps."""
+    paths = [folder() / f"{name}.json" for name in NAMES]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -182,7 +211,9 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
     counts = [report["parameters"] for report in reports]
     if max(counts) > 1.01 * min(counts):
         raise cli.UserError(f"the kept quantizers have {min(counts):,} to {max(counts):,} parameters, over 1% apart.")
-    nothing = {key: 1000 * value for key, value in first["kid_controls"].items()}
+    control = first["controls"]
+    halves = f"{1000 * control['halves_kid']:.2f} +- {1000 * control['halves_kid_std']:.2f}"
+    flat, used = f"{1000 * control['mean_color_kid']:.2f}", f"{control['random_usage']:.0%}"
     return f"""# Quantizers beside each other
 
 Written by `python tools/compare_quantizers.py` from [quantizers.json](quantizers.json). Each row is the tokenizer
@@ -193,34 +224,44 @@ were not trained on. {first["steps"]} steps are few: the table compares how the 
 {table(reports)}
 
 *KID* is the unbiased squared maximum mean discrepancy with the cubic kernel of arXiv:1801.01401 between reconstructions
-and originals, on pictures averaged down to 16 x 16 (no network). For scale: one half of the originals against the other
-gives {nothing["halves"]:.2f}, and pictures replaced by their mean colour {nothing["mean_color"]:.2f}; a reconstruction
-is of one of the very originals, so that the estimate may be below zero. *Codes used* and *entropy* are of the codes of
-the validation pictures, at most {first["bits"]:g} bits where a vector has one code.
-*s / step* is of the fastest {LOG_EVERY} training steps in a row, on one `{first["device"]}` device of the machine that
-trained it, which had other work as well.
+and originals, on pictures averaged down to 16 x 16 (no network); none is compared with its own original.
+*Codes used* and *entropy* are of the codes of the validation pictures, at most {first["bits"]:g} bits where a vector
+has one code. *s / step* is of the fastest {LOG_EVERY} training steps in a row, on one `{first["device"]}` device of the
+machine that trained it, which had other work as well.
+
+Controls, which no tokenizer made:
+
+| | PSNR dB | KID x 1000 | codes used | entropy bits |
+|---|---|---|---|---|
+| originals, one half against the other ({HALVES} random halves) | | {halves} | | |
+| every picture replaced by its mean colour | {control["mean_color_psnr"]:.2f} | {flat} | | |
+| codes of {first["bits"]:g} bits drawn at random | | | {used} | {control["random_entropy_bits"]:.2f} |
 """
 
 
 def main() -> None:
-    """Trains what is missing and writes the page."""
-    reports = kept()
-    if not RENDER.value:
-        unknown = set(QUANTIZERS.value) - set(NAMES)
-        if unknown:
-            raise cli.UserError(f"unknown quantizers {', '.join(sorted(unknown))}: known are {', '.join(NAMES)}.")
-        wanted = QUANTIZERS.value or [
-            name
-            for name in NAMES
-            if [reports.get(name, {}).get(key) for key in ("steps", "size")] != [STEPS.value, SIZE.value]
-        ]
-        for i, name in enumerate(wanted, 1):
-            print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)
-            reports[name] = compare(name)
-            keep(reports)
-    if not reports:
-        raise cli.UserError(f"nothing is kept in {KEPT}: run without --render first.")
-    PAGE.write_text(page(list(reports.values())))
+    """Trains what is missing, and writes the page once nothing is."""
+    if RENDER.value:
+        if not KEPT.exists():
+            raise cli.UserError(f"nothing is kept in {KEPT}: run without --render first.")
+        PAGE.write_text(page(json.loads(KEPT.read_text())))
+        return
+    unknown = set(QUANTIZERS.value) - set(NAMES)
+    if unknown:
+        raise cli.UserError(f"unknown quantizers {', '.join(sorted(unknown))}: known are {', '.join(NAMES)}.")
+    wanted = QUANTIZERS.value or [name for name in NAMES if not (folder() / f"{name}.json").exists()]
+    for i, name in enumerate(wanted, 1):
+        print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)
+        report = compare(name)
+        (folder() / f"{name}.json").write_text(json.dumps(report) + "\n")
+    reports = scored()
+    missing = set(NAMES) - {report["name"] for report in reports}
+    if missing:
+        print(f"No page yet: {', '.join(sorted(missing))} not scored at {STEPS.value} steps.", file=sys.stderr)
+        return
+    text = page(reports)
+    KEPT.write_text("[\n" + ",\n".join(json.dumps(report) for report in reports) + "\n]\n")
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

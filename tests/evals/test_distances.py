@@ -108,6 +108,10 @@ def test_kid_is_the_unbiased_estimator():
     within = sum(kernel[i][j] + kernel[i + 7][j + 7] for i in range(7) for j in range(7) if i != j) / 42
     across = 2 * sum(kernel[i][j + 7] for i in range(7) for j in range(7)) / 49
     assert kernels.mmd2_unbiased(a, b) == pytest.approx(within - across)
+    unlike = 2 * sum(kernel[i][j + 7] for i in range(7) for j in range(7) if i != j) / 42
+    assert kernels.mmd2_unbiased(a, b, paired=True) == pytest.approx(within - unlike)
+    assert kernels.mmd2_unbiased(a, a, paired=True) == pytest.approx(0, abs=1e-9)
+    assert kernels.mmd2_unbiased(a, a) < -0.1
 
 
 def test_cmmd_is_a_gaussian_kernel_of_directions(monkeypatch):

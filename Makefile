@@ -35,7 +35,7 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-base
 
 $(VENV)/.stamp-parity: $(VENV)/.stamp-dev
 	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
-	$(BIN)/python -m pip install --quiet --no-deps torch-fidelity==0.4.0 clean-fid==0.1.35
+	$(BIN)/python -m pip install --quiet --no-deps torch-fidelity==0.4.0 clean-fid==0.1.35 lpips==0.1.4
 	touch $@
 
 $(VENV)/.stamp-scale: $(VENV)/.stamp-base

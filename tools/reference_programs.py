@@ -1,13 +1,16 @@
-"""torch-fidelity and clean-fid, imported beside a PyTorch without torchvision, and weights to compare networks at.
+"""torch-fidelity, clean-fid and lpips, imported beside a PyTorch without torchvision, and weights to compare at.
 
-Both import torchvision, which does not import beside the CPU build of torch: the Makefile installs them without their
-dependencies, and this module stands in for the few names that they touch on import. Nothing that is compared uses them.
+All import torchvision, which does not import beside the CPU build of torch: the Makefile installs them without their
+dependencies, and this module stands in for the few names that they touch on import. Of what is compared only lpips uses
+some: the layers of two classifiers, which are written out here.
 """
 
+import contextlib
 import importlib.machinery
 import pathlib
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,26 +40,71 @@ def _stand_in_for_torchvision() -> dict[str, types.ModuleType]:
     return {"torchvision": root, **{f"torchvision.{name}": part for name, part in parts.items()}}
 
 
-def fidelity() -> types.SimpleNamespace:
-    """Imports both: `.torch_fidelity`, `.cleanfid`; ImportError says what to type."""
+@contextlib.contextmanager
+def _torchvision() -> Iterator[dict[str, types.ModuleType]]:
+    """The stand-in for as long as something is imported: other programs must not take it for the real one."""
     before = {name: found for name, found in sys.modules.items() if name.partition(".")[0] == "torchvision"}
     stand_ins = _stand_in_for_torchvision()
     sys.modules.update(stand_ins)
     try:
+        yield stand_ins
+    except ImportError as e:
+        raise ImportError(f"{e}: `make parity` installs torch-fidelity, clean-fid and lpips") from e
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def fidelity() -> types.SimpleNamespace:
+    """Imports both: `.torch_fidelity`, `.cleanfid`; ImportError says what to type."""
+    with _torchvision():
         import cleanfid.fid
         import cleanfid.resize
         import torch_fidelity
         import torch_fidelity.feature_extractor_inceptionv3
         import torch_fidelity.metric_kid
         import torch_fidelity.metric_prc
-    except ImportError as e:
-        raise ImportError(f"{e}: `make parity` installs torch-fidelity and clean-fid") from e
-    finally:
-        # Other programs must not take the stand-in for the real one.
-        for name in stand_ins:
-            del sys.modules[name]
-        sys.modules.update(before)
     return types.SimpleNamespace(torch_fidelity=torch_fidelity, cleanfid=cleanfid)
+
+
+def lpips() -> types.ModuleType:
+    """Imports lpips, whose networks have random weights and whose heads those that it brings."""
+    with _torchvision() as stand_ins:
+        models: Any = stand_ins["torchvision.models"]
+        models.alexnet, models.vgg16, models.squeezenet1_1 = _alexnet, _vgg16, None
+        import lpips
+
+        return lpips
+
+
+def _alexnet(pretrained: bool) -> types.SimpleNamespace:
+    """torchvision's AlexNet as far as its features."""
+    from torch import nn
+
+    def pool() -> Any:
+        return nn.MaxPool2d(3, stride=2)
+
+    layers = [nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), pool()]
+    layers += [nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), pool()]
+    for c_in, c_out in ((192, 384), (384, 256), (256, 256)):
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU()]
+    assert not pretrained
+    return types.SimpleNamespace(features=nn.Sequential(*layers, pool()))
+
+
+def _vgg16(pretrained: bool) -> types.SimpleNamespace:
+    """torchvision's VGG-16 as far as its features."""
+    from torch import nn
+
+    layers, width = [], 3
+    for c_out, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers += [nn.Conv2d(width, c_out, 3, padding=1), nn.ReLU()]
+            width = c_out
+        layers.append(nn.MaxPool2d(2, stride=2))
+    assert not pretrained
+    return types.SimpleNamespace(features=nn.Sequential(*layers))
 
 
 def random_inception(seed: int) -> dict[str, np.ndarray]:

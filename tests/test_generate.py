@@ -66,6 +66,33 @@ def test_greedy_codes_are_the_argmax_of_a_full_pass(name):
     np.testing.assert_array_equal(image_logits(gpt, TEXTS, labels, codes_BN, layout).argmax(-1), codes_BN)
 
 
+def test_a_long_picture_is_decoded_in_stretches():
+    """140 codes: two stretches, whose codes are those of full passes, with and without a look at every step."""
+    layout = dataclasses.replace(LAYOUT, grid=(10, 14))
+    slots = engine.prompt_slots(GPT_SMALL, Sequence.from_batch(layout.prompt(TEXTS, None)))
+    assert engine.stretches(slots, 140) == [(slots + 70, 71), (slots + 139, 140)]
+    steps = []
+    greedy, drawn = Sampling(temperature=0.0), Sampling(cfg_scale=2.0)
+    codes_BN = generate_codes(GPT_SMALL, layout, TEXTS, None, greedy, tile=5)
+    np.testing.assert_array_equal(image_logits(GPT_SMALL, TEXTS, None, codes_BN, layout).argmax(-1), codes_BN)
+    whole = generate_codes(GPT_SMALL, layout, TEXTS, None, drawn, tile=5)
+    seen = generate_codes(GPT_SMALL, layout, TEXTS, None, drawn, tile=5, on_step=lambda i, _: steps.append(i))
+    np.testing.assert_array_equal(whole, seen)
+    assert steps == list(range(1, 141))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 128, 129, 255, 256, 257, 576, 1024, 4096])
+def test_stretches_end_with_the_picture(steps):
+    parts = engine.stretches(7, steps)
+    assert parts[-1] == (7 + steps - 1, steps)
+    assert all(capacity == 7 + end - 1 for capacity, end in parts)
+    ends = [1, *(end for _, end in parts)]
+    lengths = np.diff(ends)
+    assert len(parts) <= engine.MOST_STRETCHES
+    assert lengths.max() - lengths.min() <= len(parts)
+    assert len(parts) == 1 or lengths.min() >= engine.SHORTEST_STRETCH
+
+
 def test_guidance_is_the_formula():
     codes_BN = generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, Sampling(temperature=0.0, cfg_scale=3.0), tile=4)
     given = image_logits(GPT_SMALL, TEXTS, None, codes_BN)

@@ -69,6 +69,21 @@ class Cache:
         )
 
 
+    def grown(self, capacity: int) -> "Cache":
+        """The same slots with empty ones behind them, `capacity` in all."""
+        more = capacity - self.capacity
+
+        def longer(rows_BKSH):
+            return jnp.pad(rows_BKSH, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+        return Cache(
+            keys=tuple(map(longer, self.keys)),
+            values=tuple(map(longer, self.values)),
+            segments_BS=jnp.pad(self.segments_BS, ((0, 0), (0, more)), constant_values=EMPTY),
+            length=self.length,
+        )
+
+
 def write(old: jax.Array, new: jax.Array, length: Int[Array, "*B"]) -> jax.Array:
     """Writes `new` [B, ..., L, E] into `old` [B, ..., S, E] from slot `length` on; callers check that it fits."""
 

@@ -83,8 +83,7 @@ def _search(
 ) -> tuple[Int[Array, "B K N"], Float[Array, "B K"]]:
     prompt, steps, samples = rows.prompt, settings.offsets.shape[0], rows.keys.shape[0]
     groups = shape.prompts + shape.guided
-    prefix = gpt.config.feature_length if gpt.config.conditioning == "prefix" and prompt.features is not None else 0
-    hidden_RD, cache = engine.prefill(gpt, prompt, prefix + prompt.tokens.shape[1] + steps - 1)
+    hidden_RD, cache = engine.prefill(gpt, prompt, engine.prompt_slots(gpt, prompt) + steps - 1)
     table_VD = gpt.output_table(shape.start, shape.size)
 
     def repeated(tree: Any) -> Any:

@@ -4,6 +4,9 @@
 of everything else: `start` runs the prompts of a tile and draws the first token, `advance` goes on to any later token
 and may be called again. Nothing compiles anew for other prompts, settings or schedules; only for other shapes.
 
+A step reads all slots of the cache, written or not. So a long picture is decoded in `stretches`, between which the
+cache grows (`grow`): in three of equal length a third of the slots need not be read.
+
 A tile decodes B samples in R rows of the network: G prompts for each (one, or several whose logits are mixed), and with
 guidance one more without prompt. Rows lie group by group: [prompt 1 of all samples, prompt 2 of all, ..., none of all].
 
@@ -27,6 +30,9 @@ from imagegpt_jax.sampling import draw
 from imagegpt_jax.sampling.prepare import score
 
 FREE = -1  # a token that is to be drawn, where others are given
+# Each stretch is a program of its own: so many at most, and none for fewer tokens than this.
+MOST_STRETCHES = 4
+SHORTEST_STRETCH = 64
 
 # ------------------------------------------------------------------------------------------- the parts, for a server
 
@@ -214,10 +220,28 @@ def _draw(
     )
 
 
+def prompt_slots(gpt: GPT, prompt: Sequence) -> int:
+    """Slots of the cache that a prompt takes, with its prefix features."""
+    prefix = gpt.config.feature_length if gpt.config.conditioning == "prefix" and prompt.features is not None else 0
+    return prefix + prompt.tokens.shape[1]
+
+
+def stretches(slots: int, steps: int) -> list[tuple[int, int]]:
+    """(capacity of the cache, tokens drawn at its end) of each stretch of a picture.
+
+    Args:
+      slots: that the prompt takes.
+      steps: tokens to draw; the last one is not written to the cache.
+    """
+    count = max(1, min(MOST_STRETCHES, (steps - 1) // SHORTEST_STRETCH))
+    ends = [1 + -(-(steps - 1) * i // count) for i in range(1, count + 1)]
+    return [(slots + end - 1, end) for end in ends]
+
+
 def _start(gpt: GPT, rows: Rows, settings: Settings, *, shape: Shape) -> State:
     prompt, steps = rows.prompt, settings.offsets.shape[0]
-    prefix = gpt.config.feature_length if gpt.config.conditioning == "prefix" and prompt.features is not None else 0
-    hidden_RD, cache = prefill(gpt, prompt, prefix + prompt.tokens.shape[1] + steps - 1)
+    slots = prompt_slots(gpt, prompt)
+    hidden_RD, cache = prefill(gpt, prompt, stretches(slots, steps)[0][0])
     samples = rows.keys.shape[0]
     state = State(cache, jnp.zeros((samples, steps), jnp.int32), jnp.zeros((samples,)), jnp.zeros((), jnp.int32))
     return _draw(gpt.output_table(shape.start, shape.size), shape, rows, settings, state, hidden_RD)
@@ -247,7 +271,7 @@ def _advance(gpt: GPT, rows: Rows, settings: Settings, state: State, stop: jax.A
 
 @functools.partial(jax.jit, static_argnames="shape")
 def start(gpt: GPT, rows: Rows, settings: Settings, *, shape: Shape) -> State:
-    """Runs the prompts and draws the first token.
+    """Runs the prompts into a cache for the first of the `stretches`, and draws the first token.
 
     Args:
       gpt: from `prepare`.
@@ -258,8 +282,17 @@ def start(gpt: GPT, rows: Rows, settings: Settings, *, shape: Shape) -> State:
     return sharding.map_rows(functools.partial(_start, shape=shape), (False, True, False))(gpt, rows, settings)
 
 
+@functools.partial(jax.jit, static_argnames="capacity")
+def grow(state: State, capacity: int) -> State:
+    """The same state with a cache of `capacity` slots."""
+    return dataclasses.replace(state, cache=state.cache.grown(capacity))
+
+
 @functools.partial(jax.jit, static_argnames="shape", donate_argnames="state")
 def advance(gpt: GPT, rows: Rows, settings: Settings, state: State, stop: Any, *, shape: Shape) -> State:
-    """Draws on until `stop` tokens are drawn; takes over the buffers of `state`. The same arguments as for `start`."""
+    """Draws on until `stop` tokens are drawn, for which the cache must have room; takes over the buffers of `state`.
+
+    The same arguments as for `start`.
+    """
     mapped = sharding.map_rows(functools.partial(_advance, shape=shape), (False, True, False, True, False))
     return mapped(gpt, rows, settings, state, jnp.asarray(stop, jnp.int32))

@@ -17,6 +17,7 @@ from imagegpt_jax.models import layers
 from imagegpt_jax.models.gpt import GPT, Sequence
 
 TILE = 16
+FEATURES = ("features", "feature_mask")
 
 
 @functools.partial(jax.jit, static_argnames=("start", "size", "kind"))
@@ -37,6 +38,7 @@ def log_likelihood(
     codes_BN: np.ndarray,
     *,
     of: str = "image",
+    features: tuple[np.ndarray, np.ndarray] | None = None,
     tile: int = TILE,
 ) -> Float[np.ndarray, " B"]:
     """log P(image | words), or log P(words | image), in nats, without guidance.
@@ -48,6 +50,7 @@ def log_likelihood(
       labels: class of each, or None.
       codes_BN: its codes.
       of: "image" (given the words) or "text" (given the image; with its end).
+      features: a text encoder's output [B, P, E] and its mask [B, P], for a decoder with `feature_width`.
       tile: examples in one pass.
 
     Raises:
@@ -59,7 +62,10 @@ def log_likelihood(
     start, size = layout.image_ids if of == "image" else layout.text_ids
     total = len(codes_BN)
     packed = layout.pack(texts, labels, codes_BN, np.full(total, direction))
-    names = ("tokens", "positions", "segments", "target_positions", "condition", "targets", "kind")
+    names = ["tokens", "positions", "segments", "target_positions", "condition", "targets", "kind"]
+    if features is not None:
+        packed |= dict(zip(FEATURES, features, strict=True))
+        names += FEATURES
     out_B = np.zeros(total, np.float32)
     for first in range(0, total, tile):
         rows = np.minimum(np.arange(first, first + tile), total - 1)

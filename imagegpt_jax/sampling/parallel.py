@@ -99,10 +99,9 @@ def _decode(
         return jax.lax.dynamic_update_slice(drawn, tokens.reshape(samples, k), (0, first))
 
     # --- The prompt but for its last token, which is entered once for each of the first k codes.
-    prefix = gpt.config.feature_length if gpt.config.conditioning == "prefix" and prompt.features is not None else 0
     length = prompt.tokens.shape[1]
     passes = -(-steps // k)
-    capacity = prefix + length + passes * k + k
+    capacity = engine.prompt_slots(gpt, prompt) + passes * k + k
     cache = gpt.init_cache(count, capacity)
     if length > 1:
         output = gpt(prompt.first(length - 1), cache)

@@ -74,8 +74,10 @@ def caption(gpt: "Decoder", candidates: Candidates) -> np.ndarray:
 def words(gpt: "Decoder", candidates: Candidates) -> np.ndarray:
     """log P(picture | words) - log P(picture), both without guidance: the pointwise mutual information."""
     texts, labels = _ids(gpt, candidates)
-    given = log_likelihood(gpt.gpt, candidates.layout, texts, labels, candidates.codes)
-    none = log_likelihood(gpt.gpt, candidates.layout, [[] for _ in texts], None, candidates.codes)
+    prompts = [asked.prompt for asked in candidates.asked]
+    seen, nothing = (gpt.read(words) for words in (prompts, [""] * len(prompts)))
+    given = log_likelihood(gpt.gpt, candidates.layout, texts, labels, candidates.codes, features=seen)
+    none = log_likelihood(gpt.gpt, candidates.layout, [[] for _ in texts], None, candidates.codes, features=nothing)
     return given - none
 
 

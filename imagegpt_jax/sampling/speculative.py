@@ -137,8 +137,7 @@ def _decode(
         return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, step), use))(rows.keys)
 
     # --- The prompt and the first token; the first guesses are drawn as if they stood where it does.
-    prefix = gpt.config.feature_length if gpt.config.conditioning == "prefix" and prompt.features is not None else 0
-    capacity = prefix + prompt.tokens.shape[1] + steps - 1 + window
+    capacity = engine.prompt_slots(gpt, prompt) + steps - 1 + window
     hidden_RD, cache = engine.prefill(gpt, prompt, capacity, per_row=True)
     p_B1V = probabilities(hidden_RD[:, None], jnp.zeros((samples, 1), jnp.int32))
     q_BWV = jnp.broadcast_to(p_B1V, (samples, window, shape.size))

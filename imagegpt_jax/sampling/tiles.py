@@ -149,11 +149,15 @@ def run(
             state = engine.start(gpt, rows, settings, shape=shape)
             if on_step is not None:
                 on_step(1, _fetch(state.drawn)[:count])
-                for i in range(2, steps + 1):
-                    state = engine.advance(gpt, rows, settings, state, i, shape=shape)
-                    on_step(i, _fetch(state.drawn)[:count])
-            else:
-                state = engine.advance(gpt, rows, settings, state, steps, shape=shape)
+            drawn = 1
+            for capacity, end in engine.stretches(engine.prompt_slots(gpt, rows.prompt), steps):
+                if capacity > state.cache.capacity:
+                    state = engine.grow(state, capacity)
+                for stop in [end] if on_step is None else range(drawn + 1, end + 1):
+                    state = engine.advance(gpt, rows, settings, state, stop, shape=shape)
+                    if on_step is not None:
+                        on_step(stop, _fetch(state.drawn)[:count])
+                drawn = end
             tokens[first : first + count] = _fetch(state.drawn)[:count]
             scores[first : first + count] = _fetch(state.log_likelihood)[:count]
             if progress is not None:

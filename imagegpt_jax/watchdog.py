@@ -40,14 +40,16 @@ class Watchdog:
       end: called with one sentence when the run hangs; does not return.
       signs: the coordinator's store, with `put(text)` for this process's sign of life and `all()` for everybody's, by
         number of the process; None for a process that runs alone.
+      count: how many processes there are.
     """
 
-    def __init__(self, end: Callable[[str], None], signs: Any = None):
+    def __init__(self, end: Callable[[str], None], signs: Any = None, count: int = 1):
         self._end, self._signs = end, signs
         self._stopped = threading.Event()
         self._step, self._moved = 0, time.monotonic()
         self._answered = self._ticked = time.monotonic()
-        self._seen: dict[int, tuple[str, float]] = {}
+        # By number of the process, its last sign and when that came: a count and a step.
+        self._seen = dict.fromkeys(range(count if signs is not None else 0), ("[0, 0]", self._moved))
         self._refusal = ""  # what the coordinator's store last said instead of an answer
         if signs is not None:
             threading.Thread(target=self._exchange, daemon=True, name="signs of life").start()

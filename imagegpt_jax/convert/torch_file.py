@@ -2,6 +2,7 @@
 
 The pickle is unpickled with a list of what it may name; nothing in it is ever called that is not on the list, and what
 training frameworks leave in checkpoints besides tensors becomes inert `Left` objects. Storages are read when asked for.
+Of TorchScript programs only the tensors are read, under the names of the modules that hold them.
 """
 
 import dataclasses
@@ -107,11 +108,15 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, path: pathlib.Path, offsets: dict[str, int]):
+    _script = False  # whether the file is a TorchScript program
+
+    def __init__(self, data: bytes, path: pathlib.Path, offsets: dict[str, int], script: bool):
         super().__init__(io.BytesIO(data))
-        self._path, self._offsets = path, offsets
+        self._path, self._offsets, self._script = path, offsets, script
 
     def find_class(self, module: str, name: str) -> Any:
+        if self._script and (module.startswith("__torch__") or module == "torch.jit._pickle"):
+            return Left
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         if module in ("torch", "torch.storage") and name in _STORAGES:
@@ -159,9 +164,16 @@ def read(path: pathlib.Path) -> Any:
                 lengths = np.frombuffer(file.read(4), "<u2")
                 offsets[name.removeprefix("data/")] = entry.header_offset + _HEADER + int(lengths.sum())
     try:
-        return _Unpickler(data, path, offsets).load()
+        script = "constants.pkl" in entries  # which TorchScript has besides
+        tree = _Unpickler(data, path, offsets, script).load()
+        return _attributes(tree) if script else tree
     except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as e:
         raise UserError(f"{path} is damaged ({e}): copy it again.") from e
+
+
+def _attributes(tree: Any) -> Any:
+    """The modules of a TorchScript program as nested dicts."""
+    return {name: _attributes(value) for name, value in vars(tree).items()} if isinstance(tree, Left) else tree
 
 
 def tensors(tree: Any) -> dict[str, Tensor]:

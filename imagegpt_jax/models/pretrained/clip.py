@@ -5,7 +5,6 @@ Shapes: B batch, L = 77 tokens, N positions, D width of a tower, E embedding, P 
 """
 
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.models.pretrained import vit, weights
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -27,8 +25,7 @@ _NAMES = vit.Names(
     mlp=("mlp.fc1", "mlp.fc2"),
 )
 _IMAGE, _TEXT = "vision_model.encoder.layers.", "text_model.encoder.layers."
-# Our parameter -> (name in the file, from the file's layout to ours).
-_DIRECT: Mapping[str, tuple[str, tuple[int, ...]]] = {
+_TABLE: vit.Table = {
     "class_embedding": ("vision_model.embeddings.class_embedding", (0,)),
     "patch_kernel": ("vision_model.embeddings.patch_embedding.weight", (2, 3, 1, 0)),
     "image_positions": ("vision_model.embeddings.position_embedding.weight", (0, 1)),
@@ -64,7 +61,7 @@ class CLIP(nnx.Module):
     text_projection: nnx.Param
     logit_scale: nnx.Param
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, key: jax.Array):
+    def __init__(self, shapes: vit.Shapes, *, key: jax.Array):
         """Makes the network for the arrays of a file.
 
         Args:
@@ -74,15 +71,11 @@ class CLIP(nnx.Module):
         Raises:
           UserError: if the names are not CLIP's.
         """
-        keys = jax.random.split(key, len(_DIRECT) + 2)
-        for (ours, (theirs, order)), part in zip(_DIRECT.items(), keys, strict=False):
-            if theirs not in shapes or len(shapes[theirs]) != len(order):
-                raise UserError(f"these are not weights of CLIP: {theirs} is missing. Give the file of `transformers`.")
-            shape = tuple(shapes[theirs][axis] for axis in order)
-            value = jax.random.normal(part, shape) * 0.02
-            setattr(self, ours, nnx.Param(value, axes=(None,) * len(shape)))
-        self.image_tower = _tower(shapes, _IMAGE, key=keys[-2])
-        self.text_tower = _tower(shapes, _TEXT, key=keys[-1])
+        direct, image, text = jax.random.split(key, 3)
+        kind = {"activation": "quick_gelu", "eps": _EPS, "scaled": False}
+        vit.add_parameters(self, _TABLE, shapes, "CLIP", key=direct)
+        self.image_tower = vit.tower(shapes, _IMAGE, _NAMES, "CLIP", key=image, **kind)
+        self.text_tower = vit.tower(shapes, _TEXT, _NAMES, "CLIP", key=text, **kind)
         patch = self.patch_kernel.shape[0]
         self.size = math.isqrt(self.image_positions.shape[0] - 1) * patch
         self.length = self.text_positions.shape[0]
@@ -98,22 +91,9 @@ class CLIP(nnx.Module):
         found = {name: a for name, a in weights.read(path).items() if not name.endswith(".position_ids")}
         shapes = {name: array.shape for name, array in found.items()}
         model = nnx.eval_shape(lambda: cls(shapes, key=jax.random.key(0)))
-        model.set_arrays(found, str(path))
+        towers = {_IMAGE: model.image_tower, _TEXT: model.text_tower}
+        vit.fill(model, _TABLE, towers, _NAMES, found, str(path), "CLIP")
         return model
-
-    def set_arrays(self, arrays: Mapping[str, np.ndarray], source: str) -> None:
-        """Replaces all parameters.
-
-        Raises:
-          UserError: naming the arrays that are missing, unknown or of another shape.
-        """
-        expected = self.image_tower.expected(_IMAGE, _NAMES) | self.text_tower.expected(_TEXT, _NAMES)
-        expected |= {name: arrays[name].shape for name, _ in _DIRECT.values()}
-        weights.check(arrays, expected, source, "CLIP")
-        for ours, (theirs, order) in _DIRECT.items():
-            getattr(self, ours).set_value(jnp.asarray(np.asarray(arrays[theirs], np.float32).transpose(order)))
-        self.image_tower.set_arrays(arrays, _IMAGE, _NAMES)
-        self.text_tower.set_arrays(arrays, _TEXT, _NAMES)
 
     def embed_images(self, images_BHWC: Float[Array, "B size size 3"]) -> Float[Array, "B E"]:
         """Embeddings, not scaled to unit length, of images in [0, 255] of `size` pixels a side."""
@@ -131,12 +111,3 @@ class CLIP(nnx.Module):
         x = vit.layer_norm(x, self.text_scale[...], self.text_bias[...], _EPS)
         ends = jnp.argmax(tokens_BL, axis=1)
         return jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0] @ self.text_projection[...]
-
-
-def _tower(shapes: Mapping[str, tuple[int, ...]], prefix: str, *, key: jax.Array) -> vit.Transformer:
-    first = f"{prefix}0.{_NAMES.mlp[0]}.weight"
-    if first not in shapes:
-        raise UserError(f"these are not weights of CLIP: {first} is missing. Give the file of `transformers`.")
-    hidden, width = shapes[first]
-    layers = vit.count_layers(list(shapes), prefix)
-    return vit.Transformer(layers, width, hidden, activation="quick_gelu", eps=_EPS, scaled=False, key=key)

@@ -5,7 +5,6 @@ Shapes: B batch, N positions, D width, P pixels of a patch's side.
 """
 
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.models.pretrained import vit, weights
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -30,7 +28,7 @@ _NAMES = vit.Names(
     mlp=("mlp.fc1", "mlp.fc2"),
     scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
 )
-_DIRECT: Mapping[str, tuple[str, tuple[int, ...]]] = {
+_TABLE: vit.Table = {
     "class_embedding": ("embeddings.cls_token", (0, 1, 2)),
     "positions": ("embeddings.position_embeddings", (0, 1, 2)),
     "patch_kernel": ("embeddings.patch_embeddings.projection.weight", (2, 3, 1, 0)),
@@ -51,7 +49,7 @@ class DINOv2(nnx.Module):
     scale: nnx.Param
     bias: nnx.Param
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, key: jax.Array):
+    def __init__(self, shapes: vit.Shapes, *, key: jax.Array):
         """Makes the network for the arrays of a file.
 
         Args:
@@ -61,17 +59,10 @@ class DINOv2(nnx.Module):
         Raises:
           UserError: if the names are not DINOv2's.
         """
-        keys = jax.random.split(key, len(_DIRECT) + 1)
-        first = f"{_LAYERS}0.{_NAMES.mlp[0]}.weight"
-        for name in (*(theirs for theirs, _ in _DIRECT.values()), first):
-            if name not in shapes:
-                raise UserError(f"these are not weights of DINOv2: {name} is missing. Give the file of `transformers`.")
-        for (ours, (theirs, order)), part in zip(_DIRECT.items(), keys, strict=False):
-            shape = tuple(shapes[theirs][axis] for axis in order)
-            setattr(self, ours, nnx.Param(jax.random.normal(part, shape) * 0.02, axes=(None,) * len(shape)))
-        hidden, width = shapes[first]
-        layers = vit.count_layers(list(shapes), _LAYERS)
-        self.tower = vit.Transformer(layers, width, hidden, activation="gelu", eps=_EPS, scaled=True, key=keys[-1])
+        direct, blocks = jax.random.split(key)
+        vit.add_parameters(self, _TABLE, shapes, "DINOv2", key=direct)
+        kind = {"activation": "gelu", "eps": _EPS, "scaled": True}
+        self.tower = vit.tower(shapes, _LAYERS, _NAMES, "DINOv2", key=blocks, **kind)
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "DINOv2":
@@ -83,12 +74,7 @@ class DINOv2(nnx.Module):
         found = {name: array for name, array in weights.read(path).items() if name not in _UNUSED}
         shapes = {name: array.shape for name, array in found.items()}
         model = nnx.eval_shape(lambda: cls(shapes, key=jax.random.key(0)))
-        expected = model.tower.expected(_LAYERS, _NAMES)
-        expected |= {name: shapes[name] for name, _ in _DIRECT.values()}
-        weights.check(found, expected, str(path), "DINOv2")
-        for ours, (theirs, order) in _DIRECT.items():
-            getattr(model, ours).set_value(jnp.asarray(np.asarray(found[theirs], np.float32).transpose(order)))
-        model.tower.set_arrays(found, _LAYERS, _NAMES)
+        vit.fill(model, _TABLE, {_LAYERS: model.tower}, _NAMES, found, str(path), "DINOv2")
         return model
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from imagegpt_jax import sharding
 from imagegpt_jax.models import winograd
-from imagegpt_jax.models.pretrained import weights
+from imagegpt_jax.models.pretrained import inception_torchscript, weights
 
 SIZE = 299  # pixels of a side that the network works on
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
@@ -289,13 +289,15 @@ class Inception(nnx.Module):
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Inception":
-        """Reads the PyTorch file of the weights (`FILE`, also known as torch-fidelity's), or its safetensors form.
+        """Reads the PyTorch file of the weights (`FILE`, also known as torch-fidelity's), or NVIDIA's TorchScript file.
 
         Raises:
           UserError: if the file is missing, damaged, or its arrays are not exactly those of the network.
         """
         model = nnx.eval_shape(lambda: cls(key=jax.random.key(0)))
-        model.set_arrays(weights.read(path), str(path))
+        arrays = weights.read(path)
+        arrays = inception_torchscript.renamed(arrays) if inception_torchscript.is_torchscript(arrays) else arrays
+        model.set_arrays(arrays, str(path))
         return model
 
     def units(self) -> Iterator[tuple[str, Unit]]:

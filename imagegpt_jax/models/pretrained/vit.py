@@ -1,4 +1,4 @@
-"""The transformer that the frozen towers of CLIP and DINOv2 are made of: pre-norm blocks, stacked and scanned.
+"""What the frozen networks CLIP and DINOv2 share: pre-norm blocks, stacked and scanned, and reading of their files.
 
 Shapes: B batch, N positions, D width, F hidden width, L layers, H heads, h width of a head.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, N positions, D width, F hidden width, L layers, H heads, h widt
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
+
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.models.pretrained import weights
 
 HEAD = 64  # width of a head in every published CLIP and DINOv2
 
@@ -148,6 +152,71 @@ class Transformer(nnx.Module):
 
 def _param(value: Array) -> nnx.Param:
     return nnx.Param(value, axes=(None,) * value.ndim)
+
+
+# ---------------------------------------------------------------------------------------------------- whole networks
+
+# Our parameter -> (its name in a file, the file's axes in our order).
+Table = Mapping[str, tuple[str, tuple[int, ...]]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def add_parameters(module: nnx.Module, table: Table, shapes: Shapes, network: str, *, key: jax.Array) -> None:
+    """Gives a module the random parameters of a table, in the shapes that a file has.
+
+    Raises:
+      UserError: if the file lacks one, and so is none of this network's.
+    """
+    for (ours, (theirs, order)), part in zip(table.items(), jax.random.split(key, len(table)), strict=True):
+        if len(_shape(shapes, theirs, network)) != len(order):
+            raise UserError(f"these are not weights of {network}: {theirs} has the shape {shapes[theirs]}.")
+        shape = tuple(shapes[theirs][axis] for axis in order)
+        setattr(module, ours, _param(jax.random.normal(part, shape) * 0.02))
+
+
+def tower(shapes: Shapes, prefix: str, names: Names, network: str, *, key: jax.Array, **kind: Any) -> Transformer:
+    """The blocks that a file has under a prefix; `kind` as in `Transformer`, errors as in `add_parameters`."""
+    hidden, width = _shape(shapes, f"{prefix}0.{names.mlp[0]}.weight", network)
+    return Transformer(count_layers(list(shapes), prefix), width, hidden, key=key, **kind)
+
+
+def _shape(shapes: Shapes, name: str, network: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise UserError(f"these are not weights of {network}: {name} is missing. Give the file of `transformers`.")
+    return shapes[name]
+
+
+def fill(
+    module: nnx.Module,
+    table: Table,
+    towers: Mapping[str, Transformer],
+    names: Names,
+    arrays: Mapping[str, np.ndarray],
+    source: str,
+    network: str,
+) -> None:
+    """Replaces all parameters by the arrays of a file, which must be exactly those of the network.
+
+    Args:
+      module: the network.
+      table: of its parameters outside the blocks.
+      towers: prefix in the file -> blocks.
+      names: of the parts of a block.
+      arrays: name in the file -> array.
+      source: the file's name.
+      network: the network's name.
+
+    Raises:
+      UserError: naming the arrays that are missing, unknown or of another shape.
+    """
+    expected = {name: arrays[name].shape for name, _ in table.values()}
+    for prefix, blocks in towers.items():
+        expected |= blocks.expected(prefix, names)
+    weights.check(arrays, expected, source, network)
+    for ours, (theirs, order) in table.items():
+        getattr(module, ours).set_value(jnp.asarray(np.asarray(arrays[theirs], np.float32).transpose(order)))
+    for prefix, blocks in towers.items():
+        blocks.set_arrays(arrays, prefix, names)
 
 
 def patches(images_BHWC: Float[Array, "B H W C"], kernel: Float[Array, "P P C D"]) -> Float[Array, "B N D"]:

@@ -1,11 +1,15 @@
 """The FID Inception against torch-fidelity's, at random weights from a file that torch.save wrote."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 import torch
 
 from imagegpt_jax.evals import networks, resizing
+from imagegpt_jax.models.pretrained import inception_torchscript
+from imagegpt_jax.models.pretrained.inception import Inception
 
 pytestmark = pytest.mark.parity
 
@@ -50,3 +54,44 @@ def test_resizing_of_the_graph(fidelity, shape):
     image = np.random.default_rng(0).integers(0, 256, (1, *shape, 3)).astype(np.float32)
     expected = reference(torch.from_numpy(image).permute(0, 3, 1, 2), (299, 299), align_corners=False)
     np.testing.assert_allclose(resize(image), expected.permute(0, 2, 3, 1).numpy(), rtol=0, atol=2e-4)
+
+
+def script_of(arrays):
+    """A TorchScript program with the weights under the names that NVIDIA's file has."""
+    ours = {name: theirs for theirs, name in inception_torchscript._names().items()}
+    root = torch.nn.Module()
+
+    def put(path, value):
+        *parents, last = path.split(".")
+        place = root
+        for name in parents:
+            if not hasattr(place, name):
+                setattr(place, name, torch.nn.Module())
+            place = getattr(place, name)
+        place.register_buffer(last, torch.from_numpy(value))
+
+    for name, layer in ours.items():
+        dotted = re.sub(r"^(mixed(?:_\d+)?|tower(?:_\d)?)_(?=tower|conv|mixed)", r"\1.", layer)
+        dotted = re.sub(r"(?<=\.)(tower(?:_\d)?)_(?=conv|mixed)", r"\1.", dotted).replace("mixed_conv", "mixed.conv")
+        put(f"layers.{dotted}.weight", arrays[f"{name}.conv.weight"])
+        put(f"layers.{dotted}.beta", arrays[f"{name}.bn.bias"])
+        put(f"layers.{dotted}.mean", arrays[f"{name}.bn.running_mean"])
+        put(f"layers.{dotted}.var", arrays[f"{name}.bn.running_var"])
+    put("output.weight", arrays["fc.weight"])
+    put("output.bias", arrays["fc.bias"])
+    return torch.jit.script(root)
+
+
+def test_torchscript(programs, tmp_path):
+    """The weights of a program are those of a state dict whose batch norms have no scale."""
+    arrays = programs.random_inception(1)
+    for name in arrays:
+        if name.endswith(".bn.weight"):
+            arrays[name] = np.ones_like(arrays[name])
+    programs.save_torch(arrays, tmp_path / "state.pth")
+    script_of(arrays).save(str(tmp_path / "script.pt"))
+    one, other = (Inception.load(tmp_path / name) for name in ("state.pth", "script.pt"))
+    names = {layer for layer, _ in one.units()}
+    assert len(names) == 94
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)

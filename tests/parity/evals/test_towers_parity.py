@@ -29,51 +29,77 @@ def lively(module):
     return module.eval()
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def sizes(width, layers):
+    """Of one tower; published ones differ in these, in heads of 64 and in MLPs four times as wide."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": width // 64,
+        "num_hidden_layers": layers,
+    }
+
+
+# A small one, and ViT-B/32 and ViT-L/14 of one layer each: (image tower, image side, patch, text tower, embedding).
+CLIPS = {
+    "small": (sizes(128, 3), 32, 8, sizes(64, 2), 24),
+    "B/32": (sizes(768, 1), 224, 32, sizes(512, 1), 512),
+    "L/14": (sizes(1024, 1), 224, 14, sizes(768, 1), 768),
+}
+
+
+@pytest.fixture(scope="module", params=CLIPS)
+def pair(request, tmp_path_factory):
     from transformers import CLIPConfig, CLIPModel
 
-    sizes = {"hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 2, "num_hidden_layers": 2}
+    image, side, patch, text, embedding = CLIPS[request.param]
+    words = {"vocab_size": 60, "max_position_embeddings": 12, "eos_token_id": 59, "bos_token_id": 58}
     config = CLIPConfig(
-        text_config={**sizes, "vocab_size": 60, "max_position_embeddings": 12, "eos_token_id": 59, "bos_token_id": 58},
-        vision_config={**sizes, "image_size": 32, "patch_size": 8, "num_hidden_layers": 3},
-        projection_dim=24,
+        text_config={**text, **words},
+        vision_config={**image, "image_size": side, "patch_size": patch},
+        projection_dim=embedding,
     )
     reference = lively(CLIPModel(config))
     folder = tmp_path_factory.mktemp("clip")
     reference.save_pretrained(folder)
-    return clip.CLIP.load(folder), reference
+    return clip.CLIP.load(folder), reference, side
 
 
 def test_images_of_clip(pair):
-    ours, reference = pair
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    ours, reference, side = pair
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3)).astype(np.uint8)
     pixels = torch.from_numpy((images.astype(np.float32) / 255 - clip.MEAN) / clip.DEVIATION).permute(0, 3, 1, 2)
     vision = reference.vision_model(pixel_values=pixels).pooler_output
-    assert (ours.size, ours.length) == (32, 12)
-    close(ours.embed_images(images), reference.visual_projection(vision))
+    assert (ours.size, ours.length) == (side, 12)
+    close(jax.jit(type(ours).embed_images)(ours, images), reference.visual_projection(vision))
 
 
 def test_texts_of_clip(pair):
-    ours, reference = pair
+    ours, reference, _ = pair
     tokens = np.array([[58, 4, 9, 59, 59, 59, 59], [58, 11, 3, 8, 20, 31, 59]])
     text = reference.text_model(input_ids=torch.from_numpy(tokens)).pooler_output
-    close(ours.embed_texts(tokens), reference.text_projection(text))
+    close(jax.jit(type(ours).embed_texts)(ours, tokens), reference.text_projection(text))
 
 
-@pytest.mark.parametrize("size", [56, 42])
-def test_dinov2(tmp_path, size):
+# Small ones, and ViT-B/14 and ViT-L/14 of one layer at the side that FD-DINOv2 takes: (tower, trained side, side).
+DINOS = {
+    "small": (sizes(128, 3), 70, 56),
+    "small, cut": (sizes(128, 3), 70, 42),
+    "B/14": (sizes(768, 1), 518, dinov2.SIZE),
+    "L/14": (sizes(1024, 1), 518, dinov2.SIZE),
+}
+
+
+@pytest.mark.parametrize("name", DINOS)
+def test_dinov2(tmp_path, name):
     from transformers import Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(
-        hidden_size=128, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, image_size=70, patch_size=14
-    )
-    reference = lively(Dinov2Model(config))
+    tower, trained, side = DINOS[name]
+    reference = lively(Dinov2Model(Dinov2Config(**tower, mlp_ratio=4, image_size=trained, patch_size=14)))
     reference.save_pretrained(tmp_path)
     ours = dinov2.DINOv2.load(tmp_path)
-    images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3)).astype(np.uint8)
     pixels = torch.from_numpy((images.astype(np.float32) / 255 - dinov2.MEAN) / dinov2.DEVIATION).permute(0, 3, 1, 2)
-    close(ours(images), reference(pixel_values=pixels).pooler_output)
+    close(jax.jit(type(ours).__call__)(ours, images), reference(pixel_values=pixels).pooler_output)
 
 
 class Reference(nn.Module):

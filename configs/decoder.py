@@ -10,6 +10,7 @@ Sizes:
 
 Recipes, published systems with all their numbers (`recipes.py`):
   llamagen_B L XL XXL 3B   LlamaGen (arXiv:2406.06525), 300 epochs on ten crops
+  llamagen_t2i_XL XL_512 1B 7B   LlamaGen over words: 120 features of a text encoder before the picture
   rar_B L XL XXL           RAR (arXiv:2411.00776): random order annealed to raster, adaptive norm, 1024 codes
   imagegpt_S M L           ImageGPT (Chen et al. 2020): 32 px pictures as 1024 of 512 colours
   after_dalle_mini         decoder with DALL-E mini's width, codes, text length and Distributed Shampoo
@@ -84,6 +85,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.untrained_tokenizer.model.quantizer.num_codes = 8192
     downsample = {"test": 4, "emoji": 4, "vq16": 16}[run["tokenizer"]]
 
+    # --- Text encoder: folder of a language model (GPT-2, Llama, portable) whose states over the words are features
+    # before the picture, frozen; "" = the words are tokens of the sequence.
+    config.text_encoder = ""
+
     source = "tfds:imagenet2012,split=" if classes else "tfds:coco_captions,split="
     # --- Data: images that are encoded within the step, or `tokens:DIR` made by `imagegpt_jax.encode`.
     config.data = {
@@ -98,7 +103,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "text_tokenizer": "",  # folder of a tokenizer; "" trains one on the captions of `train`
         "text_vocab_size": {"emoji": 4096, "20B": 16384}.get(args.size, 1024),  # 0 = no words
         "text_tokenizer_examples": 100_000,  # captions it is trained on
-        "text_length": 1 if classes else 12 if small else 128,  # length of the text region; longer captions are cut
+        # Length of the text region, or with a text encoder number of its features; longer captions are cut.
+        "text_length": 1 if classes else 12 if small else 128,
         "text_weight": 0.0 if classes else 0.1,  # loss weights of text and image targets
         "image_weight": 1.0,
         "guidance_dropout": 0.1,  # share of sequences without their text, for classifier-free guidance
@@ -136,8 +142,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "mlp_dropout": 0.1 if classes else 0.0,
         "attention_dropout": 0.0,
         "target_positions": False,
-        "feature_width": 0,
-        "feature_length": 0,
+        "feature_width": 0,  # 0 = as the text encoder, if there is one
+        "feature_length": 0,  # 0 = data.text_length, if there is one
         "feature_begins": False,
         "conditioning": "prefix",
         "attention": "auto",

@@ -43,6 +43,34 @@ def _llamagen(size: str) -> Recipe:
     )
 
 
+def _text_to_image(res: int, pictures: int, **model: int) -> Recipe:
+    """LlamaGen over words: 120 features of FLAN-T5-XL, of which the last stands where a picture begins.
+
+    T5 is not read here: `text_encoder` names a language model, and `model.feature_width=0` takes its width. How long it
+    was trained is not published, so this is one pass over as many pictures. Sampling is that of the authors' program.
+    """
+    return Recipe(
+        size="XL",
+        res=res,
+        changes={
+            "steps": pictures // 256,
+            "data.train": "tfds:coco_captions,split=train",
+            "data.validation": "tfds:coco_captions,split=validation",
+            "data.use_labels": False,
+            "data.num_classes": 0,
+            "data.text_vocab_size": 0,
+            "data.text_length": 120,
+            "model.feature_width": 2048,
+            "model.feature_length": 120,
+            "model.feature_begins": True,
+            "sampling.cfg_scale": 7.5,
+            "sampling.top_k": 1000,
+            **({"topology": ""} if model else {}),
+            **{f"model.{name}": value for name, value in model.items()},
+        },
+    )
+
+
 def _rar(depth: int, heads: int, width: int, mlp_width: int, cfg_scale: float, cfg_power: float) -> Recipe:
     """250k steps of 2048: random order until 125k, raster from 187.5k; MaskGIT-VQGAN's 1024 codes."""
     return Recipe(
@@ -146,6 +174,12 @@ def _imagegpt(depth: int, heads: int, width: int, lr: float) -> Recipe:
 
 RECIPES = {
     **{f"llamagen_{size}": _llamagen(size) for size in ("B", "L", "XL", "XXL", "3B")},
+    # The released ones: 50 million pictures at 256 px, then 10 million at 512 px.
+    "llamagen_t2i_XL": _text_to_image(256, 50_000_000),
+    "llamagen_t2i_XL_512": _text_to_image(512, 10_000_000),
+    # The other sizes that the authors' code has for words.
+    "llamagen_t2i_1B": _text_to_image(256, 50_000_000, depth=22, heads=32, width=2048, mlp_width=5632),
+    "llamagen_t2i_7B": _text_to_image(256, 50_000_000, depth=32, heads=32, width=4096, mlp_width=11008),
     "rar_B": _rar(24, 16, 768, 3072, 16.0, 2.75),
     "rar_L": _rar(24, 16, 1024, 4096, 15.5, 2.5),
     "rar_XL": _rar(32, 16, 1280, 5120, 6.9, 1.5),

@@ -24,6 +24,7 @@ from flax import nnx
 from imagegpt_jax import checkpoint, sharding
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
+from imagegpt_jax import text_encoder as encoders
 from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.convert import reading
 from imagegpt_jax.convert.formats import Options
@@ -276,17 +277,11 @@ class Decoder(nnx.Module):
         Raises:
           UserError: if the weights came without a text tokenizer.
         """
-        ids = [row[:length] for row in self.setup.text.encode_batch(list(prompts))]
-        mask_BP = np.arange(length) >= length - np.array([[len(row)] for row in ids])
-        tokens_BP = np.zeros(mask_BP.shape, np.int32)
-        tokens_BP[mask_BP] = np.concatenate([np.asarray(row, np.int32) for row in ids])
-        positions_BP1 = np.where(mask_BP, np.cumsum(mask_BP, axis=1) - 1, 0)[..., None].astype(np.int32)
-        sequence = Sequence(
-            tokens=jnp.asarray(tokens_BP),
-            positions=jnp.broadcast_to(positions_BP1, (*mask_BP.shape, 3)),
-            segments=jnp.asarray(mask_BP, jnp.int32),
-        )
-        return np.asarray(_hidden(self.gpt, sequence), np.float32) * mask_BP[..., None], mask_BP
+        return encoders.read(self.gpt, self.setup.text, prompts, length)
+
+    def read(self, prompts: List[str]) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the decoder's text encoder makes of prompts, as `text_features`; None if it has none."""
+        return None if self.setup.encoder is None else self.setup.encoder.read(prompts)
 
     def sampling(self, **settings: float | None) -> Sampling:
         """The run's `config.sampling`, with the settings that are given (not None) in place of its own.
@@ -319,7 +314,7 @@ class Decoder(nnx.Module):
         return _fingerprint(self.gpt.config, self.gpt)
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a prompt, of which the first `setup.layout.text_length` are used.
+        """Token ids of a prompt, of which the first `setup.layout.text_length` are used; none with a text encoder.
 
         Raises:
           UserError: for a prompt that is not empty, if the decoder was not trained on captions.
@@ -327,7 +322,7 @@ class Decoder(nnx.Module):
         data = self.config.data
         if text and data.text_length <= int(data.use_labels):
             raise UserError(f"{self.path} was trained on classes, not on captions: give classes.")
-        return self.setup.text.encode_batch([text])[0] if text else []
+        return self.setup.text.encode_batch([text])[0] if text and self.setup.encoder is None else []
 
     def load_tokenizer(self) -> Tokenizer:
         """The image tokenizer that the decoder was trained with.
@@ -350,11 +345,6 @@ def _plain(name: str) -> str:
 
 
 @jax.jit
-def _hidden(gpt: GPT, sequence: Sequence) -> jax.Array:
-    return gpt(sequence).hidden
-
-
-@jax.jit
 def _logits(gpt: GPT, sequence: Sequence) -> jax.Array:
     return gpt(sequence).logits
 
@@ -364,6 +354,7 @@ def load_decoder(
     step: int | None = None,
     *,
     tokenizer: epath.PathLike | None = None,
+    text_encoder: epath.PathLike | None = None,
     heads: int | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Decoder:
@@ -374,6 +365,8 @@ def load_decoder(
         recognised by content (docs/weights.md).
       step: checkpoint of a run; the newest by default.
       tokenizer: workdir of its image tokenizer, if that is no longer where the decoder's config says.
+      text_encoder: language model that reads the prompts, if it is no longer where the decoder's config says, or for
+        a published decoder that reads features.
       heads: of a LlamaGen decoder of unpublished size, which its weights do not tell.
       grid: (rows, columns) of codes of a LlamaGen decoder's pictures, if they are not 16 x 16.
 
@@ -384,12 +377,17 @@ def load_decoder(
     if reading.is_weights(path):
         loaded = reading.load(path, "decoder", Options(heads=heads, grid=grid))
         if not loaded.run:
-            beside = str(tokenizer or "")
-            setup: Any = reading.DecoderSetup(loaded.config, loaded.layout, str(path), beside, loaded.text)
+            beside, model = str(tokenizer or ""), loaded.config
+            encoder = None
+            if text_encoder is not None:
+                encoder = encoders.open_encoder(text_encoder, model.feature_length, model.feature_width)
+            setup: Any = reading.DecoderSetup(model, loaded.layout, str(path), beside, loaded.text, encoder)
             return Decoder(loaded.module(), setup, path=str(path), step=0)
     config = read_config(path, "decoder") if loaded is None else loaded.run
     if tokenizer is not None:
         config.tokenizer = str(tokenizer)
+    if text_encoder is not None:
+        config.text_encoder = str(text_encoder)
     setup = decoder_task.setup_for_inference(config, path)
     if loaded is not None:
         return Decoder(loaded.module(), setup, path=str(path), step=0)

@@ -155,6 +155,9 @@ def draw(
     second = None if sketch.second is None else [gpt.encode_text(text) for text in sketch.second]
     negative = None if sketch.negative is None else [gpt.encode_text(text) for text in sketch.negative]
     labels = [NO_LABEL if label is None else gpt.class_index(label) for label in sketch.classes]
+    seen = None if sketch.features is None else (sketch.features, sketch.feature_mask)
+    features = [seen or gpt.read(sketch.prompts), None if sketch.second is None else gpt.read(sketch.second)]
+    away = None if sketch.negative is None else gpt.read(sketch.negative)
     if negative is not None and not sampling.guided:
         raise UserError("a negative prompt acts through guidance: give a cfg_scale other than 1.")
     together = tile * (1 if mesh is None else mesh.size // mesh.shape["tensor"])
@@ -177,7 +180,8 @@ def draw(
                 mix=mix,
                 negative=None if negative is None else [negative[i] for i in request],
                 given=None if sketch.given is None else sketch.given[request],
-                features=_rows((sketch.features, sketch.feature_mask), request),
+                features=[_rows(f, request) for f in features if f is not None] or None,
+                negative_features=None if away is None else _rows(away, request),
             )
             drawn = run(
                 gpt.placed(sampling.weights, mesh),
@@ -198,8 +202,8 @@ def draw(
 
 
 def _rows(arrays: Any, rows: np.ndarray) -> Any:
-    """Rows of each array; None for arrays that are not there."""
-    return None if arrays[0] is None else tuple(array[rows] for array in arrays)
+    """Rows of each array."""
+    return tuple(array[rows] for array in arrays)
 
 
 def best(

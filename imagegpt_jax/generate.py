@@ -39,6 +39,8 @@ __all__ = [
 
 Texts = abc.Sequence[abc.Sequence[int]]
 Labels = abc.Sequence[int] | np.ndarray
+# A text encoder's output [B, P, E] and its mask [B, P].
+Features = tuple[np.ndarray, np.ndarray]
 
 
 def generate_codes(
@@ -51,7 +53,7 @@ def generate_codes(
     *,
     negative: Texts | None = None,
     given: np.ndarray | None = None,
-    features: tuple[np.ndarray, np.ndarray] | None = None,
+    features: Features | None = None,
     **how: Any,
 ) -> Int[np.ndarray, "B N"]:
     """Samples the image codes of one picture for each prompt.
@@ -75,7 +77,8 @@ def generate_codes(
       UserError: if prompts do not fit the layout, or settings are out of range.
     """
     sampling = sampling or Sampling()
-    job = image_job(layout, [(texts, labels)], sampling, negative=negative, given=given, features=features)
+    shown = None if features is None else [features]
+    job = image_job(layout, [(texts, labels)], sampling, negative=negative, given=given, features=shown)
     return run(gpt, job, sampling, seed, **how).tokens
 
 
@@ -87,7 +90,8 @@ def image_job(
     mix: np.ndarray | None = None,
     negative: Texts | None = None,
     given: np.ndarray | None = None,
-    features: tuple[np.ndarray, np.ndarray] | None = None,
+    features: abc.Sequence[Features] | None = None,
+    negative_features: Features | None = None,
 ) -> Job:
     """What `run` needs to draw pictures; arguments as in `generate_codes`.
 
@@ -98,7 +102,8 @@ def image_job(
       mix: [B, G], the share of each prompt in the logits; for G > 1.
       negative: see `generate_codes`.
       given: see `generate_codes`.
-      features: see `generate_codes`.
+      features: of each of the prompts, see `generate_codes`.
+      negative_features: of what guidance leads away from; the learned ones of "no text" by default.
 
     Raises:
       UserError: as `generate_codes`.
@@ -109,10 +114,10 @@ def image_job(
         raise UserError("a negative prompt acts through guidance: give a cfg_scale other than 1.")
     without = layout.prompt([[]] * total if negative is None else negative) if sampling.guided else None
     if features is not None:
-        shown = {"features": np.asarray(features[0]), "feature_mask": np.asarray(features[1], bool)}
-        packed = [p | shown for p in packed]
+        packed = [p | _shown(f) for p, f in zip(packed, features, strict=True)]
         if without is not None:  # rows without a real feature get the learned ones
-            without |= shown | {"feature_mask": np.zeros_like(shown["feature_mask"])}
+            values, mask = features[0]
+            without |= _shown(negative_features or (values, np.zeros_like(mask)))
     if given is not None:
         given = np.asarray(given, np.int32).reshape(len(given), -1)
         if given.shape != (total, layout.num_codes) or given.min() < FREE or given.max() >= layout.space.num_codes:
@@ -122,6 +127,10 @@ def image_job(
             )
     start, size = layout.image_ids
     return Job(packed, without, layout.image_offsets(), start, size, _shares(mix, total, len(packed)), given)
+
+
+def _shown(features: Features) -> dict[str, np.ndarray]:
+    return {"features": np.asarray(features[0]), "feature_mask": np.asarray(features[1], bool)}
 
 
 def _shares(mix: np.ndarray | None, total: int, prompts: int) -> np.ndarray | None:

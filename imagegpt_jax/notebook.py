@@ -301,7 +301,8 @@ def rank_captions(
     _, codes, grid = sketches.encoded(tok, images)
     ids = [gpt.encode_text(text) for text in captions]
     codes_BCN = np.repeat(codes, len(ids), axis=0)
-    scores = log_likelihood(gpt.gpt, layout_of(gpt, grid), ids * len(codes), None, codes_BCN, of=of)
+    seen = gpt.read(list(captions) * len(codes))
+    scores = log_likelihood(gpt.gpt, layout_of(gpt, grid), ids * len(codes), None, codes_BCN, of=of, features=seen)
     return scores.reshape(len(codes), len(ids))
 
 

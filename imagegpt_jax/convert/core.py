@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -174,6 +175,11 @@ def invert(table: Iterable[Rule]) -> list[Rule]:
         sources = tuple(_FIELD.sub(lambda f: "{" + f[1] + "}", t) for t in line.sources)
         back.append(Rule(targets, sources, Change(line.change.save, line.change.load)))
     return back
+
+
+def filled_in(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` with the values that it leaves out and its class would fill in."""
+    return {**defaults, **{key: value for key, value in config.items() if value is not None}}
 
 
 def plan(table: Sequence[Rule], names: Iterable[str], wanted: Iterable[str] | None, what: str) -> list[Job]:

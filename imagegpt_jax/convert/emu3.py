@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.convert.core import CONV3D, Change, Rule, carry, rule
+from imagegpt_jax.convert.core import CONV3D, Change, Rule, carry, filled_in, rule
 from imagegpt_jax.convert.vqgan import SHARED, conv_rules, norm_rules, quantizer
 from imagegpt_jax.models.vq import VQConfig
 
@@ -16,14 +16,21 @@ from imagegpt_jax.models.vq import VQConfig
 _POINTWISE = Change(lambda xs: [xs[0].T[None, None]], lambda xs: [xs[0][0, 0].T])
 
 
-def emu3_config(config: Mapping[str, Any]) -> VQConfig:
+# What `config.json` may leave out.
+_DEFAULTS = {"codebook_size": 32768, "embed_dim": 4, "latent_channels": 4, "in_channels": 3, "out_channels": 3,
+             "temporal_downsample_factor": 4, "base_channels": 256, "channel_multiplier": (1, 2, 2, 4),
+             "num_res_blocks": 2, "attn_resolutions": (3,), "hidden_size": 1024, "num_attention_heads": 1}  # fmt: skip
+
+
+def emu3_config(about: Mapping[str, Any]) -> VQConfig:
     """Config of an Emu3 VQVAE from its `config.json`.
 
     Raises:
       UserError: for sizes at which the network cannot run.
     """
+    config = filled_in(about, _DEFAULTS)
     mults, base = tuple(config["channel_multiplier"]), config["base_channels"]
-    at = tuple(sorted({i for i in config.get("attn_resolutions") or () if 0 <= i < len(mults)}))
+    at = tuple(sorted({i for i in config["attn_resolutions"] if 0 <= i < len(mults)}))
     wrong = [i for i in (*at, len(mults) - 1) if base * mults[i] != config["hidden_size"]]
     if wrong:
         raise UserError(
@@ -31,7 +38,7 @@ def emu3_config(config: Mapping[str, Any]) -> VQConfig:
             f" {base * mults[wrong[0]]} channels: such a network cannot run."
         )
     blocks, channels = config["num_res_blocks"], config["in_channels"]
-    out_channels = config.get("out_channels", channels)
+    out_channels = config["out_channels"]
     return VQConfig(
         in_channels=channels,
         out_channels=0 if out_channels == channels else out_channels,
@@ -40,7 +47,7 @@ def emu3_config(config: Mapping[str, Any]) -> VQConfig:
         encoder_blocks=blocks,
         decoder_blocks=blocks + 1,
         attention_levels=at,
-        attention_heads=config.get("num_attention_heads", 1),
+        attention_heads=config["num_attention_heads"],
         z_channels=config["latent_channels"],
         double_latent=bool(config.get("double_latent", False)),
         spatial_norm=True,

@@ -85,9 +85,9 @@ def open_source(path: pathlib.Path) -> Source:
     if not path.is_dir():
         raise UserError(f"there is no file or folder {path}: give a file of weights, or a folder with one.")
     config = _read_json(path / "config.json") if (path / "config.json").exists() else {}
-    index = path / "model.safetensors.index.json"
-    if not (path / "model.safetensors").exists() and index.exists():
-        return Source(path, config, _open_shards(index), {})
+    indices = sorted(path.glob("*.index*.json"), key=lambda p: (".safetensors." not in p.name, len(p.name)))
+    if indices and not any((path / name).exists() for name in _IN_FOLDERS):
+        return Source(path, config, _open_shards(indices[0]), {})
     for name in _IN_FOLDERS:
         if (path / name).exists():
             tensors, extras = _open_file(path / name)
@@ -108,14 +108,32 @@ def _read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path} is not JSON ({e}): copy it again.") from e
 
 
+def _suffix(path: pathlib.Path) -> str:
+    """What a file's name should end in, by its first bytes where it ends in something else.
+
+    Raises:
+      UserError: if nothing tells.
+    """
+    known = (".safetensors", ".msgpack", *_TORCH)
+    if path.suffix in known:
+        return path.suffix
+    with open(path, "rb") as file:
+        begin = file.read(9)
+    if begin[:2] == b"PK":
+        return ".pt"
+    if begin[8:] == b"{":
+        return ".safetensors"
+    if begin and (0x81 <= begin[0] <= 0x8F or begin[0] in (0xDE, 0xDF)):  # a map of msgpack
+        return ".msgpack"
+    raise UserError(f"{path} is not a known kind of file: weights end in {', '.join(known)}.")
+
+
 def _open_file(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if path.suffix == ".safetensors":
+    suffix = _suffix(path)
+    if suffix == ".safetensors":
         return open_safetensors(path)[0], {}
-    if path.suffix == ".msgpack":
+    if suffix == ".msgpack":
         return _open_msgpack(path), {}
-    if path.suffix not in _TORCH:
-        known = ", ".join((".safetensors", ".msgpack", *_TORCH))
-        raise UserError(f"{path} is not a known kind of file: weights end in {known}.")
     tree = torch_file.read(path)
     if not isinstance(tree, Mapping):
         raise UserError(f"{path} holds no dict of tensors.")
@@ -170,7 +188,7 @@ def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
         path = index.parent / shard
         if not path.exists():
             raise UserError(f"{index} names {shard}, which is not there: copy it too.")
-        tensors = open_safetensors(path)[0]
+        tensors = _open_file(path)[0]
         found.update({name: tensor for name, tensor in tensors.items() if places.get(name) == shard})
     missing = sorted(set(places) - set(found))
     if missing:
@@ -255,8 +273,9 @@ def write_msgpack(
     sizes: Sizes,
     arrays: Arrays,
     about: Mapping[str, Any],
+    under: str = "",
 ) -> None:
-    """Writes `flax_model.msgpack`, and `config.json` if there is something to say."""
+    """Writes `flax_model.msgpack`, under a key of its own if there is one, and `config.json` if that says something."""
     from flax import serialization
 
     tree: dict[str, Any] = {}
@@ -266,7 +285,7 @@ def write_msgpack(
         for key in path:
             place = place.setdefault(key, {})
         place[last] = np.ascontiguousarray(array)
-    (target / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+    (target / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize({under: tree} if under else tree))
     if about:
         (target / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 

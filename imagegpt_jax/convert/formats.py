@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,12 +13,12 @@ import numpy as np
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.convert import emu3, gpt_tables, llamagen, readers, vqgan
+from imagegpt_jax.convert import emu3, gpt_tables, llamagen, maskgit_flax, readers, vqgan
 from imagegpt_jax.convert.core import Rule, Tensor
 from imagegpt_jax.convert.files import Source, Writer, write_clusters, write_folder, write_msgpack
 from imagegpt_jax.convert.layout import RasterLayout
 from imagegpt_jax.convert.networks import Config
-from imagegpt_jax.convert.readers import Options, Published
+from imagegpt_jax.convert.readers import Options, Published, Reader
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.palette import PaletteConfig
 from imagegpt_jax.models.vq import VQConfig
@@ -45,7 +46,7 @@ class Format:
     kind: str
     title: str
     files: str
-    read: Callable[[Source, Options], Published | None]
+    read: Reader
     table: Callable[[Any], list[Rule]]
     about: Callable[[Any, RasterLayout | None], dict[str, Any]]
     parse: Callable[[Any, Mapping[str, Any]], Config]
@@ -134,9 +135,7 @@ def _no_about(config: Any, layout: RasterLayout | None) -> dict[str, Any]:
     return {}
 
 
-def _styled(
-    kind_title: str, where: str, read: Callable[[Source, Options], Published | None], style: vqgan.Style, **more: Any
-) -> Format:
+def _styled(kind_title: str, where: str, read: Reader, style: vqgan.Style, **more: Any) -> Format:
     """A tokenizer without a config of its own."""
 
     def table(config: VQConfig) -> list[Rule]:
@@ -149,35 +148,54 @@ def _styled(
     return Format(TOKENIZER, kind_title, where, read, table, _no_about, parse, writes=writes, **more)
 
 
-_HF = "folder of `save_pretrained`: `config.json` and safetensors, in one file or shards"
+def _transformers(
+    kind: str,
+    title: str,
+    read: Reader,
+    table: Callable[[Any], list[Rule]],
+    about: Callable[[Any], dict[str, Any]],
+    parse: Callable[[Any, Mapping[str, Any]], Config],
+    within: str = "",
+    part: str = "",
+) -> Format:
+    """A class of `transformers`, saved alone or `within` a larger one; `part` of it is what is read."""
+    where = "folder of `save_pretrained`: `config.json` and safetensors, in one file or shards"
+    where += f"; alone or within {'an' if within[0] in 'AEIO' else 'a'} {within}" if within else ""
+    return Format(
+        kind, f"{title} (transformers){part}", where, read, table, lambda config, layout: about(config), parse
+    )
+
+
 _UNUSED = np.zeros(65536, np.float32)  # LlamaGen counts use in a fixed number of slots
 FORMATS: dict[str, Format] = {
-    "janus": Format(
+    "janus": _transformers(
         TOKENIZER,
-        "Janus VQVAE (transformers)",
-        _HF + "; alone or within a Janus",
+        "Janus VQVAE",
         readers.janus,
         lambda config: vqgan.table(config, vqgan.JANUS),
-        lambda config, layout: vqgan.janus_about(config),
-        lambda config, about: vqgan.janus_config(readers.with_defaults(about, readers.JANUS)),
+        vqgan.janus_about,
+        lambda config, about: vqgan.janus_config(about),
+        within="Janus",
     ),
-    "chameleon": Format(
+    "chameleon": _transformers(
         TOKENIZER,
-        "Chameleon VQVAE (transformers), encoder",
-        _HF + "; alone or within a Chameleon",
+        "Chameleon VQVAE",
         readers.chameleon,
         lambda config: vqgan.table(config, vqgan.TAMING),
-        lambda config, layout: vqgan.chameleon_about(config),
-        lambda config, about: readers.parse_chameleon(about, config.decoder),
+        vqgan.chameleon_about,
+        lambda config, about: vqgan.chameleon_config(about, config.decoder),
+        within="Chameleon",
+        part=", encoder",
     ),
-    "emu3": Format(
+    "emu3": _transformers(
         TOKENIZER,
-        "Emu3 VQVAE (transformers), images",
-        _HF + "; alone or within an Emu3",
+        "Emu3 VQVAE",
         readers.emu3_vqvae,
         emu3.emu3_table,
-        lambda config, layout: emu3.emu3_about(config),
-        lambda config, about: emu3.emu3_config(readers.with_defaults(about, readers.EMU3)),
+        emu3.emu3_about,
+        lambda config, about: emu3.emu3_config(about),
+        within="Emu3",
+        part=", images",
     ),
     "llamagen_vq": _styled(
         "LlamaGen VQ-16, VQ-8",
@@ -188,6 +206,17 @@ FORMATS: dict[str, Format] = {
     ),
     "maskgit_vqgan": _styled(
         "MaskGIT-VQGAN (its PyTorch port)", "`.bin` or safetensors", readers.maskgit, vqgan.MASKGIT
+    ),
+    "maskgit_flax": Format(
+        TOKENIZER,
+        "MaskGIT-VQGAN (its authors' Flax)",
+        "Flax's msgpack, such as `tokenizer_imagenet256_checkpoint`",
+        readers.maskgit_original,
+        maskgit_flax.table,
+        _no_about,
+        lambda config, about: vqgan.as_styled(config, vqgan.MASKGIT) if isinstance(config, VQConfig) else VQConfig(),
+        writes="`flax_model.msgpack`",
+        write=functools.partial(write_msgpack, under="params"),
     ),
     "taming": _styled("VQGAN (taming-transformers)", "`.ckpt` or safetensors", readers.taming, vqgan.TAMING),
     "dalle_mini_vqgan": _styled(
@@ -209,32 +238,29 @@ FORMATS: dict[str, Format] = {
         writes="`preprocessor_config.json`",
         write=write_clusters,
     ),
-    "llama": Format(
+    "llama": _transformers(
         DECODER,
-        "Llama (transformers)",
-        _HF,
+        "Llama",
         readers.llama,
         gpt_tables.llama_table,
-        lambda config, layout: gpt_tables.llama_about(config),
-        lambda config, about: gpt_tables.llama_config(readers.with_defaults(about, readers.LLAMA)),
+        gpt_tables.llama_about,
+        lambda config, about: gpt_tables.llama_config(about),
     ),
-    "gpt2": Format(
+    "gpt2": _transformers(
         DECODER,
-        "GPT-2 (transformers)",
-        _HF,
+        "GPT-2",
         readers.gpt2,
         gpt_tables.gpt2_table,
-        lambda config, layout: gpt_tables.gpt2_about(config),
-        lambda config, about: gpt_tables.gpt2_config(readers.with_defaults(about, readers.GPT2)),
+        gpt_tables.gpt2_about,
+        lambda config, about: gpt_tables.gpt2_config(about),
     ),
-    "imagegpt": Format(
+    "imagegpt": _transformers(
         DECODER,
-        "ImageGPT (transformers)",
-        _HF,
+        "ImageGPT",
         readers.imagegpt,
         gpt_tables.gpt2_table,
-        lambda config, layout: gpt_tables.gpt2_about(config),
-        lambda config, about: gpt_tables.imagegpt_config(readers.with_defaults(about, readers.IMAGEGPT)),
+        gpt_tables.gpt2_about,
+        lambda config, about: gpt_tables.imagegpt_config(about),
     ),
     "llamagen": Format(
         DECODER,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from imagegpt_jax.cli import UserError, suggest
-from imagegpt_jax.convert.core import LINEAR, Arrays, Change, Rule, cut, drop, rule
+from imagegpt_jax.convert.core import LINEAR, Arrays, Change, Rule, cut, drop, filled_in, rule
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.rope import KINDS, RopeScaling
 
@@ -56,12 +56,23 @@ def activation(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- Llama
 
 
-def llama_config(config: Mapping[str, Any]) -> GPTConfig:
+# What `config.json` may leave out.
+_LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+          "num_attention_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+          "hidden_act": "silu"}  # fmt: skip
+_GPT2 = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
+         "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}  # fmt: skip
+_IMAGEGPT = {"vocab_size": 513, "n_positions": 1024, "n_embd": 512, "n_layer": 24, "n_head": 8,
+             "activation_function": "quick_gelu", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False}  # fmt: skip
+
+
+def llama_config(about: Mapping[str, Any]) -> GPTConfig:
     """Config of a Llama from its `config.json` (Touvron et al. 2023, arXiv:2302.13971).
 
     Raises:
       UserError: for values that are not supported.
     """
+    config = filled_in(about, _LLAMA)
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or width // heads
     theta, scaling = _rope(config)
@@ -74,9 +85,9 @@ def llama_config(config: Mapping[str, Any]) -> GPTConfig:
         head_dim=head_dim,
         mlp_width=config["intermediate_size"],
         norm="rms",
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm_eps=config["rms_norm_eps"],
         mlp="swiglu",
-        activation=activation(config.get("hidden_act", "silu")),
+        activation=activation(config["hidden_act"]),
         attention_bias=bool(config.get("attention_bias", False)),
         mlp_bias=bool(config.get("mlp_bias", False)),
         position="rope",
@@ -98,7 +109,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     share = values.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if share != 1.0 and kind not in ("default", "proportional"):  # "default" does not look at it
         raise UserError(f"partial_rotary_factor={share} is not supported with rope_type={kind!r}: only 1 is.")
-    longest = config.get("max_position_embeddings", 2048)
+    longest = config["max_position_embeddings"]
     original = (
         config.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or longest
     )
@@ -171,30 +182,30 @@ def _head(config: GPTConfig) -> list[Rule]:
 # ------------------------------------------------------------------------------------------------- GPT-2 and ImageGPT
 
 
-def gpt2_config(config: Mapping[str, Any]) -> GPTConfig:
+def gpt2_config(about: Mapping[str, Any]) -> GPTConfig:
     """Config of a GPT-2 from its `config.json`.
 
     Raises:
       UserError: for values that are not supported.
     """
-    return _gpt2_like(config, "layer", config.get("activation_function", "gelu_new"), tied=True)
+    return _gpt2_like(filled_in(about, _GPT2), "layer")
 
 
-def imagegpt_config(config: Mapping[str, Any]) -> GPTConfig:
+def imagegpt_config(about: Mapping[str, Any]) -> GPTConfig:
     """Config of an ImageGPT: a GPT-2 whose norms neither centre nor shift, and that never predicts its last id.
 
     Raises:
       UserError: for values that are not supported.
     """
-    return _gpt2_like(config, "rms", config.get("activation_function", "quick_gelu"), tied=False)
+    return _gpt2_like(filled_in(about, _IMAGEGPT), "rms")
 
 
-def _gpt2_like(config: Mapping[str, Any], norm: str, act: str, *, tied: bool) -> GPTConfig:
+def _gpt2_like(config: Mapping[str, Any], norm: str) -> GPTConfig:
     if config.get("add_cross_attention"):
         raise UserError(
             "add_cross_attention=True is not supported: decoders here read what they are given as a prefix."
         )
-    tied = bool(config.get("tie_word_embeddings", tied))
+    tied = bool(config["tie_word_embeddings"])
     width, vocab = config["n_embd"], config["vocab_size"]
     return GPTConfig(
         vocab_size=vocab,
@@ -203,9 +214,9 @@ def _gpt2_like(config: Mapping[str, Any], norm: str, act: str, *, tied: bool) ->
         heads=config["n_head"],
         mlp_width=config.get("n_inner") or 4 * width,
         norm=norm,
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        norm_eps=config["layer_norm_epsilon"],
         mlp="gelu",
-        activation=activation(act),
+        activation=activation(config["activation_function"]),
         bias=True,
         attention_scale=0.0 if config.get("scale_attn_weights", True) else 1.0,
         attention_scale_by_layer=bool(config.get("scale_attn_by_inverse_layer_idx", False)),

@@ -4,13 +4,13 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.convert import emu3, gpt_tables, llamagen, vqgan
+from imagegpt_jax.convert import emu3, gpt_tables, llamagen, maskgit_flax, vqgan
 from imagegpt_jax.convert.core import Rule, Tensor, drop, rule
 from imagegpt_jax.convert.files import PROCESSORS, Source
 from imagegpt_jax.convert.layout import ImageSpace, RasterLayout
@@ -56,6 +56,10 @@ class Published:
     prefix: str = ""
 
 
+# What a reader is: source -> Published, or None if the source is something else.
+Reader = Callable[[Source, Options], Published | None]
+
+
 # ----------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -77,57 +81,30 @@ def _inside(source: Source, model_type: str, part: str) -> tuple[Mapping[str, An
     return inner, {m[2]: source.tensors[n] for n, m in matches.items() if m[1] == prefix}, prefix
 
 
-def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` with the values that its class would fill in."""
-    return {**defaults, **{key: value for key, value in config.items() if value is not None}}
-
-
 # -------------------------------------------------------------------------------------------------------- tokenizers
 
-JANUS = {"embed_dim": 8, "num_embeddings": 16384, "latent_channels": 256, "in_channels": 3, "base_channels": 128,
-          "channel_multiplier": (1, 1, 2, 2, 4), "num_res_blocks": 2, "out_channels": 3}  # fmt: skip
-CHAMELEON = {"embed_dim": 256, "num_embeddings": 8192, "latent_channels": 256, "resolution": 512, "in_channels": 3,
-              "base_channels": 128, "channel_multiplier": (1, 1, 2, 2, 4), "num_res_blocks": 2}  # fmt: skip
-EMU3 = {"codebook_size": 32768, "embed_dim": 4, "latent_channels": 4, "in_channels": 3, "out_channels": 3,
-         "temporal_downsample_factor": 4, "base_channels": 256, "channel_multiplier": (1, 2, 2, 4), "num_res_blocks": 2,
-         "attn_resolutions": (3,), "hidden_size": 1024, "num_attention_heads": 1}  # fmt: skip
+
+def _tokenizer(
+    name: str, model_type: str, parse: Callable[[Mapping[str, Any], bool], VQConfig], table: Callable[..., list[Rule]]
+) -> Reader:
+    """Reads a tokenizer of `transformers`; `parse` makes a config of its own and of whether there is a decoder."""
+
+    def read(source: Source, options: Options) -> Published | None:
+        found = _inside(source, model_type, "vqmodel")
+        if found is None:
+            return None
+        about, tensors, prefix = found
+        config = parse(about, "decoder.conv_in.weight" in tensors)
+        return Published(name, config, table(config), tensors, about=about, prefix=prefix)
+
+    return read
 
 
-def janus(source: Source, options: Options) -> Published | None:
-    """Janus; None if the source is something else."""
-    found = _inside(source, "janus_vqgan", "vqmodel")
-    if found is None:
-        return None
-    about, tensors, prefix = found
-    config = vqgan.janus_config(with_defaults(about, JANUS))
-    return Published("janus", config, vqgan.table(config, vqgan.JANUS), tensors, about=about, prefix=prefix)
-
-
-def chameleon(source: Source, options: Options) -> Published | None:
-    """Chameleon; None if the source is something else."""
-    found = _inside(source, "chameleon_vqgan", "vqmodel")
-    if found is None:
-        return None
-    about, tensors, prefix = found
-    config = parse_chameleon(about, "decoder.conv_in.weight" in tensors)
-    return Published("chameleon", config, vqgan.table(config, vqgan.TAMING), tensors, about=about, prefix=prefix)
-
-
-def parse_chameleon(about: Mapping[str, Any], decoder: bool) -> VQConfig:
-    """Config of a Chameleon VQVAE; `decoder`: whether the weights have one."""
-    # None means "no attention" here, not "the default".
-    values = {**with_defaults(about, CHAMELEON), "attn_type": about.get("attn_type", "vanilla")}
-    return vqgan.chameleon_config(values, decoder)
-
-
-def emu3_vqvae(source: Source, options: Options) -> Published | None:
-    """Emu3; None if the source is something else."""
-    found = _inside(source, "emu3_vqgan", "vqmodel")
-    if found is None:
-        return None
-    about, tensors, prefix = found
-    config = emu3.emu3_config(with_defaults(about, EMU3))
-    return Published("emu3", config, emu3.emu3_table(config), tensors, about=about, prefix=prefix)
+janus = _tokenizer(
+    "janus", "janus_vqgan", lambda about, _: vqgan.janus_config(about), lambda c: vqgan.table(c, vqgan.JANUS)
+)
+chameleon = _tokenizer("chameleon", "chameleon_vqgan", vqgan.chameleon_config, lambda c: vqgan.table(c, vqgan.TAMING))
+emu3_vqvae = _tokenizer("emu3", "emu3_vqgan", lambda about, _: emu3.emu3_config(about), emu3.emu3_table)
 
 
 def _inferred(name: str, source: Source, style: vqgan.Style) -> Published:
@@ -169,6 +146,14 @@ def maskgit(source: Source, options: Options) -> Published | None:
     return _inferred("maskgit_vqgan", source, vqgan.MASKGIT)
 
 
+def maskgit_original(source: Source, options: Options) -> Published | None:
+    """MaskGIT's VQGAN under its authors' names; None if the source is something else."""
+    if not maskgit_flax.is_maskgit(source.tensors):
+        return None
+    config = maskgit_flax.config(source.tensors)
+    return Published("maskgit_flax", config, maskgit_flax.table(config), source.tensors, about=source.config)
+
+
 def clusters(source: Source, options: Options) -> Published | None:
     """The colours of an ImageGPT lie in the config of its image processor."""
     for name in PROCESSORS:
@@ -193,52 +178,46 @@ def clusters_table(config: PaletteConfig) -> list[Rule]:
 # ---------------------------------------------------------------------------------------------------------- decoders
 
 
-def _prefix(source: Source, base: str, first: str) -> str:
-    """What stands before the names of a model's body: its name in the class with a head, else nothing."""
-    return "" if first in source.tensors else base
+def _decoder(
+    name: str,
+    parse: Callable[[Mapping[str, Any]], GPTConfig],
+    table: Callable[[GPTConfig, str], list[Rule]],
+    body: tuple[str, str],
+    layout: Callable[[GPTConfig], RasterLayout | None] = lambda config: None,
+) -> Reader:
+    """Reads a decoder of `transformers`, called `name` there too.
+
+    Args:
+      name: of the layout and its `model_type`.
+      parse: `config.json` -> config.
+      table: config, what stands before the names of the body -> rules.
+      body: what stands there in the class with a head, and a name that the body has without it.
+      layout: how its pictures become sequences.
+    """
+
+    def read(source: Source, options: Options) -> Published | None:
+        if source.config.get("model_type") != name:
+            return None
+        config = parse(source.config)
+        _check_head(source, config)
+        rules = table(config, "" if body[1] in source.tensors else body[0])
+        return Published(name, config, rules, source.tensors, layout(config), about=source.config)
+
+    return read
 
 
-def llama(source: Source, options: Options) -> Published | None:
-    """Llama; None if the source is something else."""
-    if source.config.get("model_type") != "llama":
-        return None
-    config = gpt_tables.llama_config(with_defaults(source.config, LLAMA))
-    _check_head(source, config)
-    prefix = _prefix(source, "model.", "embed_tokens.weight")
-    return Published("llama", config, gpt_tables.llama_table(config, prefix), source.tensors, about=source.config)
+def _pixels_in_order(config: GPTConfig) -> RasterLayout:
+    """ImageGPT's: a square of colours after a token of its own, the last one."""
+    codes, side = config.vocab_size - 1, math.isqrt(config.max_length)
+    space = ImageSpace(num_codes=codes, vocab_size=config.vocab_size, begin=codes)
+    return RasterLayout(space=space, grid=(side, side), by_row=False)
 
 
-# What `config.json` may leave out.
-LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-          "num_attention_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}  # fmt: skip
-GPT2 = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
-IMAGEGPT = {"vocab_size": 513, "n_positions": 1024, "n_embd": 512, "n_layer": 24, "n_head": 8}
-
-
-def gpt2(source: Source, options: Options) -> Published | None:
-    """GPT-2; None if the source is something else."""
-    if source.config.get("model_type") != "gpt2":
-        return None
-    config = gpt_tables.gpt2_config(with_defaults(source.config, GPT2))
-    _check_head(source, config)
-    prefix = _prefix(source, "transformer.", "wte.weight")
-    return Published("gpt2", config, gpt_tables.gpt2_table(config, prefix), source.tensors, about=source.config)
-
-
-def imagegpt(source: Source, options: Options) -> Published | None:
-    """ImageGPT; None if the source is something else."""
-    if source.config.get("model_type") != "imagegpt":
-        return None
-    config = gpt_tables.imagegpt_config(with_defaults(source.config, IMAGEGPT))
-    _check_head(source, config)
-    prefix = _prefix(source, "transformer.", "wte.weight")
-    codes = config.vocab_size - 1
-    side = math.isqrt(config.max_length)
-    layout = RasterLayout(
-        space=ImageSpace(num_codes=codes, vocab_size=config.vocab_size, begin=codes), grid=(side, side), by_row=False
-    )
-    table = gpt_tables.gpt2_table(config, prefix)
-    return Published("imagegpt", config, table, source.tensors, layout, about=source.config)
+llama = _decoder("llama", gpt_tables.llama_config, gpt_tables.llama_table, ("model.", "embed_tokens.weight"))
+gpt2 = _decoder("gpt2", gpt_tables.gpt2_config, gpt_tables.gpt2_table, ("transformer.", "wte.weight"))
+imagegpt = _decoder(
+    "imagegpt", gpt_tables.imagegpt_config, gpt_tables.gpt2_table, ("transformer.", "wte.weight"), _pixels_in_order
+)
 
 
 def _check_head(source: Source, config: GPTConfig) -> None:

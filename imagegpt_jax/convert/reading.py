@@ -83,13 +83,30 @@ def load(path: Any, kind: str, options: Options | None = None) -> Loaded:
     if local.is_dir() and portable.is_portable(local):
         opened = _open(local, kind)
         net, params = opened.params(_dtype_to_keep)
-        text = local / "text_tokenizer"
         run = ConfigDict(opened.run) if opened.run else {}
-        return Loaded(opened.config, net, params, opened.layout, run, text if text.is_dir() else None)
+        return Loaded(opened.config, net, params, opened.layout, run, _text_folder(local))
     published = formats.recognise(files.open_source(local), kind, options or Options())
+    return read(published, str(path), _text_folder(local) if kind == formats.DECODER else None)
+
+
+def _text_folder(local: pathlib.Path) -> pathlib.Path | None:
+    """Folder of the text tokenizer that lies with weights; None without one."""
     folder = local if local.is_dir() else local.parent
-    has_text = kind == formats.DECODER and any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
-    return read(published, str(path), folder if has_text else None)
+    if (folder / "text_tokenizer").is_dir():
+        return folder / "text_tokenizer"
+    return folder if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")) else None
+
+
+def text_tokenizer(path: Any) -> text_lib.TextTokenizer:
+    """The text tokenizer that lies with weights.
+
+    Raises:
+      UserError: if there is none.
+    """
+    folder = _text_folder(pathlib.Path(path).expanduser())
+    if folder is None:
+        raise UserError(f"{path} comes without a text tokenizer: put its tokenizer.json beside the weights.")
+    return text_lib.load_tokenizer(folder)
 
 
 def read(published: Published, what: str, text: pathlib.Path | None = None) -> Loaded:
@@ -115,6 +132,7 @@ class DecoderSetup:
       folder: where it came from.
       tokenizer: the image tokenizer to draw with; "" = what lies beside the weights.
       text_folder: its text tokenizer; None without one.
+      encoder: the `text_encoder.TextEncoder` that reads its prompts; None without one.
     """
 
     model: Any
@@ -122,6 +140,7 @@ class DecoderSetup:
     folder: str
     tokenizer: str
     text_folder: pathlib.Path | None
+    encoder: Any = None
 
     @property
     def space(self) -> Any:
@@ -156,7 +175,7 @@ class DecoderSetup:
                 "task": "decoder",
                 "tokenizer": self.tokenizer or self.folder,
                 "model": dataclasses.asdict(self.model),
-                "data": {"text_length": 0, "use_labels": classes > 0},
+                "data": {"text_length": 0 if self.encoder is None else self.encoder.length, "use_labels": classes > 0},
                 "sampling": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0},
             }
         )

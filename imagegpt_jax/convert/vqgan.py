@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.convert.core import CONV2D, SAME, Change, Rule, Tensor, carry, drop, rule
+from imagegpt_jax.convert.core import CONV2D, SAME, Change, Rule, Tensor, carry, drop, filled_in, rule
 from imagegpt_jax.models.quantizers import QuantizerConfig
 from imagegpt_jax.models.vq import VQConfig
 
@@ -148,21 +148,30 @@ def _mid(config: VQConfig, style: Style) -> Sequence[str]:
 # ------------------------------------------------------------------------------------------------- configs from files
 
 
-def janus_config(config: Mapping[str, Any]) -> VQConfig:
+# What their `config.json` may leave out.
+_JANUS = {"embed_dim": 8, "num_embeddings": 16384, "latent_channels": 256, "in_channels": 3, "base_channels": 128,
+          "channel_multiplier": (1, 1, 2, 2, 4), "num_res_blocks": 2, "out_channels": 3}  # fmt: skip
+_CHAMELEON = {"embed_dim": 256, "num_embeddings": 8192, "latent_channels": 256, "resolution": 512, "in_channels": 3,
+              "base_channels": 128, "channel_multiplier": (1, 1, 2, 2, 4), "num_res_blocks": 2}  # fmt: skip
+
+
+def janus_config(about: Mapping[str, Any]) -> VQConfig:
     """Config of a Janus VQVAE (arXiv:2410.13848) from its `config.json`: LlamaGen's network."""
+    config = filled_in(about, _JANUS)
     mults = tuple(config["channel_multiplier"])
     return _published(
         config,
         codes=config["num_embeddings"],
         l2_normalize=True,
-        out_channels=_other(config.get("out_channels", 3), config["in_channels"]),
+        out_channels=_other(config["out_channels"], config["in_channels"]),
         attention_levels=(len(mults) - 1,),
     )
 
 
-def chameleon_config(config: Mapping[str, Any], decoder: bool) -> VQConfig:
+def chameleon_config(about: Mapping[str, Any], decoder: bool) -> VQConfig:
     """Config of a Chameleon VQVAE (arXiv:2405.09818) from its `config.json`; in `transformers` it has no decoder."""
-    vanilla = config.get("attn_type", "vanilla") == "vanilla"
+    config = filled_in(about, _CHAMELEON)
+    vanilla = about.get("attn_type", "vanilla") == "vanilla"  # None is "no attention"
     at = (config.get("attn_resolutions") or ()) if vanilla else ()
     levels = len(config["channel_multiplier"])
     sides = [config["resolution"]]

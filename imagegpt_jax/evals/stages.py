@@ -130,6 +130,7 @@ def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data
     from imagegpt_jax import sharding, state
     from imagegpt_jax.data import pipeline
     from imagegpt_jax.evals import common, likelihood
+    from imagegpt_jax.sampling.likelihood import FEATURES
     from imagegpt_jax.tasks import decoder as task
 
     config, source = decoder.config, data.source
@@ -148,7 +149,15 @@ def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data
         for batch in progress(batches, "decoder", len(source), batch_size):
             codes = batch["codes"] if "codes" in batch else tok.encode(batch["image"])
             rest = {name: value for name, value in batch.items() if name != "image"}
-            yield task.pack(decoder.setup, {**rest, "codes": codes}, train=False)
+            features = decoder.read([str(c) for c in batch.get("caption", [""] * len(codes))])
+            seen = {} if features is None else dict(zip(FEATURES, features, strict=True))
+            yield task.pack(decoder.setup, {**rest, "codes": codes}, train=False) | seen
+
+    columns = likelihood.COLUMNS
+    if decoder.setup.layout.target_positions:
+        columns = (*columns, "target_positions")
+    if decoder.setup.encoder is not None:
+        columns = (*columns, *FEATURES)
 
     _, params = state.split(decoder.gpt)
     with jax.set_mesh(mesh):
@@ -158,6 +167,7 @@ def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data
             packed(),
             decoder.setup.space.vocab_size,
             mesh,
+            columns,
         )
     if "image_bits_per_token" in scores:
         rows, columns = config.data.grid

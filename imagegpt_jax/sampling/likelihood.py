@@ -54,10 +54,12 @@ def log_likelihood(
       tile: examples in one pass.
 
     Raises:
-      UserError: if the examples do not fit the layout, or `of` is neither.
+      UserError: if the examples do not fit the layout, `of` is neither, or the decoder writes no words.
     """
     if of not in ("image", "text"):
         raise UserError(f"of={of!r} must be 'image' or 'text'.")
+    if of == "text" and not layout.space.text_vocab:
+        raise UserError("this decoder writes no words: ask for of='image'.")
     direction, kind = (TEXT_TO_IMAGE, IMAGE) if of == "image" else (IMAGE_TO_TEXT, TEXT)
     start, size = layout.image_ids if of == "image" else layout.text_ids
     total = len(codes_BN)

@@ -132,6 +132,14 @@ LLAMAGEN = {
     "data": {"guidance_dropout": 0.1, "grid": (16, 16), "num_classes": 1000},
     "codes": 16384,
 }  # fmt: skip
+# Its words are 120 features of 2048; without drop-out of classes, and from the authors' program for sampling.
+T2I = {
+    **LLAMAGEN,
+    "steps": 50_000_000 // 256,
+    "rates": {0: 1e-4, 190_000: 1e-4},
+    "model": {**LLAMAGEN["model"], "feature_width": 2048, "feature_length": 120, "feature_begins": True},
+    "data": {"guidance_dropout": 0.1, "grid": (16, 16), "use_labels": False, "text_length": 120},
+}
 RAR = {
     "steps": 250_000, "batch_size": 2048,
     "rates": {0: 4e-4 / 62_500, 62_500: 4e-4, 156_250: (4e-4 + 1e-5) / 2, 250_000: 1e-5},
@@ -155,6 +163,13 @@ DECODERS = {
     "llamagen_XL": (LLAMAGEN, (36, 20, 1280, 3584), 775, None),
     "llamagen_XXL": (LLAMAGEN, (48, 24, 1536, 4096), 1400, None),
     "llamagen_3B": (LLAMAGEN, (24, 32, 3200, 8704), 3100, None),
+    "llamagen_t2i_XL": (T2I, (36, 20, 1280, 3584), 775, None),
+    "llamagen_t2i_XL_512": (
+        {**T2I, "steps": 10_000_000 // 256, "rates": {0: 1e-4}, "data": {**T2I["data"], "grid": (32, 32)}},
+        (36, 20, 1280, 3584), 775, None,
+    ),
+    "llamagen_t2i_1B": (T2I, (22, 32, 2048, 5632), None, None),
+    "llamagen_t2i_7B": (T2I, (32, 32, 4096, 11008), None, None),
     "rar_B": (RAR, (24, 16, 768, 3072), 261, (16.0, 2.75)),
     "rar_L": (RAR, (24, 16, 1024, 4096), 461, (15.5, 2.5)),
     "rar_XL": (RAR, (32, 16, 1280, 5120), 955, (6.9, 1.5)),
@@ -201,7 +216,7 @@ def test_decoder_recipe(recipe):
         assert (config.sampling.cfg_scale, config.sampling.cfg_power) == guidance
     setup = decoder.setup_abstract(config)
     assert setup.space.num_codes == expected["codes"]
-    assert setup.tokenizer.model.downsample * config.data.grid[0] in (32, 256)
+    assert setup.tokenizer.model.downsample * config.data.grid[0] in (32, 256, 512)
     count = traced(decoder, setup, config)
     assert parameters is None or count == pytest.approx(parameters, rel=0.01)
 

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import serialization
 
 import imagegpt_jax as ig
 from imagegpt_jax.cli import UserError
@@ -162,3 +163,30 @@ def test_tensors_of_any_strides_are_read(tmp_path):
         got = torch_file.read(tmp_path / "x.pt").read()
         steps = [4 * s for s in strides]
         np.testing.assert_array_equal(got, np.lib.stride_tricks.as_strided(base[start:], shape, steps))
+
+
+def test_the_kind_of_a_file_is_told_by_its_first_bytes_where_its_name_does_not(tmp_path):
+    write(tmp_path / "weights.safetensors")
+    (tmp_path / "weights.safetensors").rename(tmp_path / "checkpoint")
+    assert set(files.open_source(tmp_path / "checkpoint").tensors) == set(ARRAYS)
+    for size in (3, 40):  # maps of msgpack begin in two ways
+        tree = {"params": {f"{i}": {"kernel": np.full(2, i)} for i in range(size)}}
+        (tmp_path / "flax_checkpoint_7").write_bytes(serialization.msgpack_serialize(tree))
+        found = files.open_source(tmp_path / "flax_checkpoint_7").tensors
+        assert set(found) == {f"{i}.kernel" for i in range(size)}
+        np.testing.assert_array_equal(found["2.kernel"].read(), [2, 2])
+    (tmp_path / "notes").write_text("weights of tomorrow")
+    with pytest.raises(UserError, match="notes is not a known kind of file: weights end in"):
+        files.open_source(tmp_path / "notes")
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "model.safetensors.index.fp16.json"])
+def test_shards_are_found_by_any_index(index, tmp_path):
+    parts = [{"a": ARRAYS["a"]}, {"b": ARRAYS["b"], "c": ARRAYS["c"]}]
+    for i, part in enumerate(parts):
+        write(tmp_path / f"part-{i}.safetensors", part)
+    places = {name: f"part-{i}.safetensors" for i, part in enumerate(parts) for name in part}
+    (tmp_path / index).write_text(json.dumps({"weight_map": places}))
+    tensors = files.open_source(tmp_path).tensors
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {n: ARRAYS[n].shape for n in "abc"}
+    np.testing.assert_array_equal(tensors["c"].read(), 7)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import references
+import round_trips
 import torch
 import transformers
-from safetensors.numpy import load_file
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
@@ -34,18 +34,6 @@ def relative(got, expected):
 def save(model, path, scale=0.2, **settings):
     references.randomize(model, scale).save_pretrained(path, **settings)
     return model
-
-
-def round_trip(path, tmp_path, kind):
-    """To a portable folder and back: the same names, dtypes and bits, and a config that says the same."""
-    command.convert(path, tmp_path / "portable", kind=kind)
-    command.convert(tmp_path / "portable", tmp_path / "back")
-    before, after = (load_file(p / "model.safetensors") for p in (path, tmp_path / "back"))
-    assert set(before) == set(after)
-    for name, array in before.items():
-        assert after[name].dtype == array.dtype, name
-        assert after[name].tobytes() == array.tobytes(), name
-    assert json.loads((path / "config.json").read_text()) == json.loads((tmp_path / "back/config.json").read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------- decoders
@@ -111,6 +99,23 @@ def test_llama(name, tmp_path, shows):
         changed = {**config, "hidden_act": "relu", "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
         (tmp_path / "folder/config.json").write_text(json.dumps(changed))
         assert relative(ig.load_decoder(tmp_path / "folder").logits(IDS), logits(model)) > 1e-3
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+@pytest.mark.parametrize("name", ["plain", "linear", "dynamic", "llama3", "yarn"])
+def test_configs_of_transformers_4_say_the_same(name, key, tmp_path):
+    """They have `rope_theta` and `rope_scaling` in place of `rope_parameters`, and leave out what is None."""
+    save(llama(**LLAMAS[name]), tmp_path)
+    new = ig.load_decoder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
+    kept = {k: v for k, v in config.items() if v is not None and k not in ("head_dim", "attention_bias", "mlp_bias")}
+    (tmp_path / "config.json").write_text(json.dumps({**kept, "torch_dtype": "float32"}))
+    old = ig.load_decoder(tmp_path)
+    assert old.gpt.config == new.gpt.config
+    assert old.fingerprint() == new.fingerprint()
 
 
 GPT2 = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 4}
@@ -216,6 +221,38 @@ def test_shards_and_half_precision(tmp_path):
         assert relative(ig.load_decoder(folder).logits(IDS), logits(reference)) < 1e-5
 
 
+def test_shards_of_pytorchs_own_format(tmp_path):
+    """What transformers 4 writes without safetensors."""
+    model = save(llama(), tmp_path / "one")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/config.json").write_bytes((tmp_path / "one/config.json").read_bytes())
+    state, places = model.state_dict(), {}
+    for i, names in enumerate((list(state)[::2], list(state)[1::2])):
+        torch.save({name: state[name] for name in names}, tmp_path / f"bin/pytorch_model-{i}.bin")
+        places |= dict.fromkeys(names, f"pytorch_model-{i}.bin")
+    (tmp_path / "bin/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    np.testing.assert_array_equal(*(ig.load_decoder(tmp_path / name).logits(IDS) for name in ("one", "bin")))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "imagegpt"])
+def test_models_without_a_head_of_their_own_are_read_if_it_is_tied(kind, tmp_path):
+    tied, sizes = {"tie_word_embeddings": True}, {**GPT2, "vocab_size": 51}
+    make = {
+        "llama": lambda **how: transformers.LlamaModel(transformers.LlamaConfig(**LLAMA, **how)),
+        "gpt2": lambda **how: transformers.GPT2Model(transformers.GPT2Config(**sizes, **how)),
+        "imagegpt": lambda **how: transformers.ImageGPTModel(transformers.ImageGPTConfig(**sizes, **how)),
+    }[kind]
+    body = save(make(**tied), tmp_path / "tied")
+    with torch.no_grad():
+        states = body(torch.tensor(IDS)).last_hidden_state
+        table = body.embed_tokens.weight if kind == "llama" else body.wte.weight
+        expected = (states @ table.T).numpy()
+    assert relative(ig.load_decoder(tmp_path / "tied").logits(IDS), expected) < 1e-5
+    save(make(tie_word_embeddings=False), tmp_path / "untied")
+    with pytest.raises(UserError, match=r"without its output head \(lm_head\): save the class that has one"):
+        ig.load_decoder(tmp_path / "untied")
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "imagegpt"])
 def test_decoder_round_trips_give_the_same_bits(kind, tmp_path, shows):
     model = {
@@ -224,7 +261,7 @@ def test_decoder_round_trips_give_the_same_bits(kind, tmp_path, shows):
         "imagegpt": lambda: transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**GPT2)),
     }[kind]()
     save(model.to(torch.bfloat16) if kind == "llama" else model, tmp_path / "folder")
-    round_trip(tmp_path / "folder", tmp_path, "decoder")
+    round_trips.check(tmp_path / "folder", tmp_path, "decoder")
     shows(kind, "bits")
 
 
@@ -341,7 +378,7 @@ def test_tokenizer_round_trips_give_the_same_bits(kind, tmp_path, shows):
         "emu3": lambda: Emu3VQVAE(Emu3VQVAEConfig(**EMU3)),
     }[kind]()
     save(model, tmp_path / "folder")
-    round_trip(tmp_path / "folder", tmp_path, "tokenizer")
+    round_trips.check(tmp_path / "folder", tmp_path, "tokenizer")
     shows(kind, "bits")
 
 

@@ -1,10 +1,13 @@
 """VQGANs of taming-transformers, of dalle-mini and of MaskGIT against PyTorch references under their names."""
 
+import zlib
+
+import jax
 import numpy as np
 import pytest
 import references
 import torch
-from flax import serialization
+from flax import linen, serialization
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
@@ -117,6 +120,85 @@ def test_dalle_mini_from_flax(taming, tmp_path, shows):
     assert set(before) == set(after)
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)
     shows("dalle_mini_vqgan", "codes", "pixels", "bits")
+
+
+def linen_maskgit(width, mults, blocks, z, codes):
+    """MaskGIT's tokenizer (arXiv:2202.04200, appendix A) in Flax's compact form, which numbers the layers."""
+    swish, conv = linen.swish, lambda n, k=3, bias=True: linen.Conv(n, (k, k), use_bias=bias)
+
+    class ResBlock(linen.Module):
+        filters: int
+
+        @linen.compact
+        def __call__(self, x):
+            h = conv(self.filters, bias=False)(swish(linen.GroupNorm()(x)))
+            h = conv(self.filters, bias=False)(swish(linen.GroupNorm()(h)))
+            return h + (x if x.shape[-1] == self.filters else conv(self.filters, 1, bias=False)(h))
+
+    class Encoder(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = conv(width, bias=False)(x)
+            for i, mult in enumerate(mults):
+                for _ in range(blocks):
+                    x = ResBlock(width * mult)(x)
+                x = linen.avg_pool(x, (2, 2), (2, 2)) if i + 1 < len(mults) else x
+            for _ in range(blocks):
+                x = ResBlock(width * mults[-1])(x)
+            return conv(z, 1)(swish(linen.GroupNorm()(x)))
+
+    class Decoder(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = conv(width * mults[-1])(x)
+            for _ in range(blocks):
+                x = ResBlock(width * mults[-1])(x)
+            for i in reversed(range(len(mults))):
+                for _ in range(blocks):
+                    x = ResBlock(width * mults[i])(x)
+                if i:
+                    x = conv(width * mults[i])(x.repeat(2, axis=1).repeat(2, axis=2))
+            return conv(3)(swish(linen.GroupNorm()(x)))
+
+    class VQVAE(linen.Module):
+        def setup(self):
+            self.encoder, self.decoder = Encoder(), Decoder()
+
+        def __call__(self, x):
+            return self.decoder(self.encoder(x))
+
+    def draw(path, leaf):
+        rng = np.random.default_rng(zlib.crc32(str(path).encode()))
+        fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 100
+        return (rng.standard_normal(leaf.shape) / np.sqrt(fan_in) + ("scale" in str(path))).astype(np.float32)
+
+    model = VQVAE()
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES))["params"]
+    params = dict(jax.tree_util.tree_map_with_path(draw, shapes))
+    params["quantizer"] = {"codebook": np.random.default_rng(5).standard_normal((codes, z)).astype(np.float32)}
+    return model, params
+
+
+def test_maskgit_as_its_authors_publish_it(tmp_path, shows):
+    model, params = linen_maskgit(32, (1, 2, 2), 2, 16, 64)
+    path = tmp_path / "tokenizer_imagenet256_checkpoint"  # without an ending, as it is there
+    path.write_bytes(serialization.msgpack_serialize({"params": params}))
+    networks = {"params": {k: params[k] for k in ("encoder", "decoder")}}
+    z = np.asarray(model.apply(networks, (IMAGES + 1) / 2, method=lambda m, x: m.encoder(x)), np.float64)
+    codebook = params["quantizer"]["codebook"].astype(np.float64)
+    codes = ((z[..., None, :] - codebook) ** 2).sum(-1).argmin(-1)
+    pixels = model.apply(networks, params["quantizer"]["codebook"][CODES], method=lambda m, x: m.decoder(x))
+    check(path, codes, 2 * np.asarray(pixels) - 1)
+    command.convert(path, tmp_path / "portable")
+    command.convert(tmp_path / "portable", tmp_path / "back")
+    back = serialization.msgpack_restore((tmp_path / "back/flax_model.msgpack").read_bytes())
+    before, after = (dict(_flatten(t)) for t in ({"params": params}, back))
+    assert set(before) == set(after)
+    assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+    # The same network under the names of its PyTorch port.
+    command.convert(tmp_path / "portable", tmp_path / "port", to="maskgit_vqgan")
+    np.testing.assert_array_equal(*(ig.load_tokenizer(p, rows=1).encode(IMAGES) for p in (path, tmp_path / "port")))
+    shows("maskgit_flax", "codes", "pixels", "bits")
 
 
 def _flatten(tree, prefix=""):

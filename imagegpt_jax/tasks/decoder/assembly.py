@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imagegpt_jax import checkpoint, optim, sharding
+from imagegpt_jax import checkpoint, optim, sharding, text_encoder
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
@@ -38,9 +38,10 @@ class Setup:
       layout: token space and sequence layout.
       text: text tokenizer; None where the setup is abstract.
       labels: class names, may be empty.
-      networks: "decoder", and "tokenizer" where images are encoded within the step.
+      networks: "decoder", and "tokenizer" and "encoder" where images and words are encoded within the step.
       optimizers: of "decoder".
       tokenizer: the image tokenizer's static part.
+      encoder: the frozen language model whose states are features of the words; None without one.
       sources: split -> opened source; empty for inference.
     """
 
@@ -52,6 +53,7 @@ class Setup:
     networks: dict[str, Network]
     optimizers: dict[str, optax.GradientTransformation]
     tokenizer: tokenizer_task.Setup
+    encoder: text_encoder.TextEncoder | None
     sources: dict[str, Any]
 
     @property
@@ -86,17 +88,19 @@ def _build(
     opened: dict[str, Any],
     encode: bool,
     num_classes: int,
+    train: bool = True,
 ) -> Setup:
     data = config.data
     image_tokenizer = _image_tokenizer(config)
+    encoder, sizes = _text_encoder(config)
     space = packing.TokenSpace(
-        text_vocab=data.text_vocab_size if text is None else text.vocab_size,
+        text_vocab=text.vocab_size if text is not None else 0 if words_are_features(config) else data.text_vocab_size,
         num_classes=num_classes if data.use_labels else 0,
         num_codes=image_tokenizer.model.quantizer.num_ids,
     )
     layout = packing.Layout(
         space=space,
-        text_length=data.text_length,
+        text_length=int(data.use_labels) if words_are_features(config) else data.text_length,
         grid=tuple(data.grid),
         text_weight=data.text_weight,
         image_weight=data.image_weight,
@@ -108,12 +112,33 @@ def _build(
             " second must not be before the first, and random orders need model.target_positions=True."
         )
     rows = math.ceil(space.vocab_size / data.vocab_multiple) * data.vocab_multiple
-    model = to_dataclass(GPTConfig, {**config.model.to_dict(), "vocab_size": rows})
+    model = to_dataclass(GPTConfig, {**config.model.to_dict(), **sizes, "vocab_size": rows})
     networks = {"decoder": state_lib.network(lambda key: gpt.GPT(model, key=key))}
     optimizers = {"decoder": optim.make(config.optim, config.steps, networks["decoder"].axes)}
     if encode:
         networks["tokenizer"] = image_tokenizer.networks["generator"]
-    return Setup(config, model, layout, text, labels, networks, optimizers, image_tokenizer, opened)
+    if encoder is not None and train:
+        networks["encoder"] = encoder.network
+    return Setup(config, model, layout, text, labels, networks, optimizers, image_tokenizer, encoder, opened)
+
+
+def words_are_features(config: Config) -> bool:
+    """Whether a text encoder reads the words, which then are no tokens of the sequence."""
+    return bool(config.text_encoder or config.model.feature_width)
+
+
+def _text_encoder(config: Config) -> tuple[text_encoder.TextEncoder | None, dict[str, int]]:
+    """The text encoder that a config names, and the decoder's `feature_width` and `feature_length`."""
+    if not words_are_features(config):
+        return None, {}
+    data, model = config.data, config.model
+    length = model.feature_length or data.text_length - int(data.use_labels)
+    if length < 1:
+        raise UserError("a text encoder needs places for its features: set --config.data.text_length=64, for example.")
+    if not config.text_encoder:
+        return None, {"feature_length": length}
+    encoder = text_encoder.open_encoder(config.text_encoder, length, model.feature_width)
+    return encoder, {"feature_length": length, "feature_width": encoder.model.width}
 
 
 def setup(config: Config) -> Setup:
@@ -127,12 +152,20 @@ def setup(config: Config) -> Setup:
         ops_lib.parse(data[name])
     if not reading.is_weights(config.tokenizer):
         tokenizer_config(config)
-    needs = "label" if data.use_labels else "captions" if data.text_vocab_size else None
+    featured = words_are_features(config)
+    if featured and not config.text_encoder:
+        raise UserError(
+            f"model.feature_width={config.model.feature_width} needs features of the words: give the folder of a"
+            " language model that reads them, --config.text_encoder=FOLDER --config.model.feature_width=0."
+        )
+    if featured and data.image_to_text:
+        raise UserError("a decoder over a text encoder writes no captions: set data.image_to_text=0.")
+    needs = "label" if data.use_labels else "captions" if data.text_vocab_size or featured else None
     opened = {split: sources.open_source(data[split], require=needs) for split in ("train", "validation")}
-    if data.text_tokenizer:
-        text = text_lib.load_tokenizer(data.text_tokenizer)
-    elif not data.text_vocab_size:
+    if featured or not (data.text_tokenizer or data.text_vocab_size):
         text = text_lib.no_words()
+    elif data.text_tokenizer:
+        text = text_lib.load_tokenizer(data.text_tokenizer)
     else:
         text = text_lib.train_tokenizer(_captions(opened["train"], data.text_tokenizer_examples), data.text_vocab_size)
     encode = "codes" not in sources.first_record(opened["train"])
@@ -153,7 +186,7 @@ def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
     folder = epath.Path(workdir)
     text = text_lib.load_tokenizer(folder / "text_tokenizer")
     labels = tuple(json.loads((folder / "labels.json").read_text()))
-    return _build(config, text, labels, {}, False, len(labels))
+    return _build(config, text, labels, {}, False, len(labels), train=False)
 
 
 def setup_abstract(config: Config) -> Setup:
@@ -166,6 +199,12 @@ def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
     folder = epath.Path(workdir)
     setup.text.save(folder / "text_tokenizer")
     (folder / "labels.json").write_text(json.dumps(setup.labels))
+
+
+def encoder_params(setup: Setup, sharding_tree: Any = None) -> state_lib.Params:
+    """Parameters of the text encoder."""
+    assert setup.encoder is not None
+    return jax.device_put(setup.encoder.params(), sharding_tree)
 
 
 def _captions(source: Any, limit: int) -> list[str]:

@@ -4,7 +4,7 @@ Shapes: B batch, L sequence, N image codes, M places of one kind.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagegpt_jax import state as state_lib
+from imagegpt_jax import text_encoder
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.data import order, packing, pipeline
 from imagegpt_jax.state import TrainState
@@ -53,6 +54,12 @@ def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStr
     """Shapes of what `batches` gives and the devices see."""
     packed = setup.layout.pack(None, None, np.zeros((1, setup.layout.num_codes), np.int32))
     packed["position"] = np.zeros(1, np.int64)
+    model = setup.model
+    if setup.encoder is not None:
+        packed |= _prompts(setup, [""])
+    elif model.feature_width:
+        packed["features"] = np.zeros((1, model.feature_length, model.feature_width), np.float32)
+        packed["feature_mask"] = np.zeros((1, model.feature_length), bool)
     return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in packed.items()}
 
 
@@ -63,7 +70,8 @@ def pack(setup: Setup, batch: dict[str, np.ndarray], *, train: bool) -> dict[str
     """
     data, seed = setup.config.data, setup.config.seed
     positions_B = batch["position"]
-    texts = setup.text.encode_batch([str(c) for c in batch["caption"]]) if "caption" in batch else None
+    captions = [str(caption) for caption in batch.get("caption", [""] * len(positions_B))]
+    texts = setup.text.encode_batch(captions) if "caption" in batch else None
     codes_BN = batch.get("codes")
     if codes_BN is None:
         codes_BN = np.zeros((len(positions_B), setup.layout.num_codes), np.int32)
@@ -72,18 +80,31 @@ def pack(setup: Setup, batch: dict[str, np.ndarray], *, train: bool) -> dict[str
         for name, use in (("drop", _DROP), ("direction", _DIRECTION))
     }
     orders_BN = orders(setup, positions_B) if train else None
+    dropped_B = (draws["drop"] < data.guidance_dropout) if train else None
     packed = setup.layout.pack(
-        texts if data.text_length else None,
+        texts if setup.layout.text_length else None,
         batch["label"] if data.use_labels else None,
         codes_BN,
         (draws["direction"] < data.image_to_text) * packing.IMAGE_TO_TEXT if train else None,
-        (draws["drop"] < data.guidance_dropout) if train else None,
+        dropped_B,
         orders_BN,
     )
+    if setup.encoder is not None:
+        packed |= _prompts(setup, captions if dropped_B is None else np.where(dropped_B, "", captions).tolist())
     keep = {name: batch[name] for name in ("image", "mask", "position") if name in batch}
     if orders_BN is not None and "image" in batch:
         keep["order"] = orders_BN  # the codes are not there yet
     return packed | keep
+
+
+# What the text encoder reads: ids and where they stand, see `text_encoder.place`.
+PROMPTS = ("prompt_tokens", "prompt_mask")
+
+
+def _prompts(setup: Setup, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """What the text encoder is to read of a batch."""
+    assert setup.encoder is not None
+    return dict(zip(PROMPTS, setup.encoder.place(captions), strict=True))
 
 
 def random_share(setup: Setup, positions_B: np.ndarray) -> np.ndarray:
@@ -156,10 +177,26 @@ def _reversed(layout: packing.Layout, tokens_BL: jax.Array) -> jax.Array:
 
 
 def prepare_batch(setup: Setup, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Encodes the batch's images with the frozen tokenizer and puts their codes into the sequences."""
-    if "tokenizer" not in setup.networks:
-        return batch
-    return encode_into(setup, state.frozen["tokenizer"], batch)
+    """Encodes the batch's images and words with the frozen networks."""
+    return encode(setup, state.frozen, batch)
+
+
+def encode(setup: Setup, params: Mapping[str, state_lib.Params], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Puts codes of the batch's images into the sequences, and features of its words beside them.
+
+    Args:
+      setup: the stage.
+      params: of "tokenizer" and "encoder", as far as the setup has these networks.
+      batch: packed sequences.
+    """
+    if "tokenizer" in setup.networks:
+        batch = encode_into(setup, params["tokenizer"], batch)
+    if "encoder" in setup.networks:
+        batch = dict(batch)
+        tokens_BP, mask_BP = (batch.pop(name) for name in PROMPTS)
+        module: Any = setup.networks["encoder"].module(params["encoder"])
+        batch |= {"features": text_encoder.states(module, tokens_BP, mask_BP), "feature_mask": mask_BP}
+    return batch
 
 
 def encode_into(setup: Setup, params: state_lib.Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -19,7 +19,7 @@ from imagegpt_jax.images import Tile, grid, to_uint8
 from imagegpt_jax.state import TrainState
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
 from imagegpt_jax.tasks.decoder.assembly import Setup, tokenizer_params
-from imagegpt_jax.tasks.decoder.examples import batches, encode_into
+from imagegpt_jax.tasks.decoder.examples import PROMPTS, batches, encode
 from imagegpt_jax.tasks.decoder.training import token_nll
 
 
@@ -40,6 +40,8 @@ def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, flo
     columns = likelihood.COLUMNS
     if "tokenizer" in setup.networks:
         params["tokenizer"], columns = state.params("tokenizer"), (*columns, "image")
+    if "encoder" in setup.networks:
+        params["encoder"], columns = state.params("encoder"), (*columns, *PROMPTS)
     if setup.layout.target_positions:
         columns = (*columns, "target_positions")
     rows = sharding.host_rows(mesh, config.eval_batch_size)
@@ -62,6 +64,7 @@ def _sample_grid(setup: Setup, params: state_lib.Params) -> np.ndarray:
     """
     config, first = setup.config, jax.local_devices()[:1]
     prompts = [prompt for prompt in config.sample_prompts for _ in range(4)]
+    features = None if setup.encoder is None else setup.encoder.read(prompts)
     with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, first)):
         params = jax.device_put(common.to_host(params), first[0])
         module: Any = setup.networks["decoder"].module(params)
@@ -69,6 +72,7 @@ def _sample_grid(setup: Setup, params: state_lib.Params) -> np.ndarray:
             module,
             setup.layout,
             setup.text.encode_batch(prompts),
+            features=features,
             sampling=Sampling(**config.sampling.to_dict()),
             seed=config.seed,
             tile=len(prompts),
@@ -92,8 +96,7 @@ def _scorer(setup: Setup) -> Callable[..., Any]:
     nll = predict_fns(setup)["nll"]
 
     def score(params: dict[str, state_lib.Params], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        if "tokenizer" in setup.networks:
-            batch = encode_into(setup, params["tokenizer"], batch)
+        batch = encode(setup, params, batch)
         return nll(params["decoder"], batch), batch["targets"]
 
     return score

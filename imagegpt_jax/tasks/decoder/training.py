@@ -17,7 +17,7 @@ from imagegpt_jax.accumulate import accumulate
 from imagegpt_jax.data import packing
 from imagegpt_jax.models import gpt, layers
 from imagegpt_jax.state import TrainState
-from imagegpt_jax.tasks.decoder.assembly import Setup, tokenizer_params
+from imagegpt_jax.tasks.decoder.assembly import Setup, encoder_params, tokenizer_params
 from imagegpt_jax.tasks.decoder.examples import take_places, target_parts, used_length
 
 
@@ -50,25 +50,24 @@ def forward_flops(setup: Setup, batch_size: int, length: int, scored: int, conte
 
 
 def init_state(setup: Setup, key: jax.Array) -> TrainState:
-    """The first TrainState; pure. An untrained tokenizer is drawn here, a trained one is read by `load_frozen`."""
+    """The first TrainState; pure. An untrained tokenizer is drawn here, what is trained is read by `load_frozen`."""
     return state_lib.init(
         setup.networks,
         setup.optimizers,
         {},
         key,
         frozen=setup.config.frozen,
-        frozen_networks=("tokenizer",),
+        frozen_networks=("tokenizer", "encoder"),
         ema=("decoder",) if setup.config.ema_decay else (),
         phases=phases(setup),
     )
 
 
 def load_frozen(setup: Setup, state: TrainState, layout: TrainState) -> TrainState:
-    """Puts the trained tokenizer's parameters into a new state."""
-    if "tokenizer" not in setup.networks:
-        return state
-    params = tokenizer_params(setup, layout.frozen["tokenizer"])
-    return dataclasses.replace(state, frozen={**state.frozen, "tokenizer": params})
+    """Puts the parameters of the trained tokenizer and the text encoder into a new state."""
+    read = {"tokenizer": tokenizer_params, "encoder": encoder_params}
+    params = {name: load(setup, layout.frozen[name]) for name, load in read.items() if name in setup.networks}
+    return dataclasses.replace(state, frozen={**state.frozen, **params}) if params else state
 
 
 def token_nll(setup: Setup, module: Any, batch: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:

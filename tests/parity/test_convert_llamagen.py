@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 import references
+import tokenizers
 import torch
+import transformers
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
@@ -17,6 +19,7 @@ import imagegpt_jax as ig
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert import command
 from imagegpt_jax.generate import Sampling, generate_codes
+from imagegpt_jax.text_encoder import open_encoder
 
 pytestmark = pytest.mark.parity
 
@@ -86,6 +89,41 @@ def test_text_conditional_logits(tmp_path):
     with torch.no_grad():
         expected = reference(reference.condition(features=features_in), torch.tensor(codes), seen).numpy()
     assert relative(gpt.logits(ids, features=(features, mask)), expected) < 1e-5
+
+
+def test_a_language_model_reads_the_words_of_a_text_conditional_decoder(tmp_path):
+    reference = references.randomize(references.LlamaGen(**SIZES, kv_heads=4, features=FEATURES))
+    save_file(reference.state_dict(), tmp_path / "t2i.safetensors")
+    config = transformers.GPT2Config(vocab_size=9, n_positions=16, n_embd=FEATURES[1], n_layer=2, n_head=2)
+    model = references.randomize(transformers.GPT2LMHeadModel(config), 0.2)
+    model.save_pretrained(tmp_path / "gpt2")
+    words = {word: i for i, word in enumerate(["a", "red", "boat", "dog", "[UNK]"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "gpt2/tokenizer.json"))
+    gpt = ig.load_decoder(tmp_path / "t2i.safetensors", text_encoder=tmp_path / "gpt2", heads=4, grid=(GRID, GRID))
+    ours = generate_codes(
+        gpt.gpt,
+        gpt.setup.layout,
+        [[]] * 3,
+        sampling=Sampling(temperature=0.0),
+        features=gpt.read(["a red boat", "dog", ""]),
+    )
+    for row, ids in zip(ours, ([0, 1, 2], [3], []), strict=True):
+        features, seen = reference.cls_embedding.uncond_embedding[None].clone(), torch.ones(1, FEATURES[0], dtype=bool)
+        codes = torch.zeros(1, 0, dtype=torch.long)
+        with torch.no_grad():
+            if ids:
+                features[0] = 0
+                features[0, -len(ids) :] = model.transformer(torch.tensor([ids])).last_hidden_state
+                seen[0, : -len(ids)] = False
+            for _ in range(GRID**2):
+                logits = reference(reference.condition(features=features), codes, seen)
+                codes = torch.cat([codes, logits[:, -1:].argmax(-1)], dim=1)
+        np.testing.assert_array_equal(row, codes[0])
+    assert len({tuple(row) for row in ours}) == 3
+    with pytest.raises(UserError, match="states of 12 numbers, and the decoder reads features of 13"):
+        open_encoder(tmp_path / "gpt2", 6, 13)
 
 
 def test_heads_of_unpublished_sizes_are_asked_for(by_class):

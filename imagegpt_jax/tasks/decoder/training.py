@@ -138,7 +138,8 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     params = optax.apply_updates(params, updates)
 
     values: metrics.Totals = {"loss": metrics.mean(loss), "gradient_norm": metrics.mean(optax.global_norm(grads))}
-    for name, kind in (("image", packing.IMAGE), ("text", packing.TEXT)):
+    kinds = {"image": packing.IMAGE} | ({"text": packing.TEXT} if setup.layout.text_length else {})
+    for name, kind in kinds.items():
         scored_BL = (batch["kind"] == kind).astype(jnp.float32)
         counts_V = _count(batch["targets"], scored_BL, setup.space.vocab_size)
         values[f"{name}_bits_per_token"] = metrics.mean(nll_BL / jnp.log(2.0), scored_BL)

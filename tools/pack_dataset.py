@@ -32,7 +32,7 @@ from tqdm import tqdm
 from imagegpt_jax import cli
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.folder import FolderSource
-from imagegpt_jax.data.images import EXTENSIONS
+from imagegpt_jax.data.images import EXTENSIONS, FORMATS
 from imagegpt_jax.data.shards import ShardWriter, shard_ranges
 
 INPUT = flags.DEFINE_string("input", None, "A folder of images, or a pattern of .tar or .parquet files.")
@@ -319,7 +319,7 @@ def checked(records: Iterator[Record], progress: tqdm) -> Iterator[Record]:
     """Passes records on; raises UserError for one whose image is none (by its header: nothing is decoded)."""
     for record in records:
         try:
-            Image.open(io.BytesIO(record["image"])).close()
+            Image.open(io.BytesIO(record["image"]), formats=FORMATS).close()
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e:
             raise UserError(f"{record['id']} is not an image: replace or remove it, then run this again.") from e
         progress.update()

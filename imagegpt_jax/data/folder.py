@@ -13,7 +13,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -22,6 +22,8 @@ from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.images import EXTENSIONS
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+# Larger files are not read: no picture or caption is so large.
+MAX_BYTES = 1 << 28
 CAPTION_COLUMNS = ("text", "caption", "captions")
 
 
@@ -84,6 +86,7 @@ class FolderSource:
         self.label_names = tuple(sorted(set(labels.values()), key=int if numeric else None))
         number = {name: i for i, name in enumerate(self.label_names)}
         self._labels = {f: number[name] for f, name in labels.items()}
+        self._sizes = sizes
         facts = [
             [f, sizes[f], self._captions.get(f), sizes.get(sidecars.get(f, "")), labels.get(f)] for f in self._files
         ]
@@ -131,11 +134,14 @@ class FolderSource:
         """Reads the files of some images.
 
         Raises:
-          UserError: if a file that was there when the folder was listed cannot be read.
+          UserError: if a file that was there when the folder was listed cannot be read, or is larger than 256 MiB.
         """
         return [self._read(self._files[int(i)]) for i in indices]
 
     def _read(self, file: str) -> dict[str, Any]:
+        for part in (file, self._sidecars.get(file, file)):
+            if self._sizes[part] > MAX_BYTES:
+                raise UserError(f"{self.root / part} has {self._sizes[part]} bytes: at most {MAX_BYTES}.")
         try:
             record: dict[str, Any] = {"id": file, "image": (self.root / file).read_bytes()}
             if self.convention == "metadata":
@@ -210,17 +216,27 @@ def _jsonl(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 yield number, f"not JSON ({e})"
                 continue
             yield number, row if isinstance(row, dict) else 'expected an object such as {"file_name": ..., "text": ...}'
 
 
 def _csv(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # long captions are the quarantine's business
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        if None in row or None in row.values():
+    for row in _rows(reader):
+        if isinstance(row, str):
+            yield reader.line_num, row
+        elif None in row or None in row.values():
             many = "more" if None in row else "fewer"
             yield reader.line_num, f"{many} fields than the header has (put a caption with commas in double quotes)"
         else:
             yield reader.line_num, row
+
+
+def _rows(reader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | str]:
+    try:
+        yield from reader
+    except csv.Error as e:
+        yield f"not CSV ({e})"

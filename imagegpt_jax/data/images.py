@@ -6,6 +6,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# What Pillow may take bytes for. It knows more, of which some, such as EPS, would run another program on them.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 
 # What TensorFlow decodes exactly as Pillow does, and everything else, which is left to Pillow.
 JPEG, PNG, OTHER = 0, 1, 2
@@ -26,7 +28,7 @@ def sniff(data: bytes) -> int:
 
 def _is_turned(data: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     except (OSError, ValueError, SyntaxError):
         return True  # not sound: let Pillow say what is wrong with it
@@ -42,7 +44,7 @@ def decode_image(data: bytes) -> np.ndarray:
       ValueError: if the bytes are not an image, or a damaged one.
     """
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             image: Image.Image = ImageOps.exif_transpose(file)
             if image.mode.startswith(("I", "F")):  # Pillow would clip 16 bits to 255 instead of scaling
                 high_byte = np.clip(np.asarray(image, np.float64) // 256, 0, 255).astype(np.uint8)

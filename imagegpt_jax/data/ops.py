@@ -10,7 +10,6 @@ A crop directly after `decode` decodes only the part of a JPEG that is kept; the
 """
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -21,22 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.cli import UserError, quiet_logs, suggest
-from imagegpt_jax.data.images import JPEG, PNG, decode_image
+from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.data.decoding import Window, decode_and_crop, decode_any, import_tf
 
 METHODS = ("bilinear", "bicubic", "area", "lanczos3", "lanczos5", "nearest")
 Size = int | tuple[int, int]
-
-
-@functools.cache
-def import_tf() -> Any:
-    """Imports TensorFlow without its chatter, and keeps it off the GPUs, which are JAX's."""
-    quiet_logs()
-    import tensorflow as tf
-
-    with contextlib.suppress(RuntimeError):  # if TensorFlow was already running, it is too late to tell it
-        tf.config.set_visible_devices([], "GPU")
-    return tf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +122,6 @@ def _uniform(seed_2: Any, shape: tuple[int, ...]) -> Any:
 # Each op takes its arguments and returns a function; those in `CROPS` return one from (shape_HWC, seed) to a window
 # (y, x, height, width), the others one from (image, seed) to an image. TensorFlow loads when that function runs.
 
-Window = tuple[Any, Any, Any, Any]
 ImageFn = Callable[[Any, Any], Any]
 WindowFn = Callable[[Any, Any], Window]
 
@@ -326,10 +313,10 @@ def build(ops: list[Op]) -> Callable[[Any, Any, Any], Any]:
             return seed_2 + import_tf().constant([0, i], "int64")
 
         if fused:
-            image = _decode_and_crop(data, image_format, functools.partial(_call, made[1], seed(1)))
+            image = decode_and_crop(data, image_format, functools.partial(_call, made[1], seed(1)))
             image = _after_crop(image, ops[1])
         else:
-            image = _decode(data, image_format)
+            image = decode_any(data, image_format)
         for i in range(1 + fused, len(ops)):
             if ops[i].name in CROPS:
                 y, x, h, w = made[i](import_tf().shape(image), seed(i))
@@ -352,61 +339,4 @@ def _after_crop(image: Any, op: Op) -> Any:
         if op.name == "random_resized_crop":
             image = _resized(image, (h, w), op.arguments["method"])
         image.set_shape([h, w, 3])
-    return image
-
-
-def _decode(data: Any, image_format: Any) -> Any:
-    tf = import_tf()
-    image = tf.switch_case(
-        image_format,
-        {
-            # The accurate transform gives the same pixels as Pillow, and is as fast.
-            JPEG: lambda: tf.io.decode_jpeg(data, 3, dct_method="INTEGER_ACCURATE"),
-            PNG: lambda: _on_white(tf.io.decode_png(data, 4)),
-        },
-        default=lambda: _decode_other(data),
-    )
-    image.set_shape([None, None, 3])
-    return image
-
-
-def _decode_and_crop(data: Any, image_format: Any, window: Callable[[Any], Window]) -> Any:
-    tf = import_tf()
-
-    def jpeg() -> Any:
-        shape = tf.io.extract_jpeg_shape(data)
-        y, x, h, w = window(shape)
-        # Colour is stored at half resolution and interpolated: the window's border needs the pixels next to it.
-        top, left = tf.maximum(y - 2, 0), tf.maximum(x - 2, 0)
-        bottom, right = tf.minimum(y + h + 2, shape[0]), tf.minimum(x + w + 2, shape[1])
-        part = tf.stack([top, left, bottom - top, right - left])
-        image = tf.io.decode_and_crop_jpeg(data, part, 3, dct_method="INTEGER_ACCURATE")
-        return image[y - top : y - top + h, x - left : x - left + w]
-
-    def other() -> Any:
-        image = _decode(data, image_format)
-        y, x, h, w = window(tf.shape(image))
-        return image[y : y + h, x : x + w]
-
-    image = tf.cond(tf.equal(image_format, JPEG), jpeg, other)
-    image.set_shape([None, None, 3])
-    return image
-
-
-def _on_white(image_HW4: Any) -> Any:
-    tf = import_tf()
-    rgb, alpha = image_HW4[..., :3], image_HW4[..., 3:]
-
-    def blend() -> Any:
-        a = tf.cast(alpha, tf.float32) / 255.0
-        return tf.cast(tf.round(tf.cast(rgb, tf.float32) * a + 255.0 * (1.0 - a)), tf.uint8)
-
-    return tf.cond(tf.reduce_all(tf.equal(alpha, 255)), lambda: rgb, blend)
-
-
-def _decode_other(data: Any) -> Any:
-    tf = import_tf()
-    # The bytes come as an array without dimensions, or as they are.
-    image = tf.numpy_function(lambda d: decode_image(np.asarray(d, object).item()), [data], tf.uint8)
-    image.set_shape([None, None, 3])
     return image

@@ -16,9 +16,7 @@ loads it. A thread of ours runs ahead of the consumer and calls `host_fn`.
 
 import functools
 import os
-import queue
 import re
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,6 +29,7 @@ from imagegpt_jax.data.images import decode_image, sniff
 from imagegpt_jax.data.mixture import Mixture
 from imagegpt_jax.data.order import Order, hash_positions
 from imagegpt_jax.data.quarantine import Quarantine
+from imagegpt_jax.data.read_ahead import AHEAD, ReadAhead
 from imagegpt_jax.data.sources import Source, first_record
 
 Batch = dict[str, np.ndarray]
@@ -39,7 +38,6 @@ Batch = dict[str, np.ndarray]
 COLUMNS = {"image": "image", "caption": "captions", "label": "label", "codes": "codes"}
 # What keeps the random numbers of different uses apart (order.py uses (seed, source, epoch)).
 _CAPTION, _AUGMENT = 1 << 40, 1 << 41
-_AHEAD = 2
 
 
 class Batches:
@@ -126,7 +124,7 @@ class Batches:
             columns=wanted,
             host_fn=host_fn,
         )
-        self._ahead: _Ahead | None = None
+        self._ahead: ReadAhead | None = None
 
     def __iter__(self) -> "Batches":
         return self
@@ -138,7 +136,7 @@ class Batches:
           UserError: for an image that cannot be read, naming it.
         """
         if self._ahead is None:
-            self._ahead = _Ahead(self._reader.batches)
+            self._ahead = ReadAhead(self._reader.batches)
             weakref.finalize(self, self._ahead.stop)
         batch = self._ahead.get()
         self._given += 1
@@ -292,14 +290,14 @@ class _Reader:
             return data, image_format, seed
 
         dataset = tf.data.Dataset.range(start, self._numbers().stop)
-        dataset = dataset.map(fetch, num_parallel_calls=_AHEAD).prefetch(_AHEAD).unbatch()
+        dataset = dataset.map(fetch, num_parallel_calls=AHEAD).prefetch(AHEAD).unbatch()
         dataset = dataset.map(process, num_parallel_calls=threads, deterministic=True)
         dataset = dataset.batch(rows, drop_remainder=True)
         options = tf.data.Options()
         options.deterministic = True
         options.autotune.enabled = False
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        yield from dataset.prefetch(_AHEAD).with_options(options).as_numpy_iterator()
+        yield from dataset.prefetch(AHEAD).with_options(options).as_numpy_iterator()
 
     def _put_aside(self, number: int, process: Callable[..., Any]) -> bool:
         """Puts the records of a failed batch that cannot be processed into quarantine; whether there were any."""
@@ -311,7 +309,7 @@ class _Reader:
         for record, index in zip(records, index_B.tolist(), strict=True):
             try:
                 process(record["image"], tf.constant(sniff(record["image"])), tf.zeros(2, tf.int64))
-            except tf.errors.OpError as e:
+            except (tf.errors.OpError, ValueError) as e:  # outside a graph, what Pillow says comes as it is
                 self.quarantine.add(index, str(record["id"]), f"cannot be processed ({_reason(e)})")
                 found = True
         return found
@@ -366,48 +364,3 @@ def _objects(items: Sequence[Any]) -> np.ndarray:
     out = np.empty(len(items), object)
     out[:] = items
     return out
-
-
-class _Ahead:
-    """Runs an iterator in a thread, up to `_AHEAD` items ahead; its exceptions come out of `get`."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]]):
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(_AHEAD)
-        self._stopped = threading.Event()
-        self._last: tuple[str, Any] | None = None
-        self._thread = threading.Thread(target=self._run, args=(make,), daemon=True, name="batches")
-        self._thread.start()
-
-    def _run(self, make: Callable[[], Iterator[Any]]) -> None:
-        try:
-            for item in make():
-                if not self._put(("item", item)):
-                    return
-            self._put(("end", None))
-        except BaseException as e:  # shown where the batch is asked for
-            self._put(("error", e))
-
-    def _put(self, entry: tuple[str, Any]) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def get(self) -> Any:
-        if self._stopped.is_set():
-            raise StopIteration
-        kind, value = self._last or self._queue.get()
-        if kind == "item":
-            return value
-        self._last = (kind, value)
-        if kind == "error":
-            raise value
-        raise StopIteration
-
-    def stop(self) -> None:
-        self._stopped.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=10)  # a thread inside TensorFlow while Python exits would crash it

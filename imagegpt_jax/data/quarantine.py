@@ -24,7 +24,9 @@ import numpy as np
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
+from imagegpt_jax import storage
 from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.data.images import FORMATS
 
 # What `accept` may name: these decode, each to one picture.
 KINDS = ("cmyk", "16-bit", "animated", "extension", "thin")
@@ -161,7 +163,7 @@ class Report:
         self._path = folder / ("quarantine.jsonl" if process == 0 else f"quarantine.process-{process}.jsonl")
         self._listed: set[tuple[str, str]] = set()
         for path in folder.glob("quarantine*.jsonl"):
-            for line in path.read_text().splitlines():
+            for line in path.read_bytes().decode("utf-8", "replace").splitlines():
                 try:
                     fields = json.loads(line)
                     self._listed.add((fields["source"], fields["id"]))
@@ -174,7 +176,7 @@ class Report:
             if (source, name) in self._listed:
                 return
             self._listed.add((source, name))
-            with self._path.open("a") as file:
+            with storage.writing(self._path), self._path.open("a") as file:
                 file.write(json.dumps({"source": source, "id": name, "reason": reason}) + "\n")
         self._log.write("quarantine", source=source, id=name, reason=reason)
 
@@ -192,9 +194,10 @@ def refuse(record: dict[str, Any], accept: Collection[str] = ()) -> str | None:
 
 def refuse_caption(caption: str) -> str | None:
     """Why a caption is not to be trained on; None if it may be."""
-    if "\ufffd" in caption:
-        return "a caption that is not UTF-8"
     size = len(caption.encode("utf-8", "replace"))
+    # U+FFFD is what a reader puts in place of bytes that are no UTF-8; half a surrogate pair is what JSON lets through.
+    if "\ufffd" in caption or any("\ud800" <= c <= "\udfff" for c in caption[:MAX_CAPTION_BYTES]):
+        return "a caption that is not UTF-8"
     return f"a caption of {size} bytes: at most {MAX_CAPTION_BYTES}" if size > MAX_CAPTION_BYTES else None
 
 
@@ -236,7 +239,7 @@ def _header(data: bytes) -> tuple[str, int, int, set[str]]:
         traits = {"cmyk"} if channels == 4 else set()
         traits |= {"16-bit"} if depth > 8 else set()
         return "JPEG", width, height, traits | (set() if data.rfind(b"\xff\xd9") > 0 else {"truncated"})
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         traits = {"animated"} if getattr(image, "n_frames", 1) > 1 else set()
         traits |= {"cmyk"} if image.mode == "CMYK" else set()
         traits |= {"16-bit"} if image.mode.startswith(("I", "F")) else set()

@@ -1,5 +1,6 @@
 """Bad records: each is listed once with its reason and replaced by the next position's, every time the same."""
 
+import csv
 import io
 import json
 import pathlib
@@ -16,7 +17,7 @@ from PIL import Image
 
 from imagegpt_jax import events
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.data import quarantine, shards, sources
+from imagegpt_jax.data import images, quarantine, shards, sources
 from imagegpt_jax.data.pipeline import Batches, position_after
 
 
@@ -59,6 +60,9 @@ def files():
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "truncated.png": (png[: len(png) // 2], "truncated"),
         "scrambled.png": (scrambled(png), "cannot be processed"),
+        "truncated.bmp": (encoded(picture(0, (64, 64)), "BMP")[:300], "cannot be processed (a damaged image"),
+        "truncated.tif": (encoded(picture(0, (64, 64)), "TIFF")[:300], "cannot be processed (a damaged image"),
+        "truncated.webp": (encoded(picture(0, (64, 64)), "WEBP", lossless=True)[:3000], "not a sound image"),
         "empty.jpg": (b"", "not a sound image"),
         "text.png": (b"this is no picture", "not a sound image"),
         "cmyk.jpg": (encoded(picture(2).convert("CMYK"), "JPEG"), "CMYK"),
@@ -188,6 +192,56 @@ def test_a_misspelt_kind_is_an_error():
         quarantine.Quarantine(accept=("cymk",))
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_captions_of_a_metadata_file_are_judged_as_others_are(form, tmp_path):
+    captions = {"good.png": "a cat", "long.png": "x" * (1 << 20), "null.png": "a\0b", "half.png": "\ud83d"}
+    for name in captions:
+        (tmp_path / name).write_bytes(encoded(picture(0), "PNG"))
+    if form == "csv":
+        captions["half.png"] = "caf\udce9"  # one byte of Latin-1
+        with (tmp_path / "metadata.csv").open("w", newline="", errors="surrogateescape") as file:
+            csv.writer(file).writerows([("file_name", "text"), *captions.items()])
+    else:
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    source = sources.open_source(f"folder:{tmp_path}")
+    refused = {r["id"]: quarantine.refuse(r) for r in source.__getitems__(range(4))}
+    assert refused == {
+        "good.png": None,
+        "null.png": None,
+        "long.png": "a caption of 1048576 bytes: at most 65536",
+        "half.png": "a caption that is not UTF-8",
+    }
+
+
+def test_a_metadata_file_that_nests_too_deep_is_one_sentence(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(picture(0), "PNG"))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 1: not JSON"):
+        sources.open_source(f"folder:{tmp_path}")
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(encoded(picture(0), "PNG"))
+        (tmp_path / f"{name}.txt").write_text("a cat")
+    with (tmp_path / "b.txt").open("r+b") as file:
+        file.truncate(1 << 40)  # a terabyte that takes no room
+    source = sources.open_source(f"folder:{tmp_path}")
+    assert source.__getitems__([0])[0]["captions"] == ["a cat"]
+    with pytest.raises(UserError, match=r"b.txt has 1099511627776 bytes"):
+        source.__getitems__([1])
+
+
+@pytest.mark.parametrize("form", ["EPS", "ICO", "PPM", "TGA"])
+def test_formats_that_no_picture_has_are_given_to_no_decoder(form):
+    """An EPS is a program: Pillow would have Ghostscript run it."""
+    data = encoded(picture(0), form)
+    assert quarantine.refuse({"id": "x", "image": data}) == "not a sound image: of no known format"
+    with pytest.raises(ValueError, match="known format"):
+        images.decode_image(data)
+
+
 def test_a_corrupt_block_of_an_array_record_is_put_aside(tmp_path):
     records = [
         {"id": str(i), "image": encoded(picture(i, (64, 64)), "PNG"), "captions": [f"picture {i}"]} for i in range(40)
@@ -258,7 +312,7 @@ def test_a_training_on_five_percent_of_them_ends_the_same_twice(tmp_path):
     from imagegpt_jax import loop
     from imagegpt_jax.tasks import tokenizer
 
-    folder = write_folder(tmp_path / "data", good=285)
+    folder = write_folder(tmp_path / "data", good=19 * len(files()))
     configs = pathlib.Path(__file__).resolve().parents[2] / "configs"
     config = config_lib.sibling(str(configs / "x.py"), "tokenizer.py").get_config("size=test")
     config.data.train = config.data.validation = f"folder:{folder}"

@@ -1,11 +1,13 @@
 """What every binary does around its `main`: parse flags, run, and end with one sentence when something is wrong."""
 
 import difflib
+import logging as python_logging
 import os
 import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -118,6 +120,11 @@ def prepare_cache() -> None:
         )
 
 
+def _is_news(record: Any) -> bool:
+    """Whether a log record is not of an error that is raised as well: Orbax and clu log those of their threads."""
+    return not (record.exc_info and any(f"/{library}/" in record.pathname for library in ("orbax", "clu")))
+
+
 def _terminate(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -132,6 +139,8 @@ def run(main: Callable[[], None]) -> None:
             fail(f"unexpected argument {argv[1]!r}: flags are written --name=value. See --help.", EXIT_USAGE)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)  # libraries narrate at INFO and warn of what is not the user's doing
+            logging.get_absl_logger().addFilter(_is_news)
+            python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)  # the same errors once more
         try:
             prepare_cache()
             main()

@@ -22,9 +22,10 @@ from typing import Any
 
 from etils import epath
 
+from imagegpt_jax import last_words
 from imagegpt_jax.cli import EXIT_FAILURE, UserError
 from imagegpt_jax.cluster import INDEX, Cluster, find, first_line, start_seconds
-from imagegpt_jax.watchdog import EXIT_HANG, Watchdog, silence_seconds, write_stacks
+from imagegpt_jax.watchdog import EXIT_HANG, Watchdog, silence_seconds
 
 _SHUTDOWN_SECONDS = 300
 _KEY = "imagegpt_jax"
@@ -49,7 +50,7 @@ class _Group:
         self.name = f"process {cluster.index} of {cluster.count} on {socket.gethostname()}"
         self._ended = threading.Event()
         self._meetings = 0
-        self._dog = Watchdog(self._hangs, _Signs(client, cluster.index))
+        self._dog = Watchdog(self._hangs, _Signs(client, cluster.index), cluster.count)
         threading.Thread(target=self._watch, daemon=True, name="watch for failures").start()
 
     def meet(self) -> None:
@@ -106,7 +107,7 @@ class _Group:
                     return
                 cause = f"lost process 0 at {self.cluster.address} ({first_line(e)}): see its output"
             if cause:
-                _say_last(f"{self.name} ends, because of {cause}")
+                last_words.say(f"{self.name} ends, because of {cause}", f"because of {cause}")
                 self.leave()
 
     def stop_watching(self) -> None:
@@ -119,13 +120,9 @@ class _Group:
         self._dog.progress(step)
 
     def _hangs(self, problem: str) -> None:
-        stacks = write_stacks(_workdir, f"process-{self.cluster.index}")
-        _say_last(f"{self.name} ends, because {problem}{f'; what it did: {stacks}' if stacks else ''}.")
+        last_words.hang(self.name, self.cluster.index, problem)
         if self.cluster.index == 0:  # the others read it here; the coordinator's own store cannot hang
             self.fail(problem)
-        if _log is not None:
-            with contextlib.suppress(Exception):
-                _log.write("hang", reason=problem, process=self.cluster.index)
         os._exit(EXIT_HANG)
 
     def end(self) -> None:
@@ -152,9 +149,6 @@ class _Signs:
 
 
 _group: _Group | None = None
-# Where a hang is noted, once a run has a folder.
-_workdir: str | None = None
-_log: Any = None
 _alone: Watchdog | None = None
 
 
@@ -229,7 +223,7 @@ def _wait_for_coordinator(cluster: Cluster, seconds: float) -> None:
 
 
 def _not_all_came(cluster: Cluster, seconds: float) -> None:
-    _say_last(
+    last_words.say(
         f"process {cluster.index} of {cluster.count} on {socket.gethostname()}: not all {cluster.count} processes came"
         f" to {cluster.address} within {seconds:.0f} s: check that every one runs, each with its own number ({INDEX}),"
         " and that its host can reach that port."
@@ -259,14 +253,15 @@ def failing_together() -> Iterator[None]:
     """Around work that waits for other processes: if it fails here, all processes end, each naming the cause.
 
     The process ends inside, without running what is further out: cleaning up would wait for processes that are gone.
+    One that runs alone only has it noted.
     """
-    if _group is None:
-        yield
-        return
     try:
         yield
     except BaseException as e:
-        _fail(_group, e)
+        if _group is not None:
+            _fail(_group, e)
+        last_words.note("exit", why=f"{type(e).__name__}: {first_line(e)}")
+        raise
 
 
 def is_loss_of_peer(error: BaseException) -> bool:
@@ -285,14 +280,14 @@ def _fail(group: _Group, error: BaseException) -> None:
     elif is_loss_of_peer(error):
         known = _wait_for_cause(group)
         if known:
-            _say_last(f"{group.name} ends, because of {known}")
+            last_words.say(f"{group.name} ends, because of {known}", f"because of {known}")
             group.leave()
         cause = f"lost another process, which says more itself if it could ({first_line(error)})."
     else:
         cause = f"{type(error).__name__}: {first_line(error)}"
         traceback.print_exception(error)
     group.stop_watching()
-    _say_last(f"{group.name}: {cause}")
+    last_words.say(f"{group.name}: {cause}", cause)
     group.fail(cause)
     group.leave(code)
 
@@ -307,15 +302,6 @@ def _wait_for_cause(group: _Group) -> str | None:
     return None
 
 
-_last_words = threading.Lock()
-
-
-def _say_last(text: str) -> None:
-    """Prints the one sentence with which a process ends; the watching thread and the failing one do not both speak."""
-    if _last_words.acquire(blocking=False):
-        print(f"error: {text}", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def watched(workdir: epath.PathLike, log: Any) -> Iterator[None]:
     """Around a training: a hang is written into its folder; a process that runs alone is watched as well.
@@ -324,25 +310,20 @@ def watched(workdir: epath.PathLike, log: Any) -> Iterator[None]:
       workdir: gets `stacks/`.
       log: an `events.Log`, which gets an event "hang".
     """
-    global _workdir, _log, _alone
-    _workdir, _log = os.fspath(workdir), log
-    if _group is None:
-        _alone = Watchdog(_hangs_alone)
-    try:
-        yield
-    finally:
-        _workdir = _log = None
-        if _alone is not None:
-            _alone.stop()
-            _alone = None
+    global _alone
+    with last_words.kept_in(workdir, log):
+        if _group is None:
+            _alone = Watchdog(_hangs_alone)
+        try:
+            yield
+        finally:
+            if _alone is not None:
+                _alone.stop()
+                _alone = None
 
 
 def _hangs_alone(problem: str) -> None:
-    stacks = write_stacks(_workdir, "process-0")
-    _say_last(f"the training ends, because {problem}{f'; what it did: {stacks}' if stacks else ''}.")
-    if _log is not None:
-        with contextlib.suppress(Exception):
-            _log.write("hang", reason=problem, process=0)
+    last_words.hang("the training", 0, problem)
     os._exit(EXIT_HANG)
 
 

@@ -6,8 +6,10 @@ It knows a stage by the names of its task module: `setup`, `check_mesh`, `phase`
 stay on the device and those of an interval are fetched after the next step has been dispatched.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import math
 import time
 from types import ModuleType
@@ -79,17 +81,15 @@ def run(
         if restored is None and config.init_from:
             begin = Begin(load_params(begin.state, config, log), 0)
         writer = metrics.Writer(workdir, int(begin.state.step))
-        try:
-            with distributed.watched(workdir, log), distributed.failing_together():
-                state = _Training(task, setup, mesh, layout, checkpoints, writer, log, workdir).run(begin)
-                checkpoints.finish(int(state.step))
-                log.write("exit", step=int(state.step), why="preempted" if preemption.current.given else "finished")
-        except BaseException as e:
-            log.write("exit", why=f"{type(e).__name__}: {distributed.first_line(e)}")
-            raise
-        finally:
-            checkpoints.close()
-            writer.close()
+        with (
+            contextlib.closing(writer),
+            contextlib.closing(checkpoints),
+            distributed.watched(workdir, log),
+            distributed.failing_together(),
+        ):
+            state = _Training(task, setup, mesh, layout, checkpoints, writer, log, workdir).run(begin)
+            checkpoints.finish(int(state.step))
+            log.write("exit", step=int(state.step), why="preempted" if preemption.current.given else "finished")
     return state
 
 
@@ -305,10 +305,12 @@ class _Training:
         )
         batch = next(iter(batches))
         batches.close()
+        file = io.BytesIO()
+        np.savez(file, **{k: v.astype(str) if v.dtype == object else v for k, v in batch.items()})
         folder = epath.Path(self.workdir) / "bad_batches"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"step-{step}.process-{jax.process_index()}.npz").open("wb") as file:
-            np.savez(file, **{k: v.astype(str) if v.dtype == object else v for k, v in batch.items()})
+        with storage.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"step-{step}.process-{jax.process_index()}.npz").write_bytes(file.getvalue())
 
     def _roll_back(self, begin: Begin, first: int) -> Begin:
         """The newest checkpoint, or the start, without the window of the data in which the bad steps began."""

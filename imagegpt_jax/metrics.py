@@ -5,6 +5,7 @@ totals once per logging interval. Values that follow from the config alone go to
 one command can be compared byte for byte; clock readings go to `timing.jsonl`. Both go to TensorBoard.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ import numpy as np
 from clu import metrics as clu_metrics
 from etils import epath
 from flax import struct
+
+from imagegpt_jax import storage
 
 Totals = dict[str, clu_metrics.Metric]
 
@@ -97,6 +100,9 @@ class Writer:
     Args:
       workdir: the run's folder.
       resume_step: lines of later steps, left by a run that was cut off, are dropped.
+
+    Raises:
+      UserError: (every method) if a file cannot be written.
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
@@ -106,42 +112,45 @@ class Writer:
         from clu import metric_writers  # imports TensorFlow
 
         self._workdir = epath.Path(workdir)
-        self._board = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
         self._files: dict[str, Any] = {}
+        self._open = contextlib.ExitStack()  # a bucket's files are context managers only
+        with storage.writing(workdir):
+            self._board = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
         self.rewind(resume_step)
 
     def rewind(self, resume_step: int) -> None:
         """Drops the lines of later steps."""
         if not self._active:
             return
-        for file in self._files.values():
-            file.close()
-        for name in ("metrics", "timing"):
-            path = self._workdir / f"{name}.jsonl"
-            old = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in old if _step_of(line) <= resume_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
-            self._files[name] = path.open("a")
+        with storage.writing(self._workdir):
+            self._open.close()
+            for name in ("metrics", "timing"):
+                path = self._workdir / f"{name}.jsonl"
+                old = path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []
+                kept = [line for line in old if _step_of(line) <= resume_step]
+                path.write_text("".join(f"{line}\n" for line in kept))
+                self._files[name] = self._open.enter_context(path.open("a"))
 
     def scalars(self, step: int, values: Mapping[str, float], file: str = "metrics") -> None:
         """Writes a line {"step": ..., name: value, ...}; `file` is "metrics" or "timing"."""
         if self._active:
             line = {"step": step, **{k: float(v) for k, v in values.items()}}
-            self._files[file].write(json.dumps(line) + "\n")
-            self._files[file].flush()
-            self._board.write_scalars(step, dict(values))
+            with storage.writing(self._workdir):
+                self._files[file].write(json.dumps(line) + "\n")
+                self._files[file].flush()
+                self._board.write_scalars(step, dict(values))
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes pictures, uint8 [n, H, W, 3], to TensorBoard."""
         if self._active and images:
-            self._board.write_images(step, dict(images))
+            with storage.writing(self._workdir):
+                self._board.write_images(step, dict(images))
 
     def close(self) -> None:
         """Flushes everything."""
         if self._active:
-            self._board.close()
-            for file in self._files.values():
-                file.close()
+            with storage.writing(self._workdir), self._open:
+                self._board.close()
 
 
 def _step_of(line: str) -> int:

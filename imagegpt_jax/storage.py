@@ -1,11 +1,13 @@
-"""Paths that may be on `gs://`: whether a bucket answers, found out in seconds, and errors that a person can act on.
+"""Files that may be on `gs://`: whether a bucket answers, found out in seconds, and errors that a person can act on.
 
 `etils.epath` reads and writes `gs://` through TensorFlow, which tries again for minutes before it gives up.
 Orbax, which writes the checkpoints, asks Google's own client besides (`pip install 'imagegpt_jax[gcs]'`).
 """
 
 import contextlib
+import errno
 import importlib.util
+import os
 import re
 import threading
 import time
@@ -18,6 +20,7 @@ from imagegpt_jax.cli import UserError
 # to end within ten, of which a busy machine may spend five on importing TensorFlow.
 _LONGEST, _SHORTEST, _ALL = 4.0, 2.0, 6.0
 _STARTED = time.monotonic()
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATH = re.compile(r"gs://[^\s,'\"+]+")
 _CHECK = (
     "check the bucket's name, the network, and the credentials (`gcloud auth application-default login`, or the service"
@@ -87,29 +90,48 @@ def _probe(path: str) -> None:
     if not answered.wait(seconds):
         raise UserError(f"{path} did not answer within {seconds:.0f} s: {_CHECK}")
     if errors:
-        raise UserError(f"{path} cannot be reached ({_reason(errors[0])}): {_CHECK}")
+        raise UserError(f"{path} cannot be reached ({reason(errors[0])}): {_CHECK}")
 
 
 @contextlib.contextmanager
-def writing(folder: Any) -> Iterator[None]:
-    """Around the first writing into a folder: what the file system or the bucket refuses becomes one sentence.
+def writing(path: Any) -> Iterator[None]:
+    """Around writing a file or into a folder: what the file system or the bucket refuses becomes one sentence.
 
     Raises:
-      UserError: if the folder cannot be written.
+      UserError: if it cannot be written.
     """
     try:
         yield
     except Exception as e:
-        if not isinstance(e, OSError) and not type(e).__module__.startswith("tensorflow"):
+        error: BaseException | None = e
+        while error is not None and not is_refusal(error):  # a thread's error comes wrapped
+            error = error.__cause__
+        if error is None:
             raise
-        where = _CHECK if str(folder).startswith("gs://") else "choose another folder, or change its permissions."
-        raise UserError(f"{folder} cannot be written ({_reason(e)}): {where}") from e
+        why = reason(error)
+        if getattr(error, "errno", None) in _FULL or re.search(r"no space|quota|too large", why, re.IGNORECASE):
+            remedy = "make room there, and start the same command again."
+        elif str(path).startswith("gs://"):
+            remedy = _CHECK
+        else:
+            remedy = "choose another folder, or change its permissions."
+        raise UserError(f"{path} cannot be written ({why}): {remedy}") from e
 
 
-def _reason(error: Exception) -> str:
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error is a file system's or a bucket's."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("tensorflow")
+
+
+def reason(error: BaseException) -> str:
+    """What a file system or a bucket says, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        return os.strerror(int(code.group(1)))
     text = " ".join(str(getattr(error, "message", "") or error).split())
+    if said := re.search(r'"message": "([^"]+)"', text):  # a bucket's own words
+        return said.group(1)
     # TensorFlow adds the path, which is said already; curl says what happened after "error details".
     text = re.sub(r"\s*when (reading|initiating|writing) .*", "", text)
     return text.rpartition("error details: ")[2][:200] or type(error).__name__

@@ -1,7 +1,9 @@
 """The manifest finds every kind of damage, by what it reads and nothing else."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 from etils import epath
@@ -10,6 +12,7 @@ from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.__main__ import main
 from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
+from imagegpt_jax.cli import UserError
 
 
 @pytest.fixture
@@ -181,3 +184,71 @@ def test_a_manifest_is_complete():
     assert {f.name for f in dataclasses.fields(Manifest)} == {
         "step", "position", "skipped", "time", "metrics", "evaluated", "config", "versions", "files",
     }  # fmt: skip
+
+
+def test_only_whole_numbers_are_steps(workdir):
+    for name in ("²", "007", "-5", "1.5", "notes"):
+        (workdir / "checkpoints" / name).mkdir()
+    assert folders.numbered(workdir) == [1, 2]
+
+
+def test_a_bucket_stays_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(folders.root("gs://bucket/run")) == "gs://bucket/run/checkpoints"
+    assert str(folders.root("run")) == str(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, Damaged), (errno.EACCES, UserError), (errno.EMFILE, UserError)]
+)
+def test_what_says_nothing_about_a_file_is_no_damage(number, kind, workdir, monkeypatch, capsys):
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(manifest_lib, "hash_file", refuse)
+    with pytest.raises(kind, match=rf"cannot be read \({os.strerror(number)}\)"):
+        manifest_lib.check(folders.root(workdir) / "2")
+    if kind is UserError:
+        with pytest.raises(SystemExit):
+            main(["repair", str(workdir)])
+        assert "error: " in capsys.readouterr().err
+        assert folders.numbered(workdir) == [1, 2]  # nothing was set aside
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"files": {"../../secret": [1, "00"]}},
+        {"files": {"/etc/hostname": [1, "00"]}},
+        {"time": "soon"},
+        {"position": [1]},
+        {"metrics": {"psnr": "high"}},
+        {"files": []},
+    ],
+)
+def test_a_manifest_that_is_sound_and_means_nothing_is_damaged(lie, workdir, capsys):
+    file = path(workdir, "manifest.json")
+    body = {k: v for k, v in json.loads(file.read_text()).items() if k != "hash"} | lie
+    file.write_text(json.dumps({**body, "hash": manifest_lib._hash(body)}))
+    with pytest.raises(Damaged, match="not as it was written"):
+        manifest_lib.read(epath.Path(file).parent)
+    assert main(["ls", str(workdir)]) == 0
+    assert "damaged" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_a_repair_that_cannot_be_written_is_one_sentence(workdir, capsys):
+    path(workdir, "state/small").unlink()
+    (workdir / "checkpoints" / "damaged").touch()
+    with pytest.raises(SystemExit) as e:
+        main(["repair", str(workdir)])
+    assert e.value.code == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_step_that_lies_elsewhere_is_forgotten_and_stays_there(workdir):
+    (workdir / "checkpoints" / "2").rename(workdir / "elsewhere")
+    (workdir / "checkpoints" / "2").symlink_to(workdir / "elsewhere")
+    assert manifest_lib.check(folders.root(workdir) / "2").step == 2
+    folders.delete(workdir, 2)
+    assert folders.numbered(workdir) == [1]
+    assert (workdir / "elsewhere" / "manifest.json").exists()

@@ -318,6 +318,18 @@ class _Wider(tiny.Task):
         return dataclasses.replace(super().setup(config), networks={"line": network})
 
 
+def test_a_checkpoint_of_other_networks_is_told_with_what_differs(tmp_path):
+    loop.run(tiny.Task(), tiny.make_config(steps=2), tmp_path)
+    with pytest.raises(UserError) as e:
+        loop.run(_Wider(), tiny.make_config(steps=4), tmp_path, allow_changes=True)
+    said = str(e.value)
+    assert "is of other networks than this config's" in said
+    assert "ema/line/slope: (3,) there, (4,) here" in said
+    assert "ema/line/more: nothing there, (2,) here" in said
+    assert "--config.init_from=" in said
+    assert checkpoint.steps(tmp_path) == [2]  # it is not damaged
+
+
 def test_warm_start_lists_what_does_not_fit(tmp_path, capsys):
     loop.run(tiny.Task(), tiny.make_config(steps=2), tmp_path / "first")
     config = tiny.make_config(init_from=str(tmp_path / "first"), steps=0)
@@ -331,10 +343,31 @@ def test_warm_start_lists_what_does_not_fit(tmp_path, capsys):
 def test_events_tell_the_story(undisturbed):
     _, workdir = undisturbed
     story = [e["event"] for e in events.read(workdir) if e["event"] not in ("steps", "save", "evaluation")]
-    assert story == ["start", "compile", "exit"]
+    assert story == ["start", "compile", "verify", "exit"]
     assert [e["step"] for e in happened(workdir, "save")] == [2, 4, 6, 8, 10, 12]
     assert all(e["blocking_seconds"] >= 0 and e["bytes"] > 0 for e in happened(workdir, "save"))
 
 
 def test_alone_everybody_is_heard():
     assert distributed.gather({"a": 1}) == [{"a": 1}]
+
+
+def test_torn_files_of_a_workdir_do_not_keep_it_from_going_on(undisturbed, tmp_path):
+    expected, reference = undisturbed
+    loop.run(tiny.Task(), tiny.make_config(steps=12), tmp_path)
+    for step in (10, 12):
+        (tmp_path / "checkpoints" / str(step) / "manifest.json").unlink()
+    for name in ("metrics.jsonl", "timing.jsonl", "events.jsonl", "quarantine.jsonl"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(b'[1]\n\xff\xfe\x00{"step": 1')
+    assert_same(loop.run(tiny.Task(), tiny.make_config(), tmp_path), expected)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
+    assert happened(tmp_path, "exit")[-1]["why"] == "finished"
+
+
+def test_a_file_where_the_checkpoints_should_be_is_one_sentence(tmp_path):
+    loop.run(tiny.Task(), tiny.make_config(steps=2), tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints is a file"):
+        loop.run(tiny.Task(), tiny.make_config(steps=2), tmp_path)

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from imagegpt_jax import cluster, distributed, events, watchdog
+from imagegpt_jax import cluster, distributed, events, last_words, watchdog
 
 SILENCE, STALL = 40, 3600
 
@@ -196,14 +196,12 @@ def test_a_hang_is_reported_in_one_sentence_in_the_folder_and_in_the_status(tmp_
         raise Ended(code)
 
     monkeypatch.setattr(distributed.os, "_exit", leave)
-    monkeypatch.setattr(distributed, "_last_words", threading.Lock())
+    monkeypatch.setattr(last_words, "_spoken", threading.Lock())
     group = object.__new__(distributed._Group)
     told = []
     group.cluster, group.name = cluster.Cluster("h:1", 2, 0), "process 0 of 2 on host"
     group.client = types.SimpleNamespace(key_value_set=lambda key, value: told.append(json.loads(value)))
-    monkeypatch.setattr(distributed, "_workdir", str(tmp_path))
-    monkeypatch.setattr(distributed, "_log", events.Log(tmp_path))
-    with pytest.raises(Ended, match="76"):
+    with last_words.kept_in(tmp_path, events.Log(tmp_path)), pytest.raises(Ended, match="76"):
         group._hangs("process 1 has not answered for 41 s")
     (line,) = capfd.readouterr().err.splitlines()
     stacks = tmp_path / "stacks" / "process-0.txt"
@@ -214,3 +212,22 @@ def test_a_hang_is_reported_in_one_sentence_in_the_folder_and_in_the_status(tmp_
     assert told == ["process 0 of 2 on host: process 1 has not answered for 41 s"]
     (event,) = events.read(tmp_path)
     assert (event["event"], event["reason"], event["process"]) == ("hang", "process 1 has not answered for 41 s", 0)
+
+
+def test_a_folder_that_hangs_itself_does_not_keep_a_process_from_ending(tmp_path, monkeypatch, capfd):
+    never = threading.Event()
+    monkeypatch.setattr(last_words, "_spoken", threading.Lock())
+    monkeypatch.setattr(last_words, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(last_words, "write_stacks", lambda *args: never.wait())
+    log = types.SimpleNamespace(write=lambda *args, **facts: never.wait())
+    with last_words.kept_in(tmp_path, log):
+        last_words.hang("the training", 0, "no step for 3601 s (at step 3: process 0)")
+    never.set()
+    assert capfd.readouterr().err == "error: the training ends, because no step for 3601 s (at step 3: process 0).\n"
+
+
+def test_only_the_first_sentence_is_said(monkeypatch, capfd):
+    monkeypatch.setattr(last_words, "_spoken", threading.Lock())
+    last_words.say("the cause")
+    last_words.say("a consequence")
+    assert capfd.readouterr().err == "error: the cause\n"

@@ -1,13 +1,15 @@
 """Where the time of a training run went, by its `events.jsonl`: steps, compiling, waiting, saving, and lost work.
 
   python tools/goodput.py --workdir=runs/decoder
-  python tools/goodput.py --workdir=runs/decoder --output=goodput.json
+  python tools/goodput.py --workdir=runs/tokenizer --workdir=runs/decoder --output=goodput.json
 
-Goodput is the share of the wall time, from the first start to the last event, that was spent in steps which count.
+Goodput is the share of the wall time, from the first start to the last event, that was spent in steps which count. What
+saving costs is the time that it held the steps up; writing goes on in the background.
 """
 
 import json
 import pathlib
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from absl import flags
 
 from imagegpt_jax import cli, events
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
+WORKDIR = flags.DEFINE_multi_string("workdir", None, "Folder of a training run; may be given often.", required=True)
 OUTPUT = flags.DEFINE_string("output", "", "File to write the numbers into, as JSON.")
 
 # In the order of the table.
@@ -59,6 +61,8 @@ def _told(run: Sequence[dict[str, Any]], following: Sequence[dict[str, Any]]) ->
             told["compile"] += event["seconds"]
         elif kind == "restore":
             told["restore"] += event["seconds"]
+        elif kind == "verify":  # of the last checkpoint
+            told["save"] += event["seconds"]
         elif kind == "steps":
             waits = {
                 "data wait": event["data_wait_seconds"],
@@ -78,20 +82,56 @@ def _last_steps(run: Sequence[dict[str, Any]], number: int) -> int:
     return next((i for i in range(number - 1, -1, -1) if run[i]["event"] == "steps"), 0)
 
 
-def main() -> None:
-    """Prints the table."""
-    found = events.read(WORKDIR.value)
+def saving(found: Sequence[dict[str, Any]], step_seconds: float) -> dict[str, float]:
+    """What saving costs: `saves`, `megabytes` and `blocking_seconds` of one (medians), `seconds_between`, `share`.
+
+    Args:
+      found: events.
+      step_seconds: time spent in steps; `share` is the blocking time of all saves against it.
+    """
+    saves = [e for e in found if e["event"] == "save"]
+    if not saves:
+        return {"saves": 0}
+    return {
+        "saves": len(saves),
+        "megabytes": statistics.median(e["bytes"] for e in saves) / 1e6,
+        "blocking_seconds": statistics.median(e["blocking_seconds"] for e in saves),
+        "seconds_between": step_seconds / len(saves),
+        "share": sum(e["blocking_seconds"] for e in saves) / max(step_seconds, 1e-9),
+    }
+
+
+def report(workdir: str) -> dict[str, Any]:
+    """Prints the table of a run; returns its numbers.
+
+    Raises:
+      UserError: if the folder holds none.
+    """
+    found = events.read(workdir)
     if not any(e["event"] == "start" for e in found):
-        raise cli.UserError(f"{WORKDIR.value} holds no {events.NAME} of a training run: give its --workdir.")
+        raise cli.UserError(f"{workdir} holds no {events.NAME} of a training run: give its --workdir.")
     seconds = shares(found)
     total = sum(seconds.values())
     counts = {kind: sum(e["event"] == kind for e in found) for kind in ("start", "save", "skip", "rollback", "damaged")}
+    print(f"{workdir}:")
     for kind, value in seconds.items():
         print(f"{kind:<12} {value:>10.1f} s  {value / max(total, 1e-9):>6.1%}")
     print(f"{'goodput':<12} {'':>10}    {seconds['steps'] / max(total, 1e-9):>6.1%}")
     print(", ".join(f"{count} x {kind}" for kind, count in counts.items() if count))
+    cost = saving(found, seconds["steps"] + seconds["lost work"])
+    if cost["saves"]:
+        print(
+            f"a save of {cost['megabytes']:.0f} MB held the steps up for {cost['blocking_seconds']:.3f} s, every"
+            f" {cost['seconds_between']:.0f} s of steps: {cost['share']:.2%} of their time"
+        )
+    return {"seconds": seconds, "total": total, "events": counts, "saving": cost}
+
+
+def main() -> None:
+    """Prints the tables."""
+    numbers = {workdir: report(workdir) for workdir in WORKDIR.value}
     if OUTPUT.value:
-        pathlib.Path(OUTPUT.value).write_text(json.dumps({"seconds": seconds, "total": total, "events": counts}) + "\n")
+        pathlib.Path(OUTPUT.value).write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

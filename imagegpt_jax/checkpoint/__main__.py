@@ -12,7 +12,7 @@ import time
 
 from etils import epath
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, storage
 from imagegpt_jax.checkpoint import comparing, folders
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged
@@ -61,6 +61,12 @@ def verify(workdir: epath.Path) -> int:
 
 def repair(workdir: epath.Path) -> int:
     """Leaves only steps that verify; not while the run trains."""
+    with storage.writing(folders.root(workdir)):
+        _repair(workdir)
+    return 0
+
+
+def _repair(workdir: epath.Path) -> None:
     for step in folders.numbered(workdir):
         folder = folders.root(workdir) / str(step)
         if folders.is_unfinished(folder):
@@ -72,7 +78,6 @@ def repair(workdir: epath.Path) -> int:
             print(f"{step:>10}  sound")
         except Damaged as e:
             print(f"{step:>10}  damaged: {e}; moved to {folders.set_aside(workdir, step)}")
-    return 0
 
 
 def diff(workdir: epath.Path, chosen: list[int]) -> int:
@@ -109,10 +114,16 @@ def main(argv: list[str] | None = None) -> int:
             raise cli.UserError(f"{workdir} holds no checkpoints: give the --workdir of a training run.")
         if args.command == "diff":
             return diff(workdir, args.steps)
+        if not folders.numbered(workdir):
+            print(f"{workdir} holds no checkpoint yet")
+            return 0
         return {"ls": ls, "verify": verify, "repair": repair}[args.command](workdir)
-    except (cli.UserError, Damaged) as e:
-        cli.fail(e)
-        raise AssertionError("unreachable") from e
+    except Exception as e:
+        if storage.is_refusal(e):
+            cli.fail(f"{workdir} cannot be read ({storage.reason(e)}): check its permissions, or give another folder.")
+        if isinstance(e, cli.UserError | Damaged):
+            cli.fail(e)
+        raise
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ W/checkpoints/<step>/manifest.json   written last
 W/checkpoints/damaged/<step>[-n]/    steps that did not verify, set aside
 """
 
+import os
 from collections.abc import Iterable, Sequence
 
 from etils import epath
 
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
+from imagegpt_jax.cli import UserError
 
 STATE = "state"
 _ASIDE = "damaged"
@@ -20,13 +22,23 @@ _DELETED = f"{manifest_lib.NAME}.deleted"
 
 def root(workdir: epath.PathLike) -> epath.Path:
     """The folder of a run's checkpoints."""
-    return epath.Path(workdir).expanduser().resolve() / "checkpoints"
+    folder = epath.Path(workdir).expanduser()
+    return (
+        folder if "://" in os.fspath(folder) else folder.resolve()
+    ) / "checkpoints"  # resolve knows local paths only
 
 
 def numbered(workdir: epath.PathLike) -> list[int]:
-    """All steps that have a folder, finished or not, ascending."""
+    """All steps that have a folder, finished or not, ascending.
+
+    Raises:
+      UserError: if the folder of checkpoints is a file.
+    """
     folder = root(workdir)
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: it should be the folder of a run's checkpoints; move it away.")
+    names = [p.name for p in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name)
 
 
 def finished(workdir: epath.PathLike) -> list[int]:
@@ -49,7 +61,10 @@ def is_unfinished(folder: epath.Path) -> bool:
     """Whether a step's folder is what a cut off save or deletion leaves: nothing that was ever a checkpoint."""
     if (folder / manifest_lib.NAME).exists():
         return False
-    return (folder / _DELETED).exists() or not (folder / STATE).exists()
+    if (folder / _DELETED).exists() or not (folder / STATE).exists():
+        return True
+    # In a bucket, which cannot rename, Orbax writes in place, and this file last.
+    return "://" in os.fspath(folder) and not (folder / STATE / "commit_success.txt").exists()
 
 
 def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
@@ -65,6 +80,9 @@ def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
 def delete(workdir: epath.PathLike, step: int) -> None:
     """Deletes a step so that it does not exist from the first moment on, however far the deletion comes."""
     folder = root(workdir) / str(step)
+    if os.path.islink(folder):  # somebody moved it elsewhere, where it stays
+        folder.unlink()
+        return
     if (folder / manifest_lib.NAME).exists():
         (folder / manifest_lib.NAME).replace(folder / _DELETED)
     folder.rmtree(missing_ok=True)

@@ -5,19 +5,26 @@ checkpoint from somebody else is as trustworthy as its sender. The manifest hold
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import xxhash
 from etils import epath
 
+from imagegpt_jax import storage
+from imagegpt_jax.cli import UserError
+
 NAME = "manifest.json"
 FORMAT = 1
 _CHUNK = 1 << 22
 _THREADS = min(8, os.cpu_count() or 1)
+# What a file system says of the file itself; anything else, such as a missing permission, says nothing about it.
+_BAD_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP, errno.EUCLEAN, errno.EBADMSG)
 
 
 class Damaged(Exception):
@@ -100,12 +107,11 @@ def read(folder: epath.Path) -> Manifest:
 
     Raises:
       Damaged: if there is none, or it has changed.
+      UserError: if it cannot be read for a reason that is not its own.
     """
     path = folder / NAME
-    try:
+    with _reading(path):
         text = path.read_bytes()
-    except OSError as e:
-        raise Damaged(f"{path} is missing or cannot be read: the step was not finished") from e
     try:
         body = json.loads(text)
         expected = body.pop("hash")
@@ -113,11 +119,37 @@ def read(folder: epath.Path) -> Manifest:
             raise Damaged(f"{path} is not as it was written")
         if body.pop("format") != FORMAT:
             raise Damaged(f"{path} is of a newer version of this program")
-        body["files"] = {name: (int(size), digest) for name, (size, digest) in body["files"].items()}
+        body["files"] = {_inside(name): (int(size), str(digest)) for name, (size, digest) in body["files"].items()}
         body["skipped"] = tuple((int(a), int(b)) for a, b in body["skipped"])
+        body["metrics"] = {name: float(value) for name, value in body["metrics"].items()}
+        body |= {"step": int(body["step"]), "position": int(body["position"]), "time": float(body["time"])}
         return Manifest(**body)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise Damaged(f"{path} is not as it was written ({type(e).__name__})") from e
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    """Around reading: a bad file is damage; what has nothing to do with the file is told to the person."""
+    try:
+        yield
+    except Exception as e:
+        if not storage.is_refusal(e):
+            raise
+        where = getattr(e, "filename", None) or path
+        if isinstance(e, FileNotFoundError) or getattr(e, "errno", None) in _BAD_FILE:
+            raise Damaged(f"{where} is missing or cannot be read ({storage.reason(e)})") from e
+        raise UserError(
+            f"{where} cannot be read ({storage.reason(e)}): mend that and start the same command again; nothing was"
+            " changed."
+        ) from e
+
+
+def _inside(name: str) -> str:
+    """A path within the step's folder, as it is."""
+    if {"", ".", ".."} & set(name.split("/")):
+        raise ValueError(f"{name!r} is no file of a checkpoint")
+    return name
 
 
 def _hash(body: Mapping[str, Any]) -> str:
@@ -129,18 +161,19 @@ def verify(folder: epath.Path, manifest: Manifest, names: Iterable[str] | None =
 
     Raises:
       Damaged: for the first that is missing or different.
+      UserError: if one cannot be read for a reason that is not its own.
     """
     names = sorted(manifest.files if names is None else names)
-    for name in names:  # what is missing or torn shows without reading anything
-        path, size = folder / name, manifest.files[name][0]
-        if not path.exists():
-            raise Damaged(f"{path} is missing")
-        if path.is_dir() or (found := path.stat().length) != size:
-            raise Damaged(f"{path} has {'become a folder' if path.is_dir() else f'{found} bytes instead of {size}'}")
-    try:
+    with _reading(folder):
+        for name in names:  # what is missing or torn shows without reading anything
+            path, size = folder / name, manifest.files[name][0]
+            if not path.exists():
+                raise Damaged(f"{path} is missing")
+            if path.is_dir():
+                raise Damaged(f"{path} has become a folder")
+            if (found := path.stat().length) != size:
+                raise Damaged(f"{path} has {found} bytes instead of {size}")
         hashes = hash_files(folder, names)
-    except OSError as e:
-        raise Damaged(f"{e.filename or folder} cannot be read ({e.strerror or e})") from e
     for name in names:
         if hashes[name] != manifest.files[name]:
             raise Damaged(f"{folder / name} does not hold what was written")
@@ -155,6 +188,7 @@ def check(folder: epath.Path, share: tuple[int, int] = (0, 1)) -> Manifest:
 
     Raises:
       Damaged: if the manifest or a file of the share is not as it was written.
+      UserError: if one cannot be read for a reason that is not its own.
     """
     manifest = read(folder)
     if manifest.step != (int(folder.name) if folder.name.isdigit() else manifest.step):

@@ -6,13 +6,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import distributed, events
+from imagegpt_jax import distributed, events, storage
 from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
@@ -129,11 +130,12 @@ class Checkpoints:
     def _failed(self, step: int, error: BaseException) -> Exception:
         if isinstance(error, UserError) or (isinstance(error, Exception) and distributed.is_loss_of_peer(error)):
             return error
-        self._log.write("save_failed", step=step, reason=distributed.first_line(error))
+        with contextlib.suppress(UserError):  # where nothing can be written, neither can this
+            self._log.write("save_failed", step=step, reason=distributed.first_line(error))
         return UserError(
             f"the checkpoint of step {step} could not be written to {folders.root(self._workdir)}"
-            f" ({distributed.first_line(error)}): make room or mend the file system, and start the same command again"
-            " to continue from the checkpoint before."
+            f" ({storage.reason(error)}): make room or mend the file system, and start the same command again to"
+            " continue from the checkpoint before."
         )
 
     def poll(self) -> None:
@@ -163,7 +165,7 @@ class Checkpoints:
           last: steps after this one are not looked at; None = all are.
 
         Raises:
-          UserError: if there are checkpoints, and none of them verifies.
+          UserError: if there are checkpoints, and none verifies; or if the newest that does is of other networks.
         """
         started = time.perf_counter()
         share = (jax.process_index(), jax.process_count())
@@ -217,7 +219,19 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
         with ocp.PyTreeCheckpointer() as reader:
-            return reader.restore(folder, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
+            try:
+                return reader.restore(folder, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
+            except ValueError as e:
+                if not (different := _different(reader.metadata(folder).item_metadata.tree, abstract)):
+                    raise UserError(
+                        f"{folder} cannot be read ({storage.reason(e)}): start the same command again."
+                    ) from e
+                raise UserError(
+                    f"the checkpoint {folder.parent} is of other networks than this config's"
+                    f" ({'; '.join(different[:4])}{f'; and {len(different) - 4} more' if len(different) > 4 else ''}):"
+                    " give the config that it was trained with, or begin another --workdir with"
+                    f" --config.init_from={self._workdir} --config.init_partial=True."
+                ) from e
 
     def finish(self, last: int) -> None:
         """At the end of a run: waits, and reads the last checkpoint back from the files.
@@ -227,10 +241,12 @@ class Checkpoints:
         """
         self.wait()
         distributed.meet()
+        started = time.perf_counter()
         try:
             manifest_lib.check(folders.root(self._workdir) / str(last), (jax.process_index(), jax.process_count()))
         except Damaged as e:
             raise UserError(f"the last checkpoint was written and cannot be read back ({e}).") from e
+        self._log.write("verify", step=last, seconds=time.perf_counter() - started)
 
     def close(self) -> None:
         """Waits for the save under way and raises its error, if it had one."""
@@ -239,3 +255,18 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception):  # it would raise what `wait` has told already
                 self._writer.close()
+
+
+def _different(there: Any, here: Any) -> list[str]:
+    """How the arrays of a checkpoint differ from those of a state, by name and shape, one phrase each."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+    a, b = shapes(there), shapes(here)
+    return [
+        f"{name}: {a.get(name, 'nothing')} there, {b.get(name, 'nothing')} here"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]

@@ -94,6 +94,17 @@ def test_what_a_rollback_undoes_is_lost(tools):
     assert (found["steps"], found["lost work"]) == (20.0, 10.0)
 
 
+def test_what_saving_costs_is_the_time_it_held_the_steps_up(tools):
+    saves = [
+        event(1.0, "save", bytes=50_000_000, blocking_seconds=seconds, background_seconds=9.0)
+        for seconds in (0.1, 0.2, 0.6)
+    ]
+    assert tools.goodput.saving([event(0.0, "start"), *saves], 90.0) == pytest.approx(
+        {"saves": 3, "megabytes": 50.0, "blocking_seconds": 0.2, "seconds_between": 30.0, "share": 0.01}
+    )
+    assert tools.goodput.saving([event(0.0, "start")], 90.0) == {"saves": 0}
+
+
 def test_a_real_run_adds_up(tools, tmp_path):
     loop.run(tools.tiny.Task(), tools.tiny.make_config(), tmp_path)
     found = events.read(tmp_path)

@@ -190,6 +190,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # --- Cadence, in steps.
     config.log_every = run["log"]
     config.eval_every = run["evaluate"]
+    # Pictures of validation prompts that every evaluation draws and scores as a set, 0 = none; and by whose features:
+    # "efficientnet_lite0" (KID, offline), "inception=pt_inception-2015-12-05-6726825d.pth" (FID, KID), "clip=FOLDER"
+    # (CLIPScore), with commas between them.
+    config.eval_samples = 0
+    config.eval_features = "efficientnet_lite0"
     config.checkpoint = {"every": run["save"], "keep": 0 if small else 3, "keep_every_hours": 0.0, "keep_best": ""}
 
     # --- What to do about steps that go wrong, see imagegpt_jax/guard.py.

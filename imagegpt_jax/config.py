@@ -24,7 +24,18 @@ T = TypeVar("T")
 Config: TypeAlias = Any
 
 # Keys that change what is shown or kept, or only the order of sums: they may differ when a run is continued.
-HARMLESS = ("mesh", "topology", "log_every", "eval_every", "sample_every", "eval_batches", "sampling", "checkpoint")
+HARMLESS = (
+    "mesh",
+    "topology",
+    "log_every",
+    "eval_every",
+    "sample_every",
+    "eval_batches",
+    "eval_samples",
+    "eval_features",
+    "sampling",
+    "checkpoint",
+)
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> Config:

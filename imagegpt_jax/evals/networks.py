@@ -37,6 +37,25 @@ def load(name: str, path: str, resize: str) -> Network:
     return LOADERS[name](path, resize)
 
 
+def check_weights(name: str, path: str, flag: str) -> None:
+    """Finds out early whether a network's weights are there: fetches the public file if `path` is "".
+
+    Args:
+      name: of the network.
+      path: file of its weights, or "".
+      flag: what to type to name a file, for the error.
+
+    Raises:
+      UserError: if there is no such network, or its weights are missing.
+    """
+    if name not in LOADERS:
+        raise UserError(f"unknown feature network {name!r}.{suggest(name, LOADERS)}")
+    if path and not epath.Path(path).exists():
+        raise UserError(f"there are no weights of {name} at {path}: give the file by {flag}.")
+    if not path and name == "inception":
+        weights.fetch(inception.FILE, flag)
+
+
 def wrap(
     name: str,
     about: Mapping[str, str],

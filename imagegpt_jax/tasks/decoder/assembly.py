@@ -178,6 +178,10 @@ def setup(config: Config) -> Setup:
     built = _build(config, text, labels, opened, encode, len(labels))
     for split, source in opened.items():
         _check_codes(built, split, source)
+    if config.eval_samples:
+        from imagegpt_jax.evals import sampled  # and with it all networks
+
+        sampled.check(config)
     return built
 
 

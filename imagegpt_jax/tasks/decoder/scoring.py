@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from imagegpt_jax import sharding
 from imagegpt_jax import state as state_lib
+from imagegpt_jax.data import sources
 from imagegpt_jax.evals import common, likelihood
-from imagegpt_jax.generate import Sampling, generate_codes
+from imagegpt_jax.generate import TILE, Sampling, generate_codes
 from imagegpt_jax.images import Tile, grid, to_uint8
 from imagegpt_jax.state import TrainState
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
@@ -34,7 +35,7 @@ def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
 
 
 def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Scores the validation split; also samples a fixed grid of pictures for TensorBoard."""
+    """Scores the validation split, and samples if `config.eval_samples`; also a grid of pictures for TensorBoard."""
     config = setup.config
     params = {"decoder": state.eval_params("decoder")}
     columns = likelihood.COLUMNS
@@ -54,6 +55,8 @@ def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, flo
         columns,
     )
     images = {"samples": _sample_grid(setup, params["decoder"])[None]} if config.sample_prompts else {}
+    if config.eval_samples:
+        scores |= _score_samples(setup, params["decoder"], mesh)
     return {f"validation/{name}": value for name, value in scores.items()}, images
 
 
@@ -88,6 +91,82 @@ def _decoder_of_codes(setup: Setup) -> Callable[[np.ndarray], jax.Array]:
     params = tokenizer_params(setup)
     decode = jax.jit(tokenizer_task.predict_fns(setup.tokenizer)["decode"])
     return lambda codes_Bhw: decode(params, codes_Bhw)
+
+
+# --------------------------------------------------------------------------------------------------- scores of samples
+
+# Validation images that samples are compared with, at most; the first ones.
+_REFERENCES = 10_000
+
+
+def _score_samples(setup: Setup, params: state_lib.Params, mesh: Mesh) -> dict[str, float]:
+    """Draws `config.eval_samples` pictures of validation prompts on the mesh of the training, and scores them."""
+    config, (texts, labels, _) = setup.config, _asked(setup)
+    layout = setup.layout
+    codes_BN = generate_codes(
+        setup.networks["decoder"].module(params),
+        layout,
+        setup.text.encode_batch(texts) if not config.data.use_labels or any(texts) else None,
+        labels,
+        features=None if setup.encoder is None else setup.encoder.read(texts),
+        sampling=Sampling(**config.sampling.to_dict()),
+        seed=config.seed,
+        mesh=mesh,
+    )
+    return _sample_scorer(setup, mesh)(_pictures(setup, codes_BN, mesh))
+
+
+def _asked(setup: Setup) -> tuple[list[str], list[int] | None, list[str]]:
+    """Captions and classes to draw, evenly spread over the validation split, and what their pictures should show."""
+    config, source = setup.config, setup.sources["validation"]
+    count = min(config.eval_samples, len(source))
+    records = sources.readable_records(source, np.linspace(0, len(source) - 1, count).astype(int).tolist())
+    reads = config.data.text_length > int(config.data.use_labels)  # words, besides a class
+    texts = [str(r["captions"][0]) if reads and r.get("captions") else "" for r in records]
+    labels = [int(r["label"]) for r in records] if config.data.use_labels else None
+    shown = [text or (setup.labels[r["label"]] if labels else "") for text, r in zip(texts, records, strict=True)]
+    return texts, labels, shown
+
+
+def _pictures(setup: Setup, codes_BN: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Codes -> uint8 [B, H, W, C], a tile on every device of the mesh at a time."""
+    decode, params = _decode_on(setup, mesh)
+    tile = TILE * sharding.batch_shards(mesh)
+    parts = []
+    with jax.set_mesh(mesh):
+        for start in range(0, len(codes_BN), tile):
+            rows = codes_BN[start : start + tile].reshape(-1, *setup.layout.grid)
+            filled = np.concatenate([rows, np.repeat(rows[-1:], tile - len(rows), axis=0)])
+            placed = jax.device_put(filled, sharding.batch_sharding(mesh))
+            parts.append(to_uint8(common.to_host(decode(params, placed))[: len(rows)]))
+    return np.concatenate(parts)
+
+
+@functools.cache
+def _decode_on(setup: Setup, mesh: Mesh) -> tuple[Callable[..., Any], state_lib.Params]:
+    """The image tokenizer's decoder, with its parameters whole on every device."""
+    params = jax.device_put(tokenizer_params(setup), sharding.replicated(mesh))
+    return jax.jit(tokenizer_task.predict_fns(setup.tokenizer)["decode"]), params
+
+
+@functools.cache
+def _sample_scorer(setup: Setup, mesh: Mesh) -> Any:
+    """What scores samples, with the features of the reference computed once.
+
+    The reference is the validation images, or what the image tokenizer makes of the codes where there are only those.
+    """
+    from imagegpt_jax.evals import reconstructed, sampled
+    from imagegpt_jax.evals.stage_data import Subset
+
+    config, source = setup.config, setup.sources["validation"]
+    some = Subset(source, range(min(len(source), _REFERENCES)))
+    name = f"{config.data.validation}, {len(some)} images"
+    if "codes" in sources.first_record(source):
+        codes_BN = np.stack([r["codes"].reshape(-1) for r in sources.readable_records(source, range(len(some)))])
+        reference: Any = reconstructed.Held(name, _pictures(setup, codes_BN.astype(np.int32), mesh))
+    else:
+        reference = reconstructed.Decoded(name, some, config.data.eval_ops)
+    return sampled.Scorer(config.eval_features, reference, _asked(setup)[2])
 
 
 @functools.cache

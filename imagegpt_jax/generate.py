@@ -126,7 +126,8 @@ def image_job(
                 f" {(total, layout.num_codes)}; these are {given.shape}, {given.min()} to {given.max()}."
             )
     start, size = layout.image_ids
-    return Job(packed, without, layout.image_offsets(), start, size, _shares(mix, total, len(packed)), given)
+    shares = _shares(mix, total, len(packed))
+    return Job(packed, without, layout.image_offsets(), start, size, shares, given, any_order=True)
 
 
 def _shown(features: Features) -> dict[str, np.ndarray]:

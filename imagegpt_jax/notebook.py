@@ -265,7 +265,8 @@ def caption(
       UserError: for a decoder without words, and as `generate`.
     """
     check_pair(gpt, tok)
-    how = {"temperature": 0.0 if num_captions == 1 else 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0} | how
+    plain = {"temperature": 0.0 if num_captions == 1 else 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0}
+    how = plain | {"together": 1} | how
     _, codes, grid = sketches.encoded(tok, images)
     ids = generate_text(
         gpt.placed(),

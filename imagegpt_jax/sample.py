@@ -74,6 +74,10 @@ SETTINGS = (
     flags.DEFINE_float("cfg_start", None, "Share of the codes at which interval begins to guide" + DEFAULT),
     flags.DEFINE_float("cfg_end", None, "Share of the codes at which interval ends" + DEFAULT),
     flags.DEFINE_enum("weights", None, WEIGHTS[1:], "Precision of the weights while drawing" + DEFAULT),
+    flags.DEFINE_integer(
+        "speculative", None, "Guesses that go through the network at once; the distribution stays, 0 = off" + DEFAULT
+    ),
+    flags.DEFINE_integer("together", None, "Codes of a pass, for decoders trained in random order" + DEFAULT),
 )
 
 MAX_GRID_TILES, MAX_TILE_IMAGES = 100, 16

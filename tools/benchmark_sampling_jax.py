@@ -84,23 +84,20 @@ def main() -> None:
     import jax
 
     from imagegpt_jax.generate import Sampling, image_job, run
-    from imagegpt_jax.sampling import speculative
 
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
     imported = sampling.resident()
     workload = sampling.WORKLOADS[SIZE.value]
     weights = "int8" if MODE.value == "int8" else DTYPE.value
     gpt, layout = make(workload, weights)
-    how = Sampling(top_k=workload.top_k, cfg_scale=workload.cfg_scale)
+    window = WINDOW if MODE.value == "speculative" else 0
+    how = Sampling(top_k=workload.top_k, cfg_scale=workload.cfg_scale, speculative=window)
     labels = np.arange(workload.images) % workload.classes
     job = image_job(layout, [(None, labels)], how)
     seeds = iter(range(10**9))
 
     def call() -> float:
-        if MODE.value == "speculative":
-            return float(speculative.run(gpt, job, how, next(seeds), window=WINDOW, tile=workload.images).steps.mean())
-        run(gpt, job, how, next(seeds), tile=workload.images)
-        return workload.tokens
+        return float(run(gpt, job, how, next(seeds), tile=workload.images).passes.mean())
 
     found = workloads.timed(call, SECONDS.value, fewest=1, warm_up=1)
     memory = {"imports_rss_bytes": imported, "peak_rss_bytes": sampling.peak_resident()}

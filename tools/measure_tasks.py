@@ -143,16 +143,15 @@ def steps(gpt: Any, words: list[str]) -> dict[str, float]:
     """The figures of `steps`, as the decoder draws and greedily."""
     import dataclasses
 
-    from imagegpt_jax.generate import image_job
-    from imagegpt_jax.sampling import speculative
+    from imagegpt_jax.generate import image_job, run
 
     texts, layout = [gpt.encode_text(text) for text in words[:32]], gpt.setup.layout
     found: dict[str, float] = {"codes": layout.num_codes, "window": WINDOW}
     for name, temperature in (("as_drawn", None), ("greedy", 0.0)):
         how = gpt.sampling(temperature=temperature, cfg_scale=CFG_SCALE.value)
-        how = dataclasses.replace(how, no_repeat=0)
+        how = dataclasses.replace(how, no_repeat=0, speculative=WINDOW)
         job = image_job(layout, [(texts, None)], how)
-        found[f"{name}_steps"] = float(speculative.run(gpt.gpt, job, how, SEED.value, window=WINDOW).steps.mean())
+        found[f"{name}_steps"] = float(run(gpt.gpt, job, how, SEED.value).passes.mean())
     return found
 
 

@@ -31,6 +31,9 @@ class Sampling:
       cfg_end: share of the tokens at which "interval" ends.
       weights: precision of the weights while decoding: "float32", "bfloat16" or "int8" (matrices of blocks only, a
         scale for each column); "" = the decoder's own.
+      speculative: window of speculative Jacobi decoding: so many guesses go through the network at once, and what is
+        drawn has the same distribution (`sampling/speculative.py`); 0 = off.
+      together: codes that one pass draws, for decoders trained in random order (`sampling/parallel.py`).
     """
 
     temperature: float = 1.0
@@ -44,6 +47,8 @@ class Sampling:
     cfg_start: float = 0.0
     cfg_end: float = 1.0
     weights: str = ""
+    speculative: int = 0
+    together: int = 1
 
     def __post_init__(self):
         for name, least in (("temperature", 0), ("cfg_scale", 0)):
@@ -65,6 +70,15 @@ class Sampling:
             raise UserError(f"cfg_start={self.cfg_start} and cfg_end={self.cfg_end} must rise within 0 to 1.")
         if self.weights not in WEIGHTS:
             raise UserError(f"unknown weights {self.weights!r}.{suggest(self.weights, WEIGHTS[1:])}")
+        if self.speculative < 0 or self.speculative == 1:
+            raise UserError(f"speculative={self.speculative} must be at least 2 tokens, or 0 for one after another.")
+        if self.together < 1:
+            raise UserError(f"together={self.together} must be at least 1.")
+        if (self.speculative > 0) + (self.together > 1) + (self.no_repeat > 0) > 1:
+            raise UserError(
+                f"speculative={self.speculative}, together={self.together} and no_repeat={self.no_repeat} exclude one"
+                " another: leave all but one of them at 0, 1 and 0."
+            )
 
     @property
     def guided(self) -> bool:

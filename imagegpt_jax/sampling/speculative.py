@@ -10,32 +10,16 @@ Shapes: B samples, R rows, W window, N tokens, V ids that may be drawn.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax import sharding
 from imagegpt_jax.models.attention import Cache
 from imagegpt_jax.models.gpt import GPT
-from imagegpt_jax.sampling import draw, engine, tiles
+from imagegpt_jax.sampling import draw, engine
 from imagegpt_jax.sampling.prepare import score
-from imagegpt_jax.sampling.settings import Sampling
-
-
-@dataclasses.dataclass(frozen=True)
-class Speculated:
-    """What came of some samples.
-
-    Attributes:
-      tokens: int32 [B, N].
-      steps: int32 [B], passes of the network for each sample, the prompt's included; plain decoding takes N.
-    """
-
-    tokens: np.ndarray
-    steps: np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -45,53 +29,11 @@ class _State:
 
     cache: Cache
     drawn: Int[Array, "B N"]
+    log_likelihood: Float[Array, " B"]
     count: Int[Array, " B"]
     steps: Int[Array, " B"]
     guesses: Int[Array, "B W"]
     q: Float[Array, "B W V"]
-
-
-def run(
-    gpt: GPT,
-    job: tiles.Job,
-    sampling: Sampling,
-    seed: int = 0,
-    *,
-    window: int = 16,
-    sample_indices: Any = None,
-    tile: int = tiles.TILE,
-) -> Speculated:
-    """Decodes a job, as `tiles.run` does, in fewer steps. The draws are others, their distribution is the same.
-
-    Args:
-      gpt: the decoder, as trained or from `tiles.place`.
-      job: what to decode; without given tokens.
-      sampling: how to draw; without `no_repeat`.
-      seed: with the sample's index, all that its draws depend on.
-      window: W, tokens that go through the network at once.
-      sample_indices: index of each sample (default 0, 1, ...).
-      tile: samples decoded together.
-
-    Raises:
-      UserError: for a window below 2, given tokens or `no_repeat`.
-    """
-    if window < 2:
-        raise UserError(f"window={window} must be at least 2: one token a step is plain decoding.")
-    if job.given is not None or sampling.no_repeat:
-        raise UserError("speculative decoding is for free tokens without no_repeat: decode these without it.")
-    gpt = tiles.place(gpt, sampling.weights)
-    shape, settings = tiles.plan(job, sampling)
-    indices = np.arange(job.total) if sample_indices is None else np.asarray(sample_indices)
-    keys = tiles.sample_keys(seed, indices)
-    tokens, steps = [], []
-    for first in range(0, job.total, tile):
-        samples = np.minimum(np.arange(first, first + tile), job.total - 1)
-        rows = tiles.rows_of(job, keys, samples[None])
-        state = _decode(gpt, rows, settings, shape=shape, window=window)
-        count = min(tile, job.total - first)
-        tokens.append(np.asarray(state[0])[:count])
-        steps.append(np.asarray(state[1])[:count])
-    return Speculated(np.concatenate(tokens), np.concatenate(steps))
 
 
 def _probabilities(logits: Float[Array, "*_ V"], filters: draw.Filters) -> Float[Array, "*_ V"]:
@@ -111,9 +53,22 @@ def _picks(weights_BWV: Float[Array, "B W V"], keys_B: jax.Array) -> Int[Array, 
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "window"))
+def decode(
+    gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: engine.Shape, window: int
+) -> tuple[Int[Array, "B N"], Float[Array, " B"], Int[Array, " B"]]:
+    """Draws all tokens; arguments as for `engine.start`, and the number of guesses W.
+
+    Returns:
+      (tokens, sum of their log-probabilities as in `engine.State`, passes of the network that each sample needed, the
+      prompt's included; plain decoding takes N)
+    """
+    mapped = sharding.map_rows(functools.partial(_decode, shape=shape, window=window), (False, True, False))
+    return mapped(gpt, rows, settings)
+
+
 def _decode(
     gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: engine.Shape, window: int
-) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
+) -> tuple[Int[Array, "B N"], Float[Array, " B"], Int[Array, " B"]]:
     prompt, steps, samples = rows.prompt, settings.offsets.shape[0], rows.keys.shape[0]
     groups = shape.prompts + shape.guided
     table_VD = gpt.output_table(shape.start, shape.size)
@@ -123,15 +78,24 @@ def _decode(
     def to_rows(x: jax.Array) -> jax.Array:
         return jnp.tile(x, (groups,) + (1,) * (x.ndim - 1))
 
-    def probabilities(hidden: jax.Array, at_BW: jax.Array) -> Float[Array, "B W V"]:
-        """Distributions of the tokens number `at` from final states [R, W, D]."""
+    def distributions(hidden: jax.Array, at_BW: jax.Array) -> tuple[Float[Array, "B W V"], Float[Array, "B W V"]]:
+        """What tokens number `at` are drawn from, given final states [R, W, D]; log-probabilities before filters."""
         logits = score(hidden.reshape(-1, hidden.shape[-1]), table_VD)
         mix = None if rows.mix is None else jnp.repeat(rows.mix, at_BW.shape[1], axis=0)
-        scale_X1 = settings.guidance[jnp.minimum(at_BW, steps - 1)].reshape(-1, 1)
-        logits = engine.mixed(logits, shape, mix, scale_X1)
+        number_BW = jnp.minimum(at_BW, steps - 1)
+        logits = engine.mixed(logits, shape, mix, settings.guidance[number_BW].reshape(-1, 1))
         if settings.bias is not None:
             logits = logits + settings.bias
-        return _probabilities(logits.reshape(*at_BW.shape, -1), settings.filters)
+        logits_BWV = logits.reshape(*at_BW.shape, -1)
+        p_BWV = _probabilities(logits_BWV, settings.filters)
+        if rows.given is not None:  # a given token is drawn for certain
+            given_BW = jnp.take_along_axis(rows.given, number_BW, axis=1)
+            certain_BWV = jax.nn.one_hot(given_BW, shape.size)
+            p_BWV = jnp.where((given_BW == engine.FREE)[..., None], p_BWV, certain_BWV)
+        return p_BWV, jax.nn.log_softmax(logits_BWV, axis=-1)
+
+    def likelihood(log_p_BWV: jax.Array, tokens_BW: jax.Array) -> Float[Array, "B W"]:
+        return jnp.take_along_axis(log_p_BWV, tokens_BW[..., None], axis=2)[..., 0]
 
     def keys(step: jax.Array | int, use: int) -> jax.Array:
         return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, step), use))(rows.keys)
@@ -139,11 +103,13 @@ def _decode(
     # --- The prompt and the first token; the first guesses are drawn as if they stood where it does.
     capacity = engine.prompt_slots(gpt, prompt) + steps - 1 + window
     hidden_RD, cache = engine.prefill(gpt, prompt, capacity, per_row=True)
-    p_B1V = probabilities(hidden_RD[:, None], jnp.zeros((samples, 1), jnp.int32))
+    p_B1V, log_p_B1V = distributions(hidden_RD[:, None], jnp.zeros((samples, 1), jnp.int32))
     q_BWV = jnp.broadcast_to(p_B1V, (samples, window, shape.size))
+    first_B1 = _picks(p_B1V, keys(0, 0))
     state = _State(
         cache=cache,
-        drawn=jnp.zeros((samples, steps + window), jnp.int32).at[:, :1].set(_picks(p_B1V, keys(0, 0))),
+        drawn=jnp.zeros((samples, steps + window), jnp.int32).at[:, :1].set(first_B1),
+        log_likelihood=likelihood(log_p_B1V, first_B1)[:, 0],
         count=jnp.ones((samples,), jnp.int32),
         steps=jnp.ones((samples,), jnp.int32),
         guesses=_picks(q_BWV, keys(0, 1)),
@@ -162,7 +128,7 @@ def _decode(
         hidden, cache = engine.extend(
             gpt, state.cache, to_rows(tokens_BW), positions, targets if gpt.config.target_positions else None, prompt
         )
-        p_BWV = probabilities(hidden, at_BW)
+        p_BWV, log_p_BWV = distributions(hidden, at_BW)
 
         # --- Guesses are accepted up to the first that is not; in its place, or after all, one more is drawn.
         p_of = jnp.take_along_axis(p_BWV, state.guesses[..., None], axis=2)[..., 0]
@@ -177,6 +143,8 @@ def _decode(
         next_B1 = _picks(rest, keys(step, 3))
         new_BW = jnp.where(ahead_W < fixed_B[:, None], state.guesses, next_B1)
         drawn = jax.vmap(jax.lax.dynamic_update_slice)(state.drawn, new_BW, state.count[:, None])
+        counted_BW = (ahead_W <= fixed_B[:, None]) & (at_BW < steps)
+        log_likelihood = jnp.sum(jnp.where(counted_BW, likelihood(log_p_BWV, new_BW), 0), axis=1)
 
         # --- Guesses for what follows, from this pass; where it did not reach, from its last distribution.
         from_BW = jnp.minimum(fixed_B[:, None] + 1 + ahead_W, window - 1)
@@ -188,6 +156,7 @@ def _decode(
         new = _State(
             cache=dataclasses.replace(cache, length=cache.length - back_R),
             drawn=jnp.where(going_B[:, None], drawn, state.drawn),
+            log_likelihood=state.log_likelihood + log_likelihood,
             count=state.count + moved_B,
             steps=state.steps + going_B,
             guesses=_picks(q_BWV, keys(step, 4)),
@@ -196,4 +165,4 @@ def _decode(
         return step + 1, new
 
     _, state = jax.lax.while_loop(lambda carry: jnp.any(carry[1].count < steps), body, (jnp.int32(1), state))
-    return state.drawn[:, :steps], state.steps
+    return state.drawn[:, :steps], state.log_likelihood, state.steps

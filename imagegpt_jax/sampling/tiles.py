@@ -21,7 +21,7 @@ from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.models.gpt import GPT
 from imagegpt_jax.models.gpt import Sequence as Sequence_
-from imagegpt_jax.sampling import engine
+from imagegpt_jax.sampling import engine, parallel, speculative
 from imagegpt_jax.sampling.draw import Filters
 from imagegpt_jax.sampling.prepare import prepare, prepared
 from imagegpt_jax.sampling.settings import Sampling
@@ -44,6 +44,7 @@ class Job:
       mix: float32 [B, G], shares of the prompts; None for one prompt.
       given: int32 [B, N], see `engine.Rows`.
       bias: float32 [size], see `engine.Settings`.
+      any_order: whether tokens may be drawn in another order than that of `offsets`: codes of a picture, not words.
     """
 
     prompts: Sequence[Packed]
@@ -54,6 +55,7 @@ class Job:
     mix: np.ndarray | None = None
     given: np.ndarray | None = None
     bias: np.ndarray | None = None
+    any_order: bool = False
 
     @property
     def total(self) -> int:
@@ -68,10 +70,12 @@ class Drawn:
     Attributes:
       tokens: int32 [B, N], numbers within the ids that may be drawn.
       log_likelihood: float32 [B], see `engine.State`.
+      passes: int32 [B], how often each sample went through the network, its prompt included.
     """
 
     tokens: np.ndarray
     log_likelihood: np.ndarray
+    passes: np.ndarray
 
 
 def place(gpt: GPT, weights: str = "", mesh: Mesh | None = None) -> GPT:
@@ -125,8 +129,12 @@ def run(
       on_step: called after every token with (tokens drawn, those of all samples of the tile [b, N], zero where not yet
         drawn); this leaves the compiled loop at every token.
 
+    A decoder that was trained in random order draws codes that are free after those that are given (for all or most of
+    the samples), wherever they are.
+
     Raises:
-      UserError: for a tile below 1, or sample indices of another number than the samples.
+      UserError: for a tile below 1, sample indices of another number than the samples, or settings that this decoder or
+        this job is not for.
     """
     total = job.total
     if tile < 1:
@@ -134,35 +142,90 @@ def run(
     indices = np.arange(total) if sample_indices is None else np.asarray(sample_indices)
     if indices.shape != (total,):
         raise UserError(f"sample_indices has {indices.size} entries for {total} samples.")
+    _check(gpt, job, sampling, on_step is not None)
     gpt = place(gpt, sampling.weights, mesh)
-    steps = len(job.offsets)
+    steps, order = len(job.offsets), _order(gpt, job, sampling, seed)
+    given = None if job.given is None else job.given[:, order]
+    job = dataclasses.replace(job, offsets=job.offsets[order], given=given)
     shape, settings = plan(job, sampling)
     keys = sample_keys(seed, indices)
     devices = 1 if mesh is None else sharding.batch_shards(mesh)
-    tokens, scores = np.zeros((total, steps), np.int32), np.zeros(total, np.float32)
+    found = Drawn(np.zeros((total, steps), np.int32), np.zeros(total, np.float32), np.full(total, steps, np.int32))
+
+    def placed(tokens: jax.Array, count: int) -> np.ndarray:
+        tokens_BN = np.zeros((count, steps), np.int32)
+        tokens_BN[:, order] = _fetch(tokens)[:count]
+        return tokens_BN
+
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for first in range(0, total, tile * devices):
             # The last tiles are filled with the last sample.
             samples = np.minimum(np.arange(first, first + tile * devices), total - 1)
             count = min(tile * devices, total - first)
+            part = slice(first, first + count)
             rows = rows_of(job, keys, samples.reshape(devices, tile), mesh)
-            state = engine.start(gpt, rows, settings, shape=shape)
-            if on_step is not None:
-                on_step(1, _fetch(state.drawn)[:count])
-            drawn = 1
-            for capacity, end in engine.stretches(engine.prompt_slots(gpt, rows.prompt), steps):
-                if capacity > state.cache.capacity:
-                    state = engine.grow(state, capacity)
-                for stop in [end] if on_step is None else range(drawn + 1, end + 1):
-                    state = engine.advance(gpt, rows, settings, state, stop, shape=shape)
-                    if on_step is not None:
-                        on_step(stop, _fetch(state.drawn)[:count])
-                drawn = end
-            tokens[first : first + count] = _fetch(state.drawn)[:count]
-            scores[first : first + count] = _fetch(state.log_likelihood)[:count]
+            if sampling.speculative:
+                drawn = speculative.decode(gpt, rows, settings, shape=shape, window=sampling.speculative)
+                found.passes[part] = _fetch(drawn[2])[:count]
+            elif sampling.together > 1:
+                drawn = parallel.decode(gpt, rows, settings, shape=shape, together=sampling.together)
+                found.passes[part] = -(-steps // sampling.together)
+            else:
+                see = None if on_step is None else lambda i, tokens, count=count: on_step(i, placed(tokens, count))
+                drawn = _one_by_one(gpt, rows, settings, shape, see)
+            found.tokens[part] = placed(drawn[0], count)
+            found.log_likelihood[part] = _fetch(drawn[1])[:count]
             if progress is not None:
                 progress(first + count, total)
-    return Drawn(tokens, scores)
+    return found
+
+
+def _one_by_one(
+    gpt: GPT,
+    rows: engine.Rows,
+    settings: engine.Settings,
+    shape: engine.Shape,
+    see: Callable[[int, jax.Array], None] | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens and their log-likelihoods by the plain loop; `see` is called with each number of tokens and all tokens."""
+    state = engine.start(gpt, rows, settings, shape=shape)
+    if see is not None:
+        see(1, state.drawn)
+    drawn = 1
+    for capacity, end in engine.stretches(engine.prompt_slots(gpt, rows.prompt), len(settings.offsets)):
+        if capacity > state.cache.capacity:
+            state = engine.grow(state, capacity)
+        for stop in [end] if see is None else range(drawn + 1, end + 1):
+            state = engine.advance(gpt, rows, settings, state, stop, shape=shape)
+            if see is not None:
+                see(stop, state.drawn)
+        drawn = end
+    return state.drawn, state.log_likelihood
+
+
+def _check(gpt: GPT, job: Job, sampling: Sampling, watched: bool) -> None:
+    if sampling.together > 1 and not gpt.config.target_positions:
+        raise UserError(
+            f"together={sampling.together} needs a decoder trained in random order (model.target_positions): leave it"
+            " at 1, or try speculative=4."
+        )
+    if sampling.together > 1 and not job.any_order:
+        raise UserError(f"together={sampling.together} is for codes of pictures: words are drawn one after another.")
+    if watched and (sampling.speculative or sampling.together > 1):
+        raise UserError("every single token is seen only where they are drawn one after another: leave on_step out.")
+
+
+def _order(gpt: GPT, job: Job, sampling: Sampling, seed: int) -> np.ndarray:
+    """The number of the token that is drawn first, of the second, ...: int [N]."""
+    order = np.arange(len(job.offsets))
+    if not gpt.config.target_positions or not job.any_order:
+        return order
+    if sampling.together > 1:  # codes of one pass do not know of each other, and should be far apart
+        order = np.random.default_rng(seed).permutation(order)
+    if job.given is None:
+        return order
+    share_N = np.mean(job.given != engine.FREE, axis=0)
+    return order[np.argsort(-share_N[order], kind="stable")]
 
 
 def plan(job: Job, sampling: Sampling) -> tuple[engine.Shape, engine.Settings]:

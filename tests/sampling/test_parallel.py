@@ -9,9 +9,9 @@ import pytest
 
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.packing import Layout, TokenSpace
-from imagegpt_jax.generate import Sampling, image_job, run
+from imagegpt_jax.generate import FREE, Sampling, caption_job, image_job, run
 from imagegpt_jax.models.gpt import GPT, GPTConfig, Sequence
-from imagegpt_jax.sampling import parallel
+from imagegpt_jax.sampling import parallel, tiles
 
 SPACE = TokenSpace(text_vocab=20, num_classes=3, num_codes=30)
 LAYOUT = Layout(space=SPACE, text_length=3, grid=(2, 3), target_positions=True)
@@ -31,33 +31,61 @@ def gpt():
 )
 def test_one_at_a_time_is_plain_decoding(gpt, sampling):
     job = image_job(LAYOUT, [(TEXTS, [0, -1, 2])], sampling)
-    plain = run(gpt, job, sampling, 3, tile=3).tokens
-    np.testing.assert_array_equal(parallel.run(gpt, job, sampling, 3, together=1, tile=3), plain)
+    plain = run(gpt, job, sampling, 3, tile=3)
+    shape, settings = tiles.plan(job, sampling)
+    rows = tiles.rows_of(job, tiles.sample_keys(3, np.arange(3)), np.arange(3)[None])
+    tokens, log_likelihood = parallel.decode(tiles.place(gpt), rows, settings, shape=shape, together=1)
+    np.testing.assert_array_equal(tokens, plain.tokens)
+    np.testing.assert_allclose(log_likelihood, plain.log_likelihood, rtol=1e-4)
+
+
+def logits_after(gpt, codes, order, known, i):
+    """Logits of code `order[i]` by a full pass, after the `known` first codes of the order."""
+    turned = np.concatenate([order[:known], order[i : i + 1], np.delete(order, [*range(known), i])])
+    packed = LAYOUT.pack(TEXTS, None, codes, orders_BN=np.tile(turned, (3, 1)))
+    start, size = LAYOUT.image_ids
+    hidden = jax.jit(lambda gpt, sequence: gpt(sequence).logits)(gpt, Sequence.from_batch(packed))
+    return np.asarray(hidden)[:, LAYOUT.text_length + known, start : start + size]
 
 
 @pytest.mark.parametrize("together", [2, 4])
 def test_each_code_is_the_likeliest_after_those_of_earlier_passes(gpt, together):
     """By full passes: in the order, with the codes of a pass moved so that each in turn is the next one."""
-    how = Sampling(temperature=0.0)
-    order = np.array([4, 0, 5, 2, 1, 3])
-    codes = parallel.run(gpt, image_job(LAYOUT, [(TEXTS, None)], how), how, together=together, order=order, tile=3)
-    start, size = LAYOUT.image_ids
-    forward = jax.jit(lambda sequence: gpt(sequence).logits)
+    how = Sampling(temperature=0.0, together=together)
+    drawn = run(gpt, image_job(LAYOUT, [(TEXTS, None)], how), how, 7, tile=3)
+    order = np.random.default_rng(7).permutation(6)
+    total = np.zeros(3)
     for i in range(6):
-        first = i // together * together  # what was known when code i was drawn
-        turned = np.concatenate([order[:first], order[i : i + 1], np.delete(order, [*range(first), i])])
-        packed = LAYOUT.pack(TEXTS, None, codes, orders_BN=np.tile(turned, (3, 1)))
-        logits = np.asarray(forward(Sequence.from_batch(packed)))[:, LAYOUT.text_length + first, start : start + size]
+        logits = logits_after(gpt, drawn.tokens, order, i // together * together, i)
+        np.testing.assert_array_equal(logits.argmax(-1), drawn.tokens[:, order[i]])
+        total += np.asarray(jax.nn.log_softmax(logits)).max(-1)
+    np.testing.assert_allclose(drawn.log_likelihood, total, rtol=1e-4)
+    assert (drawn.passes == -(-6 // together)).all()
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_free_codes_see_every_given_one(gpt, together):
+    """Codes 3 and 5 are given: they come first, so that the free ones before them in the picture know of them."""
+    how = Sampling(temperature=0.0, together=together)
+    given = np.full((3, 6), FREE)
+    given[:, [3, 5]] = [[1, 2], [28, 4], [7, 29]]
+    codes = run(gpt, image_job(LAYOUT, [(TEXTS, None)], how, given=given), how, 7, tile=3).tokens
+    np.testing.assert_array_equal(codes[:, [3, 5]], given[:, [3, 5]])
+    places = range(6) if together == 1 else np.random.default_rng(7).permutation(6)
+    order = np.array(sorted(places, key=lambda place: place not in (3, 5)))
+    for i in range(2, 6):
+        logits = logits_after(gpt, codes, order, i // together * together, i)
         np.testing.assert_array_equal(logits.argmax(-1), codes[:, order[i]])
 
 
 def test_what_is_not_possible(gpt):
-    how = Sampling()
-    job = image_job(LAYOUT, [(TEXTS, None)], how)
     with pytest.raises(UserError, match="together=0"):
-        parallel.run(gpt, job, how, together=0)
+        Sampling(together=0)
+    how = Sampling(together=2)
     plain = jax.eval_shape(
         lambda key: GPT(dataclasses.replace(gpt.config, target_positions=False), key=key), jax.random.key(0)
     )
     with pytest.raises(UserError, match="target_positions"):
-        parallel.run(plain, job, how, together=2)
+        run(plain, image_job(LAYOUT, [(TEXTS, None)], how), how)
+    with pytest.raises(UserError, match="words"):
+        run(gpt, caption_job(LAYOUT, np.zeros((1, 6), np.int32), how), how)

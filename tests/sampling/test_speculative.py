@@ -1,5 +1,6 @@
 """Speculative Jacobi decoding: the same distribution, the same greedy tokens, fewer steps."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -9,9 +10,8 @@ import pytest
 
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.packing import Layout, TokenSpace
-from imagegpt_jax.generate import Sampling, image_job, run
+from imagegpt_jax.generate import FREE, Sampling, image_job, run
 from imagegpt_jax.models.gpt import GPT, GPTConfig
-from imagegpt_jax.sampling import speculative
 
 DRAWS = 40_000
 
@@ -30,13 +30,18 @@ def test_greedy_tokens_are_identical(position):
     gpt, space = make(20, **({"position": "learned", "max_length": 20} if position == "learned" else {}))
     layout = Layout(space=space, text_length=2, grid=(4, 4))
     how = Sampling(temperature=0.0, cfg_scale=2.0, cfg_schedule="cosine")
-    job = image_job(layout, [([[1], [2, 3], [], [4], [5]], None)], how)
-    plain = run(gpt, job, how, tile=3).tokens
-    for window in (2, 7):
-        fast = speculative.run(gpt, job, how, window=window, tile=3)
-        np.testing.assert_array_equal(fast.tokens, plain)
-        assert (fast.steps <= 16).all()
-    assert fast.steps.mean() < 14
+    given = np.full((5, 16), FREE)
+    given[2:, 3:9] = np.random.default_rng(0).integers(0, 20, (3, 6))
+    for codes in (None, given):
+        job = image_job(layout, [([[1], [2, 3], [], [4], [5]], None)], how, given=codes)
+        plain = run(gpt, job, how, tile=3)
+        for window in (2, 7):
+            fast = run(gpt, job, dataclasses.replace(how, speculative=window), tile=3)
+            np.testing.assert_array_equal(fast.tokens, plain.tokens)
+            np.testing.assert_allclose(fast.log_likelihood, plain.log_likelihood, rtol=1e-4)
+            assert (fast.passes <= 16).all()
+        assert fast.passes.mean() < 14
+        assert (plain.passes == 16).all()
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 3, "cfg_scale": 1.7}], ids=str)
@@ -50,9 +55,12 @@ def test_the_distribution_is_that_of_plain_decoding(settings):
     counts = np.zeros(64)
     for seed in range(DRAWS // 20_000):
         job = image_job(layout, [([[1]] * 20_000, None)], how)
-        drawn = speculative.run(gpt, job, how, seed, window=3, tile=20_000)
+        drawn = run(gpt, job, dataclasses.replace(how, speculative=3), seed, tile=20_000)
         counts += np.bincount(drawn.tokens @ [16, 4, 1], minlength=64)
-    assert (drawn.steps < 3).any()
+    assert (drawn.passes < 3).any()
+    if not settings:  # without filters a sequence's log-likelihood is that of its draws
+        expected = np.log(probs[drawn.tokens @ [16, 4, 1]])
+        np.testing.assert_allclose(drawn.log_likelihood, expected, rtol=1e-4, atol=1e-4)
     seen = probs > 0
     assert counts[~seen].sum() == 0
     expected = DRAWS * probs[seen]
@@ -84,12 +92,23 @@ def exact(gpt, layout, how, sequences):
 def test_a_sample_depends_on_its_seed_and_index_alone():
     gpt, space = make(20)
     layout = Layout(space=space, text_length=2, grid=(2, 3))
-    how = Sampling(top_p=0.9)
-    together = speculative.run(gpt, image_job(layout, [([[1], [2], [3], [4]], None)], how), how, 5, window=4, tile=2)
-    alone = speculative.run(gpt, image_job(layout, [([[3]], None)], how), how, 5, window=4, tile=2, sample_indices=[2])
-    np.testing.assert_array_equal(together.tokens[2], alone.tokens[0])
+    how = Sampling(top_p=0.9, speculative=4)
+    together = run(gpt, image_job(layout, [([[1], [2], [3], [4]], None)], how), how, 5, tile=2)
     job = image_job(layout, [([[3]], None)], how)
-    with pytest.raises(UserError, match="window=1"):
-        speculative.run(gpt, job, how, window=1)
-    with pytest.raises(UserError, match="no_repeat"):
-        speculative.run(gpt, job, Sampling(no_repeat=1))
+    alone = run(gpt, job, how, 5, tile=2, sample_indices=[2])
+    np.testing.assert_array_equal(together.tokens[2], alone.tokens[0])
+    with pytest.raises(UserError, match="on_step"):
+        run(gpt, job, how, on_step=print)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"speculative": 1}, "speculative=1"),
+        ({"speculative": 4, "no_repeat": 1}, "no_repeat=1"),
+        ({"speculative": 4, "together": 2}, "exclude"),
+    ],
+)
+def test_settings_that_exclude_one_another(settings, words):
+    with pytest.raises(UserError, match=words):
+        Sampling(**settings)

@@ -23,7 +23,7 @@ def arrays(length, heads, kv_heads, head_dim, batch=2):
 
 
 def plain(q, k, v, segments):
-    return attention.attend(q, k, v, attention.causal_mask(segments), order="bskh")
+    return attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), attention.causal_mask(segments))
 
 
 @pytest.mark.parametrize(("length", "heads", "kv_heads"), [(128, 2, 2), (130, 4, 2)])  # aligned and not; grouped
@@ -44,6 +44,27 @@ def test_splash_attention_equals_plain_attention(length, heads, kv_heads):
     np.testing.assert_allclose(y, expected_y, atol=1e-5)
     for gradient, expected in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(gradient, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [64, 131, 257])
+def test_blocks_of_queries_equal_one(length):
+    q, k, v, segments = arrays(length, 4, 2, 16)
+    mask = attention.causal_mask(segments)
+
+    def gradients(function):
+        def value(q, k, v):
+            y = function(q, k, v)
+            return jnp.sum(y * jnp.cos(q)), y
+
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, y), grads = gradients(lambda q, k, v: attention.attend_causally(q, k, v, mask))
+    (_, expected_y), expected = gradients(lambda q, k, v: plain(q, k, v, segments))
+    np.testing.assert_allclose(y, expected_y, atol=1e-6)
+    for gradient, wanted in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=2e-6)
+    text = str(jax.make_jaxpr(lambda q, k, v: attention.attend_causally(q, k, v, mask))(q, k, v))
+    assert text.count("exp ") == min(4, length // 64)
 
 
 def test_cudnn_gets_the_same_definition():

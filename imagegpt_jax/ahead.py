@@ -194,6 +194,17 @@ class Plan:
             return 0
         return max((x.size * x.dtype.itemsize for x, where in pairs if where.is_fully_replicated), default=0)
 
+    def _widest(self, text: str) -> dict[str, int]:
+        """Bytes of the largest arrays that a decoder's step must not have: scores of attention, float32 logits."""
+        rows, length = self.task.abstract_batch(self.setup, self.config.batch_size)["tokens"].shape
+        shape = self.mesh.shape
+        rows //= shape["data"] * shape["fsdp"] * shape["fsdp_minor"] * self.config.accumulate
+        return {
+            "attention_scores_bytes": traffic_lib.largest_square(text, length),
+            "largest_float32_bytes": traffic_lib.largest(text, "f32"),
+            "full_logits_bytes": 4 * rows * length * self.setup.space.num_codes // shape["tensor"],
+        }
+
     def compile(self, program: Program, options: Mapping[str, str] | None = None) -> tuple[dict[str, Any], str]:
         """Compiles a program.
 
@@ -261,6 +272,8 @@ class Plan:
             "compiler_options": dict(options or {}),
             "versions": versions(),
         }
+        if training and self.config.task == "decoder":
+            report |= self._widest(text)
         if program.reads:
             report |= {f"{name}_bytes": size for name, size in program.reads.items()}
             report["bytes_accessed"] = traffic_lib.hbm_bytes(text)

@@ -1,4 +1,4 @@
-"""How many bytes a compiled TPU program moves between HBM and the chip, from its HLO text.
+"""Bytes that a compiled TPU program moves between HBM and the chip, and sizes of its arrays, from its HLO text.
 
 `cost_analysis()` counts what is fetched into VMEM ahead of its use twice: once as it is fetched, once as it is used.
 Here only what lies in HBM counts: a layout says `S(1)` for what lies in VMEM, `S(2)` for semaphores and so on, and
@@ -63,3 +63,32 @@ def arrays(type_text: str) -> Value:
             size = BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d)
             found.append((size, not re.search(r"S\([1-9]", layout or "")))
     return found
+
+
+def largest(text: str, kind: str) -> int:
+    """Bytes of the largest array of a type, such as "f32", anywhere in an HLO module.
+
+    Args:
+      text: `compiled.as_text()`.
+      kind: name of the type in HLO.
+    """
+    sizes = (math.prod(dims) for name, dims in _shapes(text) if name == kind)
+    return BYTES[kind] * max(sizes, default=0)
+
+
+def largest_square(text: str, length: int) -> int:
+    """Bytes of the largest array with two dimensions of a sequence's length: scores or masks of attention.
+
+    Args:
+      text: `compiled.as_text()`.
+      length: tokens of a sequence; one less, and the next multiple of 128, count as well.
+    """
+    lengths = length - 1, length, -(-length // 128) * 128
+    squares = (BYTES[name] * math.prod(dims) for name, dims in _shapes(text) if sum(d in lengths for d in dims) > 1)
+    return max(squares, default=0)
+
+
+def _shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """(type, dimensions) of all arrays of a module."""
+    found = {(name, dims) for name, dims, _ in ARRAY.findall(text) if name in BYTES and dims}
+    return {(name, tuple(map(int, dims.split(",")))) for name, dims in found}

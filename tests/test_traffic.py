@@ -39,3 +39,16 @@ def test_types():
         (5, True),
         (4, True),
     ]
+
+
+def test_the_largest_array_of_a_type_is_found_wherever_it_is():
+    assert traffic.largest(TEXT, "f32") == 8 * 16 * 4
+    assert traffic.largest(TEXT, "bf16") == 64 * 32 * 2
+    assert traffic.largest(TEXT, "s64") == 0
+
+
+def test_scores_of_attention_are_found():
+    text = TEXT.replace("%inner = f32[8]{0}", "%inner = (f32[2,257,384]{2,1,0}, pred[256,257]{1,0})")
+    assert traffic.largest_square(text, 257) == 2 * 257 * 384 * 4
+    assert traffic.largest_square(TEXT, 257) == 0
+    assert traffic.largest_square(text, 8) == 0  # [8, 16] holds one length

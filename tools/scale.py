@@ -38,6 +38,7 @@ LEFT_OUT = {
 }
 CHECKED = "B v5p-128"
 TOLERANCE = 0.02
+REPLICATED = 1 << 20
 SYNCHRONOUS = "xla_tpu_enable_async_collective_fusion_fuse_all_gather=false"
 # Peak GiB per device that MaxText 0.2.5 (jax 0.12.0.1) compiles to at the same shapes, batch and state precision.
 MAXTEXT = {
@@ -127,7 +128,8 @@ def check() -> None:
     """Compares one small cell, compiled now, with what is kept.
 
     Raises:
-      UserError: if peak memory or communication differ by more than 2%.
+      UserError: if peak memory or communication differ by more than 2%; if scores of attention or all float32 logits
+        are ever in memory; if a parameter of more than 1 MiB is on every device.
     """
     from imagegpt_jax import ahead
 
@@ -144,6 +146,17 @@ def check() -> None:
                 f"{key} of cell {CHECKED!r} moved by {change:+.1%}: if that is meant, compile the cells again with"
                 " `make scale`."
             )
+    print(
+        f"{CHECKED}: scores of attention {new['attention_scores_bytes']:,} bytes, largest float32 array"
+        f" {new['largest_float32_bytes']:,} (all logits: {new['full_logits_bytes']:,}), largest replicated parameter"
+        f" {new['largest_replicated_parameter_bytes']:,}"
+    )
+    if new["attention_scores_bytes"]:
+        raise cli.UserError(f"the program of cell {CHECKED!r} holds length x length scores of attention.")
+    if new["largest_float32_bytes"] >= new["full_logits_bytes"]:
+        raise cli.UserError(f"the program of cell {CHECKED!r} holds a float32 array as large as all logits.")
+    if new["largest_replicated_parameter_bytes"] > REPLICATED:
+        raise cli.UserError(f"cell {CHECKED!r} holds a parameter of more than {REPLICATED:,} bytes on every device.")
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

@@ -286,9 +286,10 @@ class _Training:
         skipped: tuple[tuple[int, int], ...],
         evaluated: bool,
     ) -> None:
-        started = time.perf_counter()
-        if (first := guard.tripped(state.guard)) is not None:  # what is saved is good
+        # What is saved is good; to know that, the steps before it are waited for, which is their time.
+        if (first := guard.tripped(state.guard)) is not None:
             raise _Tripped(first)
+        started = time.perf_counter()
         self.checkpoints.save(step, state, position, skipped, self.scores, evaluated)
         self.clock.add("checkpoint", time.perf_counter() - started)
 

@@ -19,7 +19,7 @@ class Browser:
 
     def __init__(self, process, read, write):
         self._process, self._read, self._write = process, read, write
-        self._last, self._session, self.errors = 0, None, []
+        self._last, self._session, self.errors, self._waiting = 0, None, [], b""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -39,12 +39,12 @@ class Browser:
                 return answer["result"]
 
     def _message(self):
-        data = b""
-        while not data.endswith(b"\0"):
-            byte = os.read(self._read, 1)
-            assert byte, "the browser is gone"
-            data += byte
-        message = json.loads(data[:-1])
+        while b"\0" not in self._waiting:
+            data = os.read(self._read, 1 << 16)
+            assert data, "the browser is gone"
+            self._waiting += data
+        text, self._waiting = self._waiting.split(b"\0", 1)
+        message = json.loads(text)
         if message.get("method") == "Network.requestWillBeSent":
             self.requests.append(message["params"]["request"]["url"])
         elif message.get("method") == "Runtime.exceptionThrown":

@@ -242,6 +242,50 @@ def test_formats_that_no_picture_has_are_given_to_no_decoder(form):
         images.decode_image(data)
 
 
+def broken(data, rng):
+    """Bytes as disks and networks leave them: cut, changed, with something put in or left out."""
+    data, place, kind = bytearray(data), int(rng.integers(len(data))), int(rng.integers(4))
+    if kind == 0:
+        del data[place:]
+    elif kind == 1:
+        for near in rng.integers(0, min(len(data), int(rng.choice([40, 200, len(data)]))), int(rng.integers(1, 6))):
+            data[near] = int(rng.choice([0, 255, rng.integers(256)]))
+    elif kind == 2:
+        data[place:place] = rng.bytes(int(rng.integers(1, 50)))
+    else:
+        del data[place : place + int(rng.integers(1, 30))]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_the_bytes_are_there_is_a_picture_or_a_reason():
+    rng = np.random.default_rng(0)
+    image, turned = picture(0, (40, 40)), b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    several = {"save_all": True, "append_images": [image.rotate(9)]}
+    sound = [
+        *(encoded(image, form) for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")),
+        *(encoded(image, form, **several) for form in ("PNG", "WEBP", "GIF", "TIFF")),
+        encoded(image, "JPEG", exif=turned),
+        encoded(image.convert("CMYK"), "JPEG"),
+        *(encoded(image.convert(mode), "PNG") for mode in ("P", "1", "RGBA")),
+        *(encoded(image, "TIFF", compression=how) for how in ("tiff_lzw", "jpeg")),
+    ]
+    refused = undecodable = 0
+    for number in range(250 * len(sound)):
+        data = broken(sound[number % len(sound)], rng)
+        if (reason := quarantine.refuse({"id": "x", "image": data})) is not None:
+            refused += 1
+            assert reason
+            continue
+        images.sniff(data)
+        try:
+            assert images.decode_image(data).dtype == np.uint8
+        except ValueError:
+            undecodable += 1
+    assert refused > 1000
+    assert undecodable > 200
+
+
 def test_a_corrupt_block_of_an_array_record_is_put_aside(tmp_path):
     records = [
         {"id": str(i), "image": encoded(picture(i, (64, 64)), "PNG"), "captions": [f"picture {i}"]} for i in range(40)

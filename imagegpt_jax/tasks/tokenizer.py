@@ -8,7 +8,7 @@ Shapes: B batch, H W C image, h w code grid, V codebook.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,11 +24,12 @@ from imagegpt_jax import state as state_lib
 from imagegpt_jax.accumulate import accumulate
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config, to_dataclass
-from imagegpt_jax.data import ops, pipeline, sources
+from imagegpt_jax.data import ops, sources
 from imagegpt_jax.evals import reconstruction
 from imagegpt_jax.models import discriminator, layers, quantizers, vq
 from imagegpt_jax.models.pretrained import lpips
 from imagegpt_jax.state import Network, TrainState
+from imagegpt_jax.tasks.splits import batches
 
 # Shown beside the progress bar.
 SHOWN = ("reconstruction", "psnr", "codebook_usage")
@@ -189,31 +190,6 @@ def load_frozen(setup: Setup, state: TrainState, layout: TrainState) -> TrainSta
         return state
     weights = jax.device_put(setup.perceptual, layout.frozen["perceptual"])
     return dataclasses.replace(state, frozen={**state.frozen, "perceptual": weights})
-
-
-def batches(
-    setup: Setup,
-    split: str,
-    *,
-    batch_size: int,
-    position: int = 0,
-    rows: np.ndarray | None = None,
-    skipped: Sequence[tuple[int, int]] = (),
-) -> Any:
-    """The batches of a split: shuffled, augmented and endless for "train", once and in order otherwise."""
-    data = setup.config.data
-    train = split == "train"
-    return pipeline.Batches(
-        setup.sources[split],
-        ops=data.train_ops if train else data.eval_ops,
-        batch_size=batch_size,
-        seed=setup.config.seed,
-        position=position,
-        skipped=skipped,
-        rows=rows,
-        shuffle=train,
-        epochs=None if train else 1,
-    )
 
 
 def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Any]:

@@ -14,8 +14,9 @@ import numpy as np
 from imagegpt_jax import state as state_lib
 from imagegpt_jax import text_encoder
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.data import order, packing, pipeline
+from imagegpt_jax.data import order, packing
 from imagegpt_jax.state import TrainState
+from imagegpt_jax.tasks import splits
 from imagegpt_jax.tasks.decoder.assembly import Setup
 
 # Keep the draws of guidance dropout, direction and order apart from each other and from the pipeline's.
@@ -24,30 +25,9 @@ _DROP, _DIRECTION, _RANDOM, _ORDER = 1 << 42, 1 << 43, 1 << 44, 1 << 45
 TILE = 128
 
 
-def batches(
-    setup: Setup,
-    split: str,
-    *,
-    batch_size: int,
-    position: int = 0,
-    rows: np.ndarray | None = None,
-    skipped: Sequence[tuple[int, int]] = (),
-) -> Any:
-    """Packed batches of a split: shuffled and endless for "train", once and in order otherwise."""
-    data = setup.config.data
-    train = split == "train"
-    return pipeline.Batches(
-        setup.sources[split],
-        ops=data.train_ops if train else data.eval_ops,
-        batch_size=batch_size,
-        seed=setup.config.seed,
-        position=position,
-        skipped=skipped,
-        rows=rows,
-        shuffle=train,
-        epochs=None if train else 1,
-        host_fn=functools.partial(pack, setup, train=train),
-    )
+def batches(setup: Setup, split: str, **where: Any) -> Any:
+    """Packed batches of a split, see `splits.batches`."""
+    return splits.batches(setup, split, host_fn=functools.partial(pack, setup, train=split == "train"), **where)
 
 
 def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -254,3 +254,13 @@ def test_sampling_settings_reach_the_engine(gpt, tok):
     sketch = drawing.Sketch(prompts=["dog"], classes=[None])
     (part,) = drawing.draw(gpt, tok, sketch, Sampling(temperature=0.0, no_repeat=1))
     assert len(set(part.codes[0].tolist())) == 16
+
+
+def test_ways_to_decode_are_settings_of_every_task(gpt, tok, pictures):
+    masks = np.zeros((2, 16, 16), bool)
+    masks[:, 4:, 6:] = True
+    how = {"seed": 4, "temperature": 0.0}
+    plain = ig.inpaint(gpt, tok, pictures, masks, ["dog", "cat"], **how)
+    np.testing.assert_array_equal(ig.inpaint(gpt, tok, pictures, masks, ["dog", "cat"], speculative=4, **how), plain)
+    with pytest.raises(UserError, match="target_positions"):
+        ig.inpaint(gpt, tok, pictures, masks, ["dog", "cat"], together=2, **how)

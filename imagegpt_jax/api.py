@@ -310,8 +310,10 @@ class Decoder(nnx.Module):
         raise UserError(f"unknown class {label!r}: classes are 0 to {count - 1}, or names.{suggest(str(label), names)}")
 
     def fingerprint(self) -> str:
-        """Identifies architecture and parameters: 16 hexadecimal digits of a SHA-256; takes a second a gigabyte."""
-        return _fingerprint(self.gpt.config, self.gpt)
+        """Identifies architecture and parameters, a text encoder's too: 16 hexadecimal digits; a second a gigabyte."""
+        encoder = self.setup.encoder
+        about = self.gpt.config if encoder is None else (self.gpt.config, _fingerprint(encoder.model, encoder.params()))
+        return _fingerprint(about, self.gpt)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a prompt, of which the first `setup.layout.text_length` are used; none with a text encoder.
@@ -377,8 +379,8 @@ def load_decoder(
     if reading.is_weights(path):
         loaded = reading.load(path, "decoder", Options(heads=heads, grid=grid))
         if not loaded.run:
-            beside, model = str(tokenizer or ""), loaded.config
-            encoder = None
+            model: Any = loaded.config
+            beside, encoder = str(tokenizer or ""), None
             if text_encoder is not None:
                 encoder = encoders.open_encoder(text_encoder, model.feature_length, model.feature_width)
             setup: Any = reading.DecoderSetup(model, loaded.layout, str(path), beside, loaded.text, encoder)

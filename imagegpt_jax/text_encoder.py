@@ -107,8 +107,11 @@ def open_encoder(folder: Any, length: int, width: int = 0) -> TextEncoder:
       width: E that the decoder asks for; 0 = any.
 
     Raises:
-      UserError: if there is no language model with a text tokenizer, or it is of another width or too short.
+      UserError: if there is no language model with a text tokenizer, it is of another width or too short, or the
+        decoder has no places for features.
     """
+    if length < 1:
+        raise UserError(f"text_encoder={folder} is for decoders with places for features, and this one has none.")
     if not reading.is_weights(folder):
         raise UserError(
             f"text_encoder={folder} holds no weights: give the folder of a language model, such as a GPT-2 or Llama of"

@@ -132,6 +132,14 @@ def test_another_encoder_may_take_its_place_and_must_fit(run, encoder, tmp_path)
     shutil.copytree(encoder, tmp_path / "moved")
     moved = ig.load_decoder(run.workdir, text_encoder=tmp_path / "moved")
     np.testing.assert_array_equal(moved.read(PROMPTS)[0], run.gpt.read(PROMPTS)[0])
+    assert moved.fingerprint() == run.gpt.fingerprint()
+    path = tmp_path / "moved" / "model.safetensors"
+    weights = bytearray(path.read_bytes())
+    weights[-3] ^= 16  # a bit of one number of the language model
+    path.write_bytes(weights)
+    assert ig.load_decoder(run.workdir, text_encoder=tmp_path / "moved").fingerprint() != run.gpt.fingerprint()
+    with pytest.raises(UserError, match="for decoders with places for features, and this one has none"):
+        ig.load_decoder(GOLDEN / "imagegpt", text_encoder=encoder)
     with pytest.raises(UserError, match="comes without a text tokenizer"):
         ig.load_decoder(run.workdir, text_encoder=GOLDEN / "gpt2")
 

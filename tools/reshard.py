@@ -68,7 +68,7 @@ class Campaign:
         self.meshes: dict[Shape, Any] = {}
         self.refused = 0
         for shape in meshes():
-            sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+            sizes: dict[str, int] = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
             mesh = sharding.make_mesh(sizes, jax.devices()[: shape[0] * shape[1] * shape[2]])
             try:
                 task.check_mesh(setup, mesh)

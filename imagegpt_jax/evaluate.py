@@ -9,12 +9,15 @@ against a reference by FID, KID and the like, by a named protocol; nothing is do
       --images_dir=pictures
   python -m imagegpt_jax.evaluate --checkpoint=runs/decoder --data=emoji:validation \\
       --generation_data=emoji:heldout_style --output=heldout.json
+  python -m imagegpt_jax.evaluate --checkpoint=runs/decoder --prompts=PartiPrompts.tsv --protocol=parti_prompts \\
+      --feature_weights=clip=clip-vit-base-patch32 --output=parti.json
   python -m imagegpt_jax.evaluate --images=samples --reference=photos --protocol=torch_fidelity --metrics=fid,is,kid \\
       --feature_weights=pt_inception-2015-12-05-6726825d.pth --output=scores.json
   python -m imagegpt_jax.evaluate --compare a.json b.json
   python -m imagegpt_jax.evaluate --human --images=run_a --against=run_b --output=votes.jsonl
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -23,13 +26,14 @@ from absl import flags
 from etils import epath
 
 from imagegpt_jax import cli
-from imagegpt_jax.evals import files, image_sets, protocols, score, stages
+from imagegpt_jax.evals import files, image_sets, protocols, score, stage_data, stages
 
 CHECKPOINT = flags.DEFINE_multi_string(
-    "checkpoint", None, "Workdir of a tokenizer or a decoder; give it twice to score both."
+    "checkpoint", None, "Workdir or exported folder of a tokenizer or a decoder; give it twice to score both."
 )
 OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 DATA = flags.DEFINE_string("data", "", "Data to score on; by default the run's own validation data.")
+OPS = flags.DEFINE_string("ops", "", "What is done to the images of --data; by default the run's own data.eval_ops.")
 STEP = flags.DEFINE_integer(
     "step", None, "Checkpoint step, with one --checkpoint; by default the newest.", lower_bound=0
 )
@@ -39,13 +43,28 @@ TOKENIZER = flags.DEFINE_string(
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     0,
-    "Examples scored at once; 0 = the run's own. Of --images: how many are read at once, which no score depends on.",
+    "How many examples are read at once, which no score depends on; 0 for the default.",
     lower_bound=0,
 )
 GENERATION_PROMPTS = flags.DEFINE_integer(
     "generation_prompts", 100, "Prompts to draw pictures for; 0 leaves that score out.", lower_bound=0
 )
-SAMPLES_PER_PROMPT = flags.DEFINE_integer("samples_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
+SAMPLES_PER_PROMPT = flags.DEFINE_integer(
+    "samples_per_prompt", None, "Pictures of each prompt; by default 4, or of --prompts the protocol's number.", 1
+)
+SAMPLER = flags.DEFINE_list(
+    "sampler", [], "Settings of `sample` in place of the decoder's own, such as cfg_scale=3,top_k=100."
+)
+PROMPTS = flags.DEFINE_string(
+    "prompts",
+    "",
+    "Draw and score pictures of the prompts in this file: COCO's captions_val2014.json or LlamaGen's coco_captions.csv,"
+    " PartiPrompts.tsv, GenEval's evaluation_metadata.jsonl by their --protocol, or a file as `sample` takes it by"
+    " another; 'classes' for all classes.",
+)
+SAMPLES_DIR = flags.DEFINE_string(
+    "samples_dir", "", "Folder for the pictures of --prompts, which are kept; by default beside --output."
+)
 GENERATION_DATA = flags.DEFINE_string(
     "generation_data", "", "Pictures and captions to draw prompts from; by default the decoder's training data."
 )
@@ -119,6 +138,8 @@ def main() -> None:
             if asked
             else "nothing to score: give --checkpoint=WORKDIR or --images=DIR."
         )
+    if PROMPTS.value and not CHECKPOINT.value:
+        raise cli.UserError("--prompts are drawn by a decoder: give --checkpoint=WORKDIR.")
     if COMPARE.value:
         compare()
         return
@@ -128,6 +149,8 @@ def main() -> None:
         raise cli.UserError(f"--output={OUTPUT.value} is a folder: name a file, such as {OUTPUT.value}/metrics.json.")
     if HUMAN.value:
         ask_people()
+    elif PROMPTS.value:
+        score_prompts()
     elif CHECKPOINT.value:
         score_checkpoints()
     else:
@@ -160,18 +183,20 @@ def ask_people() -> None:
 
 def score_checkpoints() -> None:
     """Scores what --checkpoint names."""
-    from imagegpt_jax import config as config_lib
     from imagegpt_jax import distributed, storage
+    from imagegpt_jax.evals import prompted
 
     settings = stages.Settings(
         checkpoints=CHECKPOINT.value or [],
         output=OUTPUT.value or "",
         data=DATA.value,
+        ops=OPS.value,
         step=STEP.value,
         tokenizer=TOKENIZER.value,
         batch_size=BATCH_SIZE.value,
         generation_prompts=GENERATION_PROMPTS.value,
-        samples_per_prompt=SAMPLES_PER_PROMPT.value,
+        samples_per_prompt=SAMPLES_PER_PROMPT.value or 4,
+        sampler=prompted.parse_sampler(SAMPLER.value),
         generation_data=GENERATION_DATA.value,
         seed=SEED.value,
         images_dir=IMAGES_DIR.value,
@@ -181,8 +206,8 @@ def score_checkpoints() -> None:
         weights=image_sets.parse_weights(FEATURE_WEIGHTS.value, protocols.find(PROTOCOL.value).features),
     )
     storage.check(vars(settings))
-    for workdir in settings.checkpoints:  # a wrong folder is told before JAX starts
-        config_lib.load(workdir)
+    for path in settings.checkpoints:  # a wrong folder is told before JAX starts
+        stage_data.task_of(path)
     with distributed.together():
         stages.score(settings)
 
@@ -192,10 +217,49 @@ def score_images() -> None:
     from imagegpt_jax import distributed, storage
 
     storage.check(IMAGES.value, REFERENCE.value, OUTPUT.value, STATISTICS_OUTPUT.value, FEATURE_WEIGHTS.value)
+    request = request_of(IMAGES.value)
+    opened = image_sets.open_sets(request)
+    with distributed.together():
+        write_scores(request, opened)
+
+
+def score_prompts() -> None:
+    """Draws pictures of --prompts by the decoder that --checkpoint names, and scores them."""
+    from imagegpt_jax import distributed, storage
+    from imagegpt_jax.evals import prompted
+
+    folder = SAMPLES_DIR.value or str(epath.Path(OUTPUT.value or "").with_suffix("")) + "_samples"
+    storage.check(CHECKPOINT.value, PROMPTS.value, REFERENCE.value, OUTPUT.value, folder, FEATURE_WEIGHTS.value)
+    paths = CHECKPOINT.value or []
+    if len(paths) != 1 or stage_data.task_of(paths[0]) != "decoder":
+        raise cli.UserError("--prompts are drawn by one decoder: give one --checkpoint, and its --tokenizer if needed.")
+    order = prompted.Order(
+        checkpoint=paths[0],
+        prompts=PROMPTS.value,
+        folder=folder,
+        protocol=protocols.find(PROTOCOL.value),
+        step=STEP.value,
+        tokenizer=TOKENIZER.value,
+        each=SAMPLES_PER_PROMPT.value or 0,
+        count=NUM_IMAGES.value,
+        seed=SEED.value,
+        sampler=prompted.parse_sampler(SAMPLER.value),
+    )
+    rows = prompted.read(order)
+    request = request_of(folder, captions="" if order.prompts == prompted.CLASSES else order.prompts)
+    reference = image_sets.open_reference(request)
+    with distributed.together():
+        prompted.draw(order, rows)
+        request = dataclasses.replace(request, captions=str(epath.Path(folder) / prompted.CAPTIONS))
+        write_scores(request, image_sets.open_sets(request, reference))
+
+
+def request_of(images: str, captions: str = "") -> image_sets.Request:
+    """What the flags ask to be computed of a set of images."""
     protocol = protocols.find(PROTOCOL.value)
     protocol = protocol.with_subsets(KID_SUBSETS.value, KID_SUBSET_SIZE.value).with_splits(IS_SPLITS.value)
-    request = image_sets.Request(
-        images=IMAGES.value,
+    return image_sets.Request(
+        images=images,
         reference=REFERENCE.value,
         protocol=protocol,
         metrics=tuple(METRICS.value) or protocol.metrics,
@@ -205,17 +269,21 @@ def score_images() -> None:
         train_images=TRAIN_IMAGES.value,
         statistics=STATISTICS_OUTPUT.value,
         batch_size=BATCH_SIZE.value,
-        captions=CAPTIONS.value,
+        captions=captions or CAPTIONS.value,
         scorer=SCORER.value,
         report=REPORT.value,
         sweep=SWEEP.value,
     )
-    opened = image_sets.open_sets(request)
-    with distributed.together():
-        scores = image_sets.run(request, opened)
-        if distributed.is_first():
-            files.write(epath.Path(OUTPUT.value or ""), (json.dumps(scores, indent=1) + "\n").encode())
-            print(f"{image_sets.table(scores)}\n\nAll scores: {OUTPUT.value}")
+
+
+def write_scores(request: image_sets.Request, opened: image_sets.Opened) -> None:
+    """Computes, and in the first process writes and prints."""
+    from imagegpt_jax import distributed
+
+    scores = image_sets.run(request, opened)
+    if distributed.is_first():
+        files.write(epath.Path(OUTPUT.value or ""), (json.dumps(scores, indent=1) + "\n").encode())
+        print(f"{image_sets.table(scores)}\n\nAll scores: {OUTPUT.value}")
 
 
 def joined(argv: Sequence[str]) -> list[str]:

@@ -94,7 +94,7 @@ def test_scores_say_what_was_measured(given, first):
     assert about["feature_weights"]["inception"]["path"] == str(given.weights)
     assert len(about["feature_weights"]["inception"]["sha256"]) == len(about["code_sha256"]) == 64
     assert about["seconds"] > 0
-    assert [warning["name"] for warning in about["warnings"]] == ["few_samples"]
+    assert [warning["name"] for warning in about["warnings"]] == ["few_samples", "small_splits"]
     assert "warning (few_samples)" in first.printed
     assert f"{scores['fid']['value']:.6g}" in first.printed
 
@@ -189,6 +189,7 @@ def test_classic_mistakes_are_named(evaluate, given, tmp_path):
         (["--images=/no/such"], "there is no folder or file /no/such"),
         (["--reference="], "fid needs --reference"),
         (["--feature_weights=/no/such.pth"], "twice|no feature weights at /no/such.pth"),
+        (["--feature_weights=incepton=/no/such.pth"], "unknown network. Did you mean 'inception'"),
     ],
 )
 def test_mistakes_are_told_before_any_work(evaluate, given, monkeypatch, more, words):

@@ -93,6 +93,24 @@ def outputs(
         yield to_host(pending)
 
 
+def tiles(batches: Iterable[Mapping[str, np.ndarray]], rows: int, mesh: Mesh) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts batches into tiles of a fixed number of rows for each device, which are the same for batches of any size.
+
+    Args:
+      batches: of this process's rows; a device's rows are a multiple of `rows`.
+      rows: of a device.
+      mesh: devices that the batches will be laid out on.
+    """
+    parts = len(mesh.local_devices)
+    for batch in batches:
+        each = len(next(iter(batch.values()))) // parts
+        for start in range(0, each, rows):
+            yield {
+                name: x.reshape(parts, each, *x.shape[1:])[:, start : start + rows].reshape(-1, *x.shape[1:])
+                for name, x in batch.items()
+            }
+
+
 def _select(batch: Mapping[str, np.ndarray], columns: Sequence[str]) -> dict[str, np.ndarray]:
     selected = {}
     for name in columns:

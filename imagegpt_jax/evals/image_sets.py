@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from imagegpt_jax.cli import UserError
-from imagegpt_jax.evals import captions, mistakes, pairs, prompts, protocols, provenance, score, sets
+from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.evals import captions, mistakes, pages, pairs, prompts, protocols, provenance, score, sets
 from imagegpt_jax.evals.collected import MOMENTS, ROWS, VALUES, Collected
 from imagegpt_jax.evals.files import write
 from imagegpt_jax.evals.protocols import Protocol
+from imagegpt_jax.evals.report import Report
 
 _BATCH_SIZE = 64
 
@@ -75,13 +76,15 @@ def parse_weights(values: Sequence[str], features: str) -> dict[str, str]:
     """`FILE` (of the protocol's network) or `network=FILE` flags -> {network: file}.
 
     Raises:
-      UserError: if a network comes twice or a file is missing.
+      UserError: if a network is not known or comes twice, or a file is missing.
     """
     found: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")
-        if not separator:
+        if not separator or (name not in score.NETWORKS and epath.Path(value).exists()):
             name, path = features, value
+        if name not in score.NETWORKS:
+            raise UserError(f"--feature_weights={value} is of an unknown network.{suggest(name, score.NETWORKS)}")
         if name in found:
             raise UserError(f"--feature_weights names weights of {name} twice: {found[name]} and {path}.")
         if not epath.Path(path).exists():
@@ -93,12 +96,40 @@ def parse_weights(values: Sequence[str], features: str) -> dict[str, str]:
     return found
 
 
-def open_sets(request: Request) -> Opened:
+def open_sets(request: Request, reference: sets.ImageSet | sets.Statistics | None = None) -> Opened:
     """Opens and checks all sets, without JAX.
+
+    Args:
+      request: what is to be scored.
+      reference: what `open_reference` has opened already; None opens it.
 
     Raises:
       UserError: if one cannot be scored.
     """
+    reference = open_reference(request) if reference is None else reference
+    images = sets.open_images(request.images, request.num_images, request.protocol.crop(request.protocol.image_crop))
+    kinds = {name: score.METRICS[name].reference for name in request.metrics}
+    training = None
+    if request.train_images:
+        training = sets.open_images(request.train_images, crop=request.protocol.crop(request.protocol.reference_crop))
+    paired = tuple(name for name, kind in kinds.items() if kind == "pairs")
+    both = None
+    if paired:
+        assert reference is not None
+        assert not isinstance(reference, sets.Statistics)  # which `check` has refused
+        both = pairs.Pairs(images, reference)
+        pairs.check_side(paired, images.size)
+    words = captions.read(images, request.captions) if "captions" in kinds.values() else ()
+    return Opened(images, reference, training, both, words)
+
+
+def open_reference(request: Request) -> sets.ImageSet | sets.Statistics | None:
+    """Opens what images are compared with, None where nothing is, and checks everything but the images.
+
+    Raises:
+      UserError: if a metric lacks what it needs.
+    """
+    protocol = request.protocol
     score.check_metrics(request.metrics, tuple(score.METRICS))
     for name in request.metrics:
         network = name if name == "lpips" else score.METRICS[name].network
@@ -108,18 +139,8 @@ def open_sets(request: Request) -> Opened:
     if compared and not request.reference:
         raise UserError(
             f"{', '.join(compared)} need{'s' if len(compared) == 1 else ''} --reference=DIR|NPZ: what the images are"
-            f" compared with, for {request.protocol.name} {request.protocol.reference}."
+            f" compared with, for {protocol.name} {protocol.reference}."
         )
-    images = sets.open_images(request.images, request.num_images)
-    reference = sets.open_reference(request.reference) if compared else None
-    if isinstance(reference, sets.Statistics):
-        made_by = reference.about.get("protocol", request.protocol.name)
-        if made_by != request.protocol.name:
-            raise UserError(
-                f"{reference.path} holds statistics by the protocol {made_by}, not {request.protocol.name}:"
-                f" {'; '.join(protocols.differences(protocols.find(made_by).facts(), request.protocol.facts()))}."
-            )
-        score.Reference(reference, request.protocol.features).check(compared, request.protocol)
     if "prompts" in needed.values():
         if not request.scorer or not request.captions:
             raise UserError(
@@ -129,17 +150,19 @@ def open_sets(request: Request) -> Opened:
         prompts.load_scorer(request.scorer)
         prompts.geneval(request.captions)
     for path in request.sweep:
-        provenance.read(path)
-    training = sets.open_images(request.train_images) if request.train_images else None
-    paired = tuple(name for name, kind in needed.items() if kind == "pairs")
-    both = None
-    if paired:
-        assert reference is not None
-        assert not isinstance(reference, sets.Statistics)  # which `check` has refused
-        both = pairs.Pairs(images, reference)
-        pairs.check_side(paired, images.size)
-    words = captions.read(images, request.captions) if "captions" in needed.values() else ()
-    return Opened(images, reference, training, both, words)
+        pages.guided(path, protocol)
+    if not compared:
+        return None
+    reference = sets.open_reference(request.reference, protocol.crop(protocol.reference_crop))
+    if isinstance(reference, sets.Statistics):
+        made_by = reference.about.get("protocol", protocol.name)
+        if made_by != protocol.name:
+            raise UserError(
+                f"{reference.path} holds statistics by the protocol {made_by}, not {protocol.name}:"
+                f" {'; '.join(protocols.differences(protocols.find(made_by).facts(), protocol.facts()))}."
+            )
+        score.Reference(reference, protocol.features).check(compared, protocol)
+    return reference
 
 
 def run(request: Request, opened: Opened) -> dict[str, Any]:
@@ -216,7 +239,8 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
         against = None if compared is None else score.Reference(compared, protocol.features, beside)
         words = None
         if opened.captions:
-            words = score.Words(opened.captions, networks.embed_texts(request.weights["clip"], opened.captions))
+            texts = [protocol.prefix + text for text in opened.captions]
+            words = score.Words(opened.captions, networks.embed_texts(request.weights["clip"], texts))
         judged = _judge(request, opened.images) if "geneval" in request.metrics else None
         scores = score.compute(request.metrics, found, against, protocol, options, words, judged)
         if request.statistics:
@@ -281,9 +305,6 @@ def _judge(request: Request, images: sets.ImageSet) -> tuple[float, dict[str, fl
 
 
 def _page(request: Request, opened: Opened, scores: Mapping[str, Any], found: Collected) -> str:
-    from imagegpt_jax.evals import pages
-    from imagegpt_jax.evals.report import Report
-
     page = Report(f"Scores of {request.images}")
     pages.scores_of(page, scores)
     words = opened.captions or (captions.known(opened.images) if not request.captions else ())
@@ -295,7 +316,7 @@ def _page(request: Request, opened: Opened, scores: Mapping[str, Any], found: Co
         assert not isinstance(opened.reference, sets.Statistics)
         pages.worst(page, opened.images, opened.reference, name, values)
     if request.sweep:
-        pages.sweep(page, request.sweep)
+        pages.sweep(page, [*(pages.guided(path, request.protocol) for path in request.sweep), scores])
     pages.made_of(page, scores["provenance"])
     return page.html()
 

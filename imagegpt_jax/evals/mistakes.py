@@ -75,6 +75,14 @@ def of_scores(
                 " use KID.",
             )
         )
+    parts = protocol.inception.of(found.count)
+    if "is" in names and found.count < 2 * parts:
+        warnings.append(
+            warning(
+                "small_splits",
+                f"IS of {found.count} images in {parts} splits: a split of one image scores 1; give --is_splits=1.",
+            )
+        )
     if protocol.count and found.count != protocol.count:
         warnings.append(
             warning(

@@ -12,6 +12,7 @@ from etils import epath
 
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.evals import generation, provenance
+from imagegpt_jax.evals.protocols import Protocol
 from imagegpt_jax.evals.report import Report, Shown, curves, histogram
 from imagegpt_jax.evals.sets import ImageSet
 
@@ -75,12 +76,10 @@ def neighbours(page: Report, images: ImageSet, training: ImageSet) -> None:
             distance = np.mean(np.square(rows - picture), axis=1)
             if distance.min() < best[i]:
                 best[i], nearest[i] = distance.min(), start + int(distance.argmin())
+    copies = {number: training.read(number) for number in sorted(set(nearest.tolist()))}  # in order: a set may stream
     shown = [
-        Shown(
-            [images.read(i), training.read(int(j))],
-            f"{images.names[i]} and {training.names[int(j)]}, distance {d**0.5:.2f}",
-        )
-        for i, j, d in zip(chosen, nearest, best, strict=True)
+        Shown([images.read(i), copies[j]], f"{images.names[i]} and {training.names[j]}, distance {d**0.5:.2f}")
+        for i, j, d in zip(chosen, nearest.tolist(), best, strict=True)
     ]
     note = (
         f"each image beside the nearest of {searched} training images, by 16 x 16 pixels (root mean square, 0 to 255)"
@@ -98,25 +97,34 @@ def worst(page: Report, images: ImageSet, references: ImageSet, metric: str, val
     page.gallery("Worst pairs", shown, f"reference beside image, by {metric}")
 
 
-def sweep(page: Report, paths: Sequence[str]) -> None:
-    """Adds curves of scores against the guidance scale, one point for each file of scores.
+def worst_reconstructions(page: Report, pairs_n: np.ndarray, psnr_n: np.ndarray) -> None:
+    """Adds the images that a tokenizer reproduces worst."""
+    shown = [Shown([image, copy], f"PSNR {psnr:.2f} dB") for (image, copy), psnr in zip(pairs_n, psnr_n, strict=True)]
+    page.gallery("Worst reconstructions", shown, "image beside its reconstruction, lowest PSNR first")
+
+
+def guided(path: str, protocol: Protocol) -> Mapping[str, Any]:
+    """Scores of a file for a sweep.
 
     Raises:
-      UserError: if a file is of another protocol, or its images do not say their guidance.
+      UserError: if it is of another protocol, or its images do not say their guidance.
     """
+    scores = provenance.read(path)
+    about = scores["provenance"]
+    if about["protocol"] != json.loads(json.dumps(protocol.facts())):
+        raise UserError(f"{path} is of another protocol than {protocol.name}: a sweep is of one.")
+    if about["sampler"].get("cfg_scale") is None:
+        raise UserError(f"{path} does not say at which cfg_scale its images were drawn: score what `sample` drew.")
+    return scores
+
+
+def sweep(page: Report, every: Sequence[Mapping[str, Any]]) -> None:
+    """Adds curves of scores against the guidance scale, a point for each of `every` scores that says its guidance."""
     points: dict[str, list[tuple[float, float]]] = {}
-    first = None
-    for path in paths:
-        scores = provenance.read(path)
-        about = scores["provenance"]
-        first = first or about["protocol"]
-        if about["protocol"] != first:
-            raise UserError(f"{path} is of another protocol than {paths[0]}: a sweep is of one.")
-        scale = about["sampler"].get("cfg_scale")
-        if scale is None:
-            raise UserError(f"{path} does not say at which cfg_scale its images were drawn: score what `sample` drew.")
+    for scores in every:
+        scale = scores["provenance"]["sampler"].get("cfg_scale")
         for name, found in scores.items():
-            if name != "provenance":
+            if name != "provenance" and scale is not None:
                 points.setdefault(name, []).append((float(scale), found["value"]))
     for name, found in points.items():
         x, y = zip(*sorted(found), strict=True)

@@ -8,6 +8,7 @@ import collections
 import csv
 import importlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from imagegpt_jax.cli import UserError
+from imagegpt_jax.sampling.requests import read_prompts
 
 COCO_COUNT = 30_000
 Scorer = Callable[[np.ndarray, Mapping[str, Any]], bool]
@@ -28,7 +30,7 @@ def _text(path: epath.PathLike) -> str:
 
 
 def coco_captions(path: epath.PathLike, count: int = COCO_COUNT, seed: int = 0) -> list[dict[str, Any]]:
-    """Captions of COCO 2014's validation images, drawn without replacement, as Parti and LlamaGen do.
+    """Captions of COCO 2014's validation images, drawn without replacement, as Parti's authors describe.
 
     Args:
       path: `captions_val2014.json`.
@@ -53,19 +55,46 @@ def coco_captions(path: epath.PathLike, count: int = COCO_COUNT, seed: int = 0) 
     return [every[i] for i in np.random.default_rng(seed).choice(len(every), count, replace=False)]
 
 
-def parti_prompts(path: epath.PathLike) -> list[dict[str, str]]:
-    """The prompts of PartiPrompts, in order: [{"text", "category", "challenge"}].
+def listed(path: epath.PathLike) -> list[dict[str, str]]:
+    """The prompts of a table with tabs, such as PartiPrompts, in order: [{"text", and "category", "challenge"}].
 
     Raises:
       UserError: if the file has no column `Prompt`.
     """
     rows = list(csv.DictReader(_text(path).splitlines(), delimiter="\t"))
     if not rows or "Prompt" not in rows[0]:
-        raise UserError(f"{path} has no column Prompt: give PartiPrompts.tsv.")
-    return [
-        {"text": row["Prompt"], "category": row.get("Category", ""), "challenge": row.get("Challenge", "")}
-        for row in rows
-    ]
+        raise UserError(f"{path} has no column Prompt: give PartiPrompts.tsv, or LlamaGen's coco_captions.csv.")
+    kept = {name: name.lower() for name in ("Category", "Challenge") if name in rows[0]}
+    return [{"text": row["Prompt"].strip(), **{ours: row[name] for name, ours in kept.items()}} for row in rows]
+
+
+def of_protocol(name: str, path: epath.PathLike, count: int, seed: int) -> list[dict[str, Any]]:
+    """What a protocol draws pictures of.
+
+    Args:
+      name: of the protocol; those without prompts of their own take any file that `sample` does.
+      path: the file of its authors.
+      count: only so many; 0 for all.
+      seed: of the draw, where there is one.
+
+    Returns:
+      rows with "text", and what else the file says.
+
+    Raises:
+      UserError: if the file is none of the protocol's.
+    """
+    found: list[dict[str, Any]]
+    if name == "coco30k_zero_shot":
+        if epath.Path(path).suffix == ".json":
+            return coco_captions(path, count or COCO_COUNT, seed)
+        found = [*listed(path)]
+    elif name == "parti_prompts":
+        found = [*listed(path)]
+    elif name == "geneval":
+        found = [{**row, "text": row["prompt"]} for row in geneval(path)]
+    else:
+        found = [{"text": text} for text in read_prompts(os.fspath(path))]
+    return found[:count] if count else found
 
 
 def geneval(path: epath.PathLike) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.evals.kernels import Subsets
+from imagegpt_jax.evals.resizing import Crop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Protocol:
       inception: how the Inception Score cuts.
       neighbours: of precision and recall.
       captions: which captions are drawn, for generated images.
+      prefix: what stands before captions where CLIP compares them with images.
+      each: images of each caption.
+      reference_crop: how reference photographs come to `side` where they differ in size or are larger, see `resizing`;
+        "" where they must be alike.
+      image_crop: the same of the images.
       sampler: how they are drawn.
     """
 
@@ -65,7 +71,15 @@ class Protocol:
     inception: InceptionSplits = dataclasses.field(default_factory=InceptionSplits)
     neighbours: int = 3
     captions: str = ""
+    prefix: str = ""
+    each: int = 1
+    reference_crop: str = ""
+    image_crop: str = ""
     sampler: str = "the sampler that the images' metadata names"
+
+    def crop(self, name: str) -> Crop | None:
+        """The crop of this name to `side`; None for ""."""
+        return Crop(name, self.side) if name else None
 
     def facts(self) -> dict[str, Any]:
         """Everything that two scores must have in common to be compared."""
@@ -83,7 +97,6 @@ class Protocol:
         return dataclasses.replace(self, inception=dataclasses.replace(self.inception, count=count, size=0))
 
 
-_CAPTIONS = ("fid", "clip_score")
 PROTOCOLS: Mapping[str, Protocol] = {
     p.name: p
     for p in (
@@ -95,6 +108,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
             count=50_000,
             side=256,
             inception=InceptionSplits(count=0, size=5000),
+            each=50,
+            reference_crop="adm_center_crop",
             sampler="50 images of each of the 1000 classes",
         ),
         Protocol(
@@ -114,12 +129,17 @@ PROTOCOLS: Mapping[str, Protocol] = {
         ),
         Protocol(
             name="coco30k_zero_shot",
-            about="zero-shot MS-COCO 2014 as Parti and LlamaGen score it (arXiv:2206.10789, arXiv:2406.06525)",
-            metrics=_CAPTIONS,
-            reference="the 30,000 validation images of the drawn captions, cropped and resized by adm_center_crop",
+            about="zero-shot MS-COCO 2014 (arXiv:2206.10789) as LlamaGen and GigaGAN compute it (arXiv:2406.06525)",
+            metrics=("fid", "clip_score"),
+            reference="all images of COCO 2014 validation, as they are",
+            resize="pil_bicubic_float",
             count=30_000,
             side=256,
-            captions="30,000 captions of COCO 2014 validation without replacement, see `prompts.coco_captions`",
+            captions="LlamaGen's coco_captions.csv in order, or as many drawn from captions_val2014.json without"
+            " replacement, see `prompts.coco_captions`",
+            prefix="A photo depicts ",
+            reference_crop="pil_lanczos_square",
+            image_crop="pil_lanczos_square",
             sampler="one image of each caption",
         ),
         Protocol(
@@ -138,6 +158,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
             reference="none: a scorer judges each image by its prompt's metadata",
             count=2212,
             captions="evaluation_metadata.jsonl, 553 prompts",
+            each=4,
             sampler="four images of each prompt",
         ),
         Protocol(
@@ -148,6 +169,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
             count=50_000,
             side=256,
             inception=InceptionSplits(count=10),
+            reference_crop="adm_center_crop",
             sampler="each validation image, encoded and decoded",
         ),
         Protocol(

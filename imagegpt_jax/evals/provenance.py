@@ -62,7 +62,7 @@ def drawn_by(images: ImageSet) -> dict[str, Any]:
 
 
 def read(path: epath.PathLike) -> dict[str, Any]:
-    """Scores that `evaluate --images` wrote.
+    """Scores of image sets, as `evaluate` writes them.
 
     Raises:
       UserError: if the file is missing or holds something else.
@@ -77,6 +77,37 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     if not isinstance(scores, dict) or not isinstance(scores.get("provenance"), dict):
         raise UserError(f"{path} has no provenance: give what `evaluate --images=... --output=FILE` wrote.")
     return scores
+
+
+def _read_any(path: epath.PathLike) -> dict[str, Any]:
+    """Scores of image sets, or of checkpoints, which are flat; errors as in `read`."""
+    file = epath.Path(path)
+    try:
+        scores = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:
+        scores = {}
+    return scores if isinstance(scores, dict) and "code_sha256" in scores else read(path)
+
+
+def _compare_flat(a: Mapping[str, Any], b: Mapping[str, Any], paths: Sequence[str]) -> str:
+    """`compare` of two checkpoints' scores."""
+    for key in sorted(a.keys() & b.keys()):
+        if key.endswith("/protocol") and a[key] != b[key]:
+            raise UserError(
+                f"{paths[0]} and {paths[1]} are scores of {a[key]} and {b[key]} ({key}), which cannot be compared:"
+                " score both by one protocol."
+            )
+    lines = [f"{'':<40}{'A':>14}{'B':>14}{'B - A':>14}"]
+    told = []
+    for key in sorted((a.keys() & b.keys()) - {"seconds"}):
+        if isinstance(a[key], float) and isinstance(b[key], float):
+            lines.append(f"{key:<40}{a[key]:>14.6g}{b[key]:>14.6g}{b[key] - a[key]:>+14.6g}")
+        elif a[key] != b[key]:
+            told.append(f"  {key}: {_short(a[key])} | {_short(b[key])}")
+    lines += [f"{key:<40}only in {'A' if key in a else 'B'}" for key in sorted(a.keys() ^ b.keys())]
+    lines += ["", f"A = {paths[0]}", f"B = {paths[1]}", ""]
+    lines.append("differences:" if told else "no difference in what the scores were made of")
+    return "\n".join([*lines, *told])
 
 
 # Where in the provenance a difference may lie, and what it means for the scores.
@@ -117,6 +148,9 @@ def compare(paths: Sequence[str]) -> str:
     """
     if len(paths) != 2:
         raise UserError("--compare takes two files: --compare A.json B.json.")
+    a, b = map(_read_any, paths)
+    if "provenance" not in a and "provenance" not in b:
+        return _compare_flat(a, b, paths)
     a, b = map(read, paths)
     first, second = (scores["provenance"].get("protocol", {}) for scores in (a, b))
     if first != second:

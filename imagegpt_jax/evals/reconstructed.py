@@ -3,7 +3,7 @@
 Shapes: B batch, H W C image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ class Held:
 
     in_order = False
 
-    def __init__(self, name: str, images_NHWC: UInt8[np.ndarray, "N H W 3"]):
+    def __init__(self, name: str, images_NHWC: UInt8[np.ndarray, "N H W 3"], names: Sequence[str] = ()):
+        """Holds images, called `names`, or by their numbers."""
         self.path, self._images = name, images_NHWC
         self.size = (images_NHWC.shape[1], images_NHWC.shape[2])
         self.formats = {"decoded": len(images_NHWC)}
-        self.names = [str(i) for i in range(len(images_NHWC))]
+        self.names = list(names) or [str(i) for i in range(len(images_NHWC))]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 Shapes: B batch, H W C image, h w code grid, K codes.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,12 @@ def _features(network: "Network", params: Any, levels_BHWC: jax.Array) -> jax.Ar
     return network.apply(params, levels_BHWC)["pool"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _measure(
     reconstruct: Callable[..., Any],
     num_codes: int,
     num_shown: int,
+    num_worst: int,
     features: Callable[[Any, jax.Array], jax.Array] | None,
     params: Any,
     batch: Any,
@@ -58,12 +60,16 @@ def _measure(
     real_levels, fake_levels = _levels(real_BHWC), _levels(fake_BHWC)
     flat_levels = jnp.broadcast_to(jnp.round(jnp.mean(real_levels, axis=(1, 2), keepdims=True)), real_levels.shape)
     used = jnp.broadcast_to(mask_B[:, None], (mask_B.shape[0], codes_Bhw[0].size)).astype(jnp.int32)
+    psnr = psnr_B(real_levels, fake_levels)
     compared = {}
+    if num_worst:
+        _, worst_n = jax.lax.top_k(jnp.where(mask_B, -psnr, -jnp.inf), min(num_worst, len(psnr)))
+        compared["worst"] = jnp.stack([real_levels, fake_levels], axis=1)[worst_n].astype(jnp.uint8)
     if features is not None:
         compared["features"] = jnp.stack([features(feature_params, x) for x in (real_levels, fake_levels)])
     return compared | {
         "per_image": {
-            "psnr": psnr_B(real_levels, fake_levels),
+            "psnr": psnr,
             "psnr_mean_color": psnr_B(real_levels, flat_levels),
             "l1": jnp.mean(jnp.abs(difference), axis=(1, 2, 3)),
             "mse": jnp.mean(jnp.square(difference), axis=(1, 2, 3)),
@@ -72,6 +78,43 @@ def _measure(
         "counts_K": jnp.zeros(num_codes, jnp.int32).at[codes_Bhw.reshape(-1)].add(used.reshape(-1)),
         "shown": jnp.stack([real_levels, fake_levels])[:, :num_shown].astype(jnp.uint8),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Details:
+    """What scores of reconstructions were made of.
+
+    Attributes:
+      counts_K: int64 [K], how often each code was used.
+      worst: uint8 [n, 2, H, W, C], images and reconstructions of the lowest PSNR, worst first, if they were asked for.
+      psnr: float [n], of these.
+    """
+
+    counts_K: np.ndarray
+    worst: np.ndarray
+    psnr: np.ndarray
+
+
+class _Worst:
+    """The worst pairs so far."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._pairs: list[np.ndarray] = []
+        self._psnr: list[float] = []
+
+    def add(self, psnr_B: np.ndarray, mask_B: np.ndarray, pairs_n: np.ndarray) -> None:
+        """Takes a batch's worst pairs, of which those of rows that only fill it up come last."""
+        found = np.sort(np.where(mask_B, psnr_B, np.inf))[: len(pairs_n)]
+        real = np.isfinite(found)
+        order = np.argsort([*self._psnr, *found[real]], kind="stable")[: self._count]
+        pairs = [*self._pairs, *pairs_n[real]]
+        values = [*self._psnr, *found[real].tolist()]
+        self._pairs, self._psnr = [pairs[i] for i in order], [values[i] for i in order]
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(pairs, PSNR), worst first."""
+        return np.array(self._pairs), np.array(self._psnr)
 
 
 class Comparison:
@@ -117,7 +160,8 @@ def evaluate(
     num_codes: int,
     mesh: Mesh,
     num_shown: int = 16,
-    tell_use: Callable[[np.ndarray], Any] = lambda counts_K: None,
+    num_worst: int = 0,
+    tell: Callable[["Details"], Any] = lambda details: None,
     compare: "Comparison | None" = None,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Scores reconstructions of a whole split.
@@ -129,8 +173,9 @@ def evaluate(
       batches: {"image": [B, H, W, C] in [-1, 1], "mask": [B]} batches of this process's rows, every example once.
       num_codes: size of the codebook.
       mesh: devices to run on.
-      num_shown: at most so many images of the first batch go into the grid.
-      tell_use: told how often each code was used, int64 [K].
+      num_shown: at most so many images, the first ones, go into the grid.
+      num_worst: so many pairs of the lowest PSNR are told.
+      tell: told what the scores were made of.
       compare: by whose features the reconstructions are compared with the images as sets; None leaves that out.
 
     Returns:
@@ -143,9 +188,11 @@ def evaluate(
     Raises:
       UserError: if there is no image.
     """
-    means, images, counts_K, shown = common.Mean(), 0, np.zeros(num_codes, np.int64), None
+    worst = _Worst(num_worst)
+    means, images, counts_K = common.Mean(), 0, np.zeros(num_codes, np.int64)
+    shown: list[np.ndarray] = []
     features = None if compare is None else compare.features
-    measure = functools.partial(_measure, reconstruct, num_codes, num_shown, features)
+    measure = functools.partial(_measure, reconstruct, num_codes, num_shown, num_worst, features)
     both = (params, None if compare is None else compare.params)
     compared = None if compare is None else _Sets(compare.network.name)
     for out in common.outputs(measure, both, batches, ("image", "mask"), mesh):
@@ -154,9 +201,11 @@ def evaluate(
         means.add(out["per_image"], out["mask"])
         images += int(out["mask"].sum())
         counts_K += out["counts_K"]
-        if shown is None:
-            shown = out["shown"][:, out["mask"][: out["shown"].shape[1]]]
-    tell_use(counts_K)
+        if num_worst:
+            worst.add(out["per_image"]["psnr"], out["mask"], out["worst"])
+        if sum(part.shape[1] for part in shown) < num_shown:
+            shown.append(out["shown"][:, out["mask"][: out["shown"].shape[1]]])
+    tell(Details(counts_K, *worst.pairs()))
     scores = means.result() | {
         "codebook_usage": float(np.mean(counts_K > 0)),
         "codebook_perplexity": 2.0 ** common.entropy_bits(counts_K),
@@ -164,5 +213,5 @@ def evaluate(
     }
     if compared is not None:
         scores |= compared.result()
-    assert shown is not None  # `result` has raised if there was no batch
-    return scores, np.concatenate([np.concatenate(list(row), axis=1) for row in shown], axis=0)
+    rows = np.concatenate(shown, axis=1)[:, :num_shown]
+    return scores, np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)

@@ -17,6 +17,7 @@ from PIL import Image
 
 Picture = UInt8[np.ndarray, "H W 3"]
 _SIDE = 160  # pixels that a picture is shown at, at most; smaller ones are enlarged by whole factors
+_WHOLE = 1000  # the same of whole pictures, which are never made smaller
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 64, 40  # of a chart
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
 _STYLE = """
@@ -50,7 +51,7 @@ def _image(picture: Picture, whole: bool = False) -> str:
     if max(image.size) > _SIDE and not whole:
         scale = _SIDE / max(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    factor = max(1, _SIDE // max(image.size))
+    factor = max(1, (_WHOLE if whole else _SIDE) // max(image.size))
     data = io.BytesIO()
     image.save(data, "PNG")
     text = base64.b64encode(data.getvalue()).decode()

@@ -3,7 +3,8 @@
 Shapes: H W pixels of an image, S of a side of the result.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -58,12 +59,36 @@ def adm_center_crop(image_HWC: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[n
     return np.asarray(image)[top : top + size, left : left + size]
 
 
+def pil_lanczos_square(image_HWC: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """How GigaGAN's and LlamaGen's programs prepare COCO's images: the central square, then Pillow's Lanczos filter."""
+    image, side = Image.fromarray(image_HWC), min(image_HWC.shape[:2])
+    left, top = (round((length - side) / 2) for length in image.size)
+    return np.asarray(image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS))
+
+
 RESIZERS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "tf1_bilinear": in_network,
     "pil_bicubic_float": pil_bicubic_float,
     "pil_bicubic_crop": pil_bicubic_crop,
+    "pil_lanczos_square": pil_lanczos_square,
     "adm_center_crop": adm_center_crop,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """How photographs come to one size: the name of a resizer, and pixels of a side."""
+
+    name: str
+    side: int
+
+    def __call__(self, image_HWC: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "S S 3"]:
+        """The image at its size."""
+        return RESIZERS[self.name](image_HWC, self.side)
+
+    def changes(self, sizes: Collection[tuple[int, int]]) -> bool:
+        """Whether a set is cropped: where images differ in size, or are larger. Others count as what they are."""
+        return len(sizes) > 1 or any(max(size) > self.side for size in sizes)
 
 
 def to_size(name: str, size: int) -> Callable[[np.ndarray], np.ndarray]:

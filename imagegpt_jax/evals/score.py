@@ -70,6 +70,7 @@ METRICS: Mapping[str, Metric] = {
     **{name: Metric(name, VALUES, network="pairs", reference="pairs") for name in pairs.METRICS},
 }
 _DENSITY_NEIGHBOURS = 5
+NETWORKS = ("inception", "clip", "dinov2", "efficientnet_lite0", "lpips")
 # Networks whose weights are not downloaded, and the files that they are in.
 _FILES: Mapping[str, str] = {
     "clip": "model.safetensors of openai/clip-vit-base-patch32 or -large-patch14, or the folder that holds it",

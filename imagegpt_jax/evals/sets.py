@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.images import EXTENSIONS
+from imagegpt_jax.evals.resizing import Crop
 
 # Keys of .npz files, those of ADM's and of common programs first.
 _IMAGES = ("arr_0", "images", "samples")
@@ -28,6 +29,8 @@ _MEAN, _COVARIANCE = ("mu", "sigma"), ("mu_s", "sigma_s")
 _LOSSY = ("JPEG", "WEBP")
 _DEPTH = 24  # where a PNG says how many bits its channels have
 _DEEP = "has 16 or more bits per channel"
+_GREY = "is greyscale"
+_PHOTOGRAPHS = (_GREY, "is in the colour mode CMYK")  # which the programs that crop photographs make RGB of
 _OVERVIEWS = ("grid.png", "samples.gif")  # which `sample` puts beside its samples
 Size = tuple[int, int]
 
@@ -112,7 +115,7 @@ def _unfit(image: Image.Image) -> str:
     if image.has_transparency_data or image.mode in ("RGBA", "LA", "PA"):
         return "has an alpha channel"
     if image.mode in ("L", "1"):
-        return "is greyscale"
+        return _GREY
     return "" if image.mode in ("RGB", "P") else f"is in the colour mode {image.mode}"
 
 
@@ -121,12 +124,13 @@ class Folder:
 
     in_order = False
 
-    def __init__(self, path: epath.PathLike, limit: int = 0):
+    def __init__(self, path: epath.PathLike, limit: int = 0, crop: Crop | None = None):
         """Lists the files and checks what their headers say.
 
         Args:
           path: the folder.
           limit: only so many images, the first ones; 0 is all.
+          crop: how photographs come to one size, in grey or print colours too; None where they must be alike.
 
         Raises:
           UserError: if there are none, one is not 8-bit RGB, or they differ in size.
@@ -140,19 +144,20 @@ class Folder:
         sizes: dict[Size, epath.Path] = {}
         for file in self._files:
             kind, unfit, size = _header(file)
-            if unfit:
+            if unfit and not (crop is not None and unfit in _PHOTOGRAPHS):
                 raise UserError(
                     f"{file} {unfit}, and scores are of 8-bit RGB: save the images as RGB, which shows what is scored."
                 )
             self.formats[kind] = self.formats.get(kind, 0) + 1
             sizes.setdefault(size, file)
-            if len(sizes) > 1:
+            if len(sizes) > 1 and crop is None:
                 (a, first), (b, second) = sizes.items()
                 raise UserError(
                     f"the images of {path} differ in size, {first.name} is {a[0]} x {a[1]} and {second.name} is"
                     f" {b[0]} x {b[1]} (height x width): bring them to one size first."
                 )
-        (self.size,) = sizes
+        self._crop = crop if crop is not None and crop.changes(sizes) else None
+        self.size: Size = next(iter(sizes)) if self._crop is None else (self._crop.side, self._crop.side)
 
     @property
     def names(self) -> Sequence[str]:
@@ -176,11 +181,12 @@ class Folder:
         file = self._files[number]
         try:
             with file.open("rb") as stream, Image.open(stream) as image:
-                return np.asarray(image.convert("RGB"))
+                pixels = np.asarray(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError, EOFError) as e:
             raise UserError(
                 f"{file} is damaged ({' '.join(str(e).split())}): remove or replace it, and score again."
             ) from e
+        return pixels if self._crop is None else self._crop(pixels)
 
 
 def _listed(folder: epath.Path) -> list[epath.Path]:
@@ -201,8 +207,8 @@ class Array:
 
     in_order = True
 
-    def __init__(self, path: epath.PathLike, key: str, limit: int = 0):
-        """Checks the array's header; `limit` keeps only the first images, 0 all.
+    def __init__(self, path: epath.PathLike, key: str, limit: int = 0, crop: Crop | None = None):
+        """Checks the array's header; `limit` keeps only the first images, 0 all; `crop` as in `Folder`.
 
         Raises:
           UserError: if it does not hold 8-bit RGB images.
@@ -212,15 +218,17 @@ class Array:
         stream.close()
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
             kind = "greyscale" if len(shape) == 3 or shape[-1:] == (1,) else ""
-            kind = "with an alpha channel" if shape[3:] == (4,) else kind
+            kind = "with an alpha channel" if shape[3:] == (4,) else "no image" if 0 in shape else kind
             raise UserError(
                 f"the array {key!r} of {path} is {dtype} {list(shape)}{f', {kind}' if kind else ''}: images are uint8"
                 " [N, height, width, 3]."
             )
         self._count = min(limit, shape[0]) if limit else shape[0]
-        self.size: Size = (shape[1], shape[2])
+        self._crop = crop if crop is not None and crop.changes([shape[1:3]]) else None
+        self._stored = shape[1:]
+        self.size: Size = (shape[1], shape[2]) if self._crop is None else (self._crop.side, self._crop.side)
         self.formats = {"NPZ": self._count}
-        self._bytes = int(np.prod(shape[1:]))
+        self._bytes = int(np.prod(self._stored))
         self._stream, self._next = None, 0
 
     @property
@@ -252,7 +260,8 @@ class Array:
             raise UserError(f"{self.path} is damaged ({e}): copy it again.") from e
         if len(data) != self._bytes:
             raise UserError(f"{self.path} is damaged (it ends within image {number}): copy it again.")
-        return np.frombuffer(data, np.uint8).reshape(*self.size, 3)
+        pixels = np.frombuffer(data, np.uint8).reshape(self._stored)
+        return pixels if self._crop is None else self._crop(pixels)
 
 
 def _members(path: str) -> list[str]:
@@ -280,19 +289,20 @@ def _open_member(path: str, key: str) -> tuple[Any, tuple[int, ...], np.dtype]:
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
-def open_images(path: epath.PathLike, limit: int = 0) -> ImageSet:
+def open_images(path: epath.PathLike, limit: int = 0, crop: Crop | None = None) -> ImageSet:
     """Opens a folder or a `.npz` of images.
 
     Args:
       path: which.
       limit: only so many images, the first ones; 0 is all.
+      crop: how images come to one size; None where they must be alike.
 
     Raises:
       UserError: if there is no such thing, or its images cannot be scored.
     """
     place = epath.Path(path)
     if place.is_dir():
-        return Folder(place, limit)
+        return Folder(place, limit, crop)
     if not place.exists():
         raise UserError(f"there is no folder or file {path}: give a folder of images or a .npz file.")
     if place.suffix != ".npz":
@@ -301,10 +311,10 @@ def open_images(path: epath.PathLike, limit: int = 0) -> ImageSet:
     key = next((key for key in _IMAGES if key in keys), None)
     if key is None:
         raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}: images are under {' or '.join(_IMAGES)}.")
-    return Array(place, key, limit)
+    return Array(place, key, limit, crop)
 
 
-def open_reference(path: epath.PathLike, limit: int = 0) -> ImageSet | Statistics:
+def open_reference(path: epath.PathLike, crop: Crop | None = None) -> ImageSet | Statistics:
     """Opens what images are compared with: images, features, or means and covariances.
 
     Of a `.npz` with "mu" and "sigma" those count for FID, and images that lie beside them, as in ADM's files, for
@@ -315,13 +325,13 @@ def open_reference(path: epath.PathLike, limit: int = 0) -> ImageSet | Statistic
     """
     place = epath.Path(path)
     if place.suffix != ".npz" or not place.exists():
-        return open_images(path, limit)
+        return open_images(path, crop=crop)
     keys = _members(str(path))
     features = next((key for key in _FEATURES if key in keys), None)
     if features is None and "arr_0" in keys and len(_open_member(str(path), "arr_0")[1]) == 2:
         features = "arr_0"
     if features is None and not set(_MEAN) <= set(keys):
-        return open_images(path, limit)
+        return open_images(path, crop=crop)
     return _read_statistics(place, keys, features)
 
 

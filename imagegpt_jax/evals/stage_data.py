@@ -20,14 +20,16 @@ class Settings:
     """What is to be scored, and how.
 
     Attributes:
-      checkpoints: workdirs of a tokenizer, a decoder, or both.
+      checkpoints: workdirs or exported folders of a tokenizer, a decoder, or both.
       output: JSON file to write.
       data: data to score on; "" for the run's own validation data.
+      ops: what is done to its images; "" for the run's own.
       step: checkpoint step, with one checkpoint; None for the newest.
       tokenizer: workdir of the image tokenizer; "" for the one that the decoder was trained with.
-      batch_size: examples scored at once; 0 for the run's own.
+      batch_size: examples that are read at once; 0 for the default. No score depends on it.
       generation_prompts: prompts to draw pictures for; 0 leaves that score out.
       samples_per_prompt: pictures of each prompt.
+      sampler: settings of `Sampling` in place of the decoder's own.
       generation_data: pictures and captions to draw prompts from; "" for the decoder's training data.
       seed: of the choice of prompts and of their pictures.
       images_dir: folder for pictures of reconstructions and generations; "" for none.
@@ -40,11 +42,13 @@ class Settings:
     checkpoints: Sequence[str]
     output: str
     data: str = ""
+    ops: str = ""
     step: int | None = None
     tokenizer: str = ""
     batch_size: int = 0
     generation_prompts: int = 100
     samples_per_prompt: int = 4
+    sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     generation_data: str = ""
     seed: int = 0
     images_dir: str = ""
@@ -87,6 +91,21 @@ def table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
+def rows(scores: Scores) -> list[tuple[str, str, str, str]]:
+    """As `table`, for a page: name, score, name of the control, control; and the metrics of sets that are not in it."""
+    found, lines = [], list(TABLE)
+    for key, value in scores.items():
+        of_sets = key.startswith(("reconstruction/", "samples/")) and isinstance(value, float)
+        if of_sets and not key.endswith(("_low", "_high", "_real")) and key not in {line.key for line in TABLE}:
+            control = f"{key}_real" if f"{key}_real" in scores else ""
+            lines.append(Line(key, key, "real pictures" if control else "", control))
+    for line in lines:
+        if line.key in scores:
+            control = f"{scores[line.control_key]:.6g}" if line.control else ""
+            found.append((line.name, f"{scores[line.key]:.6g}", line.control, control))
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """A data set and the spec that opens it."""
@@ -117,12 +136,10 @@ class Subset:
 
 
 def stages(settings: Settings) -> dict[str, str]:
-    """Task -> workdir, for the checkpoints that are named, each of which has been found to be there."""
-    from imagegpt_jax import config as config_lib
-
+    """Task -> checkpoint, for those that are named, each of which has been found to be there."""
     found: dict[str, str] = {}
     for path in settings.checkpoints:
-        task: Any = config_lib.load(path).task
+        task = task_of(path)
         if task in found:
             raise cli.UserError(f"{found[task]} and {path} are both a {task}: score them one at a time.")
         found[task] = path
@@ -130,10 +147,56 @@ def stages(settings: Settings) -> dict[str, str]:
         raise cli.UserError("--step needs a single --checkpoint: score them one at a time.")
 
     from imagegpt_jax import checkpoint  # imports JAX, for whose start a wrong folder should not wait
+    from imagegpt_jax.convert import reading
 
     for path in found.values():
-        checkpoint.choose_step(path, settings.step)
+        if not reading.is_weights(path):
+            checkpoint.choose_step(path, settings.step)
+        elif settings.step is not None:
+            raise cli.UserError(f"{path} holds exported weights, which have no steps: leave --step out.")
     return found
+
+
+def task_of(path: str) -> str:
+    """ "tokenizer" or "decoder", whichever a workdir, an exported folder or published weights hold.
+
+    Raises:
+      UserError: if it is none of these.
+    """
+    from imagegpt_jax import config as config_lib
+
+    task: Any = config_lib.load(path).task
+    if task != "weights":
+        return task
+
+    from imagegpt_jax.convert import formats, reading
+
+    problems: list[str] = []
+    for kind in (formats.TOKENIZER, formats.DECODER):
+        try:
+            reading.describe(path, kind)
+        except cli.UserError as e:
+            problems.append(str(e))
+        else:
+            return kind
+    raise cli.UserError(problems[0])
+
+
+def config_of(path: str) -> Any:
+    """The config of the run that trained a checkpoint, also where it was exported.
+
+    Raises:
+      UserError: if these are weights of others, which no run of ours trained.
+    """
+    from imagegpt_jax import config as config_lib
+
+    config: Any = config_lib.load(path)
+    if config.task == "weights":
+        raise cli.UserError(
+            f"{path} does not say on which data it is scored, since it was not trained here: give a tokenizer's --data"
+            " and --ops; pictures of a decoder are drawn and scored by --prompts."
+        )
+    return config
 
 
 def by_class(config: Any) -> bool:
@@ -143,15 +206,14 @@ def by_class(config: Any) -> bool:
 
 def open_data(settings: Settings, found: Mapping[str, str]) -> dict[str, Data]:
     """Opens what each stage, and "generation", is scored on."""
-    from imagegpt_jax import api
     from imagegpt_jax.data import sources
 
     opened = {}
     for task, path in found.items():
-        spec = settings.data or api.read_config(path, task).data.validation
+        spec = settings.data or config_of(path).data.validation
         opened[task] = Data(spec, sources.open_source(spec, require="image" if task == "tokenizer" else None))
     if "decoder" in found and settings.generation_prompts:
-        config = api.read_config(found["decoder"], "decoder")
+        config = config_of(found["decoder"])
         spec = source_of(settings.generation_data or config.data.train)
         opened["generation"] = Data(spec, sources.open_source(spec, require="image"))
         sources.open_source(spec, require="label" if by_class(config) else "captions")

@@ -6,8 +6,8 @@ Heavy imports are inside the functions, so that a wrong flag is told at once.
 """
 
 import dataclasses
-import importlib.metadata
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,29 @@ from etils import epath
 
 from imagegpt_jax import cli
 from imagegpt_jax.evals.files import write
-from imagegpt_jax.evals.stage_data import Data, Scores, Settings, Subset, by_class, open_data, source_of, stages, table
+from imagegpt_jax.evals.stage_data import (
+    Data,
+    Scores,
+    Settings,
+    Subset,
+    by_class,
+    config_of,
+    open_data,
+    rows,
+    source_of,
+    stages,
+    table,
+)
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from imagegpt_jax.api import Decoder, Tokenizer
+    from imagegpt_jax.evals import reconstruction
 
-SHOWN_PROMPTS = 16
+SHOWN_PROMPTS, NUM_WORST = 16, 12  # on a page
+BATCH_SIZE = 64
+TILE = 8  # rows of a device at once, always: products of other shapes differ in the last bits
 
 
 def progress(batches: Iterable[Any], name: str, examples: int, batch_size: int) -> Iterable[Any]:
@@ -36,8 +51,23 @@ def progress(batches: Iterable[Any], name: str, examples: int, batch_size: int) 
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-def score_tokenizer(settings: Settings, path: str, data: "Data", mesh: "Mesh") -> tuple[Scores, np.ndarray, np.ndarray]:
-    """Scores of a tokenizer, a picture of inputs over reconstructions (uint8 [H, W, C]), and the use of codes [K]."""
+@dataclasses.dataclass
+class Material:
+    """What a page shows besides scores.
+
+    Attributes:
+      shown: pictures of reconstructions and generations, uint8 [H, W, C].
+      details: of reconstructions.
+      samples: image sets of drawn pictures and of what they may be copies of.
+    """
+
+    shown: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    details: "reconstruction.Details | None" = None
+    samples: tuple[Any, Any] | None = None
+
+
+def score_tokenizer(settings: Settings, path: str, data: "Data", mesh: "Mesh", page: Material) -> Scores:
+    """Scores of a tokenizer."""
     import jax
 
     from imagegpt_jax import api, sharding
@@ -46,29 +76,31 @@ def score_tokenizer(settings: Settings, path: str, data: "Data", mesh: "Mesh") -
     from imagegpt_jax.tasks import tokenizer as task
 
     setup, params, step = api.read_tokenizer(path, settings.step)
-    config: Any = setup.config
-    batch_size = _batch_size(settings, config.eval_batch_size, mesh)
+    batch_size, ops = _batch_size(settings, mesh), settings.ops or config_of(path).data.eval_ops
     one_pass = {"rows": sharding.host_rows(mesh, batch_size), "shuffle": False, "epochs": 1, "columns": ("image",)}
-    batches = pipeline.Batches(data.source, ops=config.data.eval_ops, batch_size=batch_size, **one_pass)
-    use: list[np.ndarray] = []
+    batches = pipeline.Batches(data.source, ops=ops, batch_size=batch_size, **one_pass)
+    found: list[reconstruction.Details] = []
     with jax.set_mesh(mesh):
         scores, grid = reconstruction.evaluate(
             task.predict_fns(setup)["reconstruct"],
             jax.device_put(common.to_host(params), sharding.replicated(mesh)),
-            progress(batches, "tokenizer", len(data.source), batch_size),
+            common.tiles(progress(batches, "tokenizer", len(data.source), batch_size), TILE, mesh),
             setup.model.quantizer.num_ids,
             mesh,
-            tell_use=use.append,
+            num_worst=NUM_WORST if settings.report else 0,
+            tell=found.append,
         )
     names = {name: f"val_{name}" for name in ("psnr", "psnr_mean_color", "l1", "mse")}
     about = {
         "checkpoint": path,
         "step": step,
+        "fingerprint": api.Tokenizer(setup, params, path=path, step=step).fingerprint,
         **data.about,
-        "ops": config.data.eval_ops,
+        "ops": ops,
         "num_codes": setup.model.quantizer.num_ids,
     }
-    return {f"tokenizer/{names.get(name, name)}": value for name, value in (about | scores).items()}, grid, use[0]
+    page.shown["reconstructions"], page.details = grid, found[0]
+    return {f"tokenizer/{names.get(name, name)}": value for name, value in (about | scores).items()}
 
 
 def score_sets(settings: Settings, prefix: str, names: Sequence[str], images: Any, reference: Any) -> Scores:
@@ -87,6 +119,9 @@ def score_sets(settings: Settings, prefix: str, names: Sequence[str], images: An
     scores = image_sets.of_sets(request, images, reference)
     about = scores.pop("provenance")
     found: Scores = {f"{prefix}/{name}": result["value"] for name, result in scores.items()}
+    for name, result in scores.items():
+        if result["interval"]:
+            found |= {f"{prefix}/{name}_low": result["interval"][0], f"{prefix}/{name}_high": result["interval"][1]}
     facts = {
         "protocol": protocol.name,
         "images": about["images"]["n"],
@@ -102,7 +137,7 @@ def score_reconstructions(settings: Settings, path: str, data: "Data") -> Scores
     from imagegpt_jax import api
     from imagegpt_jax.evals.reconstructed import Decoded
 
-    ops = api.read_config(path, "tokenizer").data.eval_ops
+    ops = settings.ops or config_of(path).data.eval_ops
     images = Decoded(f"{path} on {data.spec}", data.source, ops, api.load_tokenizer(path, settings.step))
     return score_sets(settings, "reconstruction", settings.metrics, images, Decoded(data.spec, data.source, ops))
 
@@ -120,7 +155,8 @@ def score_samples(
     unseen = Decoded(spec, sources.open_source(spec, require="image"), config.data.eval_ops)
     scores = score_sets(settings, "samples", names, Held("samples", samples_NHWC), unseen)
     control = score_sets(settings, "samples", names, Held("the prompts' pictures", references_NHWC), unseen)
-    return scores | {f"samples/{name}_real": control[f"samples/{name}"] for name in names}
+    found = {name: control[f"samples/{name}"] for name in names if f"samples/{name}" in control}  # in the first process
+    return scores | {f"samples/{name}_real": value for name, value in found.items()}
 
 
 def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data: "Data", mesh: "Mesh") -> Scores:
@@ -140,9 +176,9 @@ def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data
             f"the token shards {source.name} were made by another tokenizer ({made_by}) than {tok.path or 'this'}"
             f" ({tok.fingerprint}): encode them again, or name their tokenizer by --tokenizer."
         )
-    batch_size = _batch_size(settings, config.eval_batch_size, mesh)
+    batch_size = _batch_size(settings, mesh)
     one_pass = {"rows": sharding.host_rows(mesh, batch_size), "shuffle": False, "epochs": 1}
-    batches = pipeline.Batches(source, ops=config.data.eval_ops, batch_size=batch_size, **one_pass)
+    batches = pipeline.Batches(source, ops=settings.ops or config.data.eval_ops, batch_size=batch_size, **one_pass)
     nll = task.predict_fns(decoder.setup)["nll"]
 
     def packed() -> Iterator[dict[str, np.ndarray]]:
@@ -164,7 +200,7 @@ def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data
         scores = likelihood.evaluate(
             lambda params, batch: (nll(params, batch), batch["targets"]),
             jax.device_put(common.to_host(params), sharding.replicated(mesh)),
-            packed(),
+            common.tiles(packed(), TILE, mesh),
             decoder.setup.space.vocab_size,
             mesh,
             columns,
@@ -176,6 +212,7 @@ def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data
     about = {
         "checkpoint": decoder.path,
         "step": decoder.step,
+        "fingerprint": decoder.fingerprint(),
         "tokenizer_checkpoint": tok.path,
         "tokenizer_fingerprint": tok.fingerprint,
         **data.about,
@@ -188,14 +225,14 @@ def score_decoder(settings: Settings, decoder: "Decoder", tok: "Tokenizer", data
 
 
 def score_generation(
-    settings: Settings, decoder: "Decoder", tok: "Tokenizer", data: "Data", validation: "Data"
-) -> tuple[Scores, np.ndarray]:
-    """Retrieval of drawn pictures, and a picture (uint8 [H, W, 3]) of some references, each before its samples."""
+    settings: Settings, decoder: "Decoder", tok: "Tokenizer", data: "Data", validation: "Data", page: Material
+) -> Scores:
+    """Retrieval of drawn pictures."""
     from tqdm import tqdm
 
     from imagegpt_jax import drawing, images
-    from imagegpt_jax.data import pipeline
-    from imagegpt_jax.evals import generation
+    from imagegpt_jax.data import pipeline, sources
+    from imagegpt_jax.evals import generation, reconstructed
 
     config, source = decoder.config, data.source
     use_labels = by_class(config)
@@ -218,7 +255,7 @@ def score_generation(
     references_PHWC = images.to_uint8(next(iter(batches))["image"])
     batches.close()
 
-    sampling = decoder.sampling()
+    sampling = decoder.sampling(**settings.sampler)
     prompts = [decoder.setup.labels[r["label"]] if use_labels else r["captions"][0] for r in records]
     asked = drawing.Sketch(
         prompts=[""] * len(records) if use_labels else prompts,
@@ -248,43 +285,47 @@ def score_generation(
     found: Scores = {f"generation/{name}": value for name, value in scores.items()}
     if settings.metrics:
         found |= score_samples(settings, config, samples, references_PHWC, validation)
-    return found, images.grid(tiles[:SHOWN_PROMPTS])
+    page.shown["generations"] = images.grid(tiles[:SHOWN_PROMPTS])
+    if settings.report:
+        training = source_of(config.data.train)
+        trained_on = sources.open_source(training, require="image")
+        page.samples = (
+            reconstructed.Held("samples", samples, [prompt for prompt in prompts for _ in range(each)]),
+            reconstructed.Decoded(training, trained_on, config.data.eval_ops),
+        )
+    return found
 
 
-def _batch_size(settings: Settings, default: int, mesh: "Mesh") -> int:
-    """The batch size asked for, or the run's, which is rounded up to fit the devices."""
+def _batch_size(settings: Settings, mesh: "Mesh") -> int:
+    """Examples that are read at once: whole tiles of every device."""
     from imagegpt_jax import sharding
 
-    parts = sharding.batch_shards(mesh)
-    if settings.batch_size:
-        sharding.check_batch_size(settings.batch_size, mesh)
-    return settings.batch_size or -(-default // parts) * parts
+    tiles = TILE * sharding.batch_shards(mesh)
+    return -(-(settings.batch_size or BATCH_SIZE) // tiles) * tiles
 
 
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def write_report(
-    settings: Settings,
-    found: Mapping[str, str],
-    scores: Scores,
-    shown: Mapping[str, np.ndarray],
-    use: np.ndarray | None,
-) -> None:
+def write_report(settings: Settings, found: Mapping[str, str], scores: Scores, material: Material) -> None:
     """Writes a page of the scores, the pictures, the use of codes and the losses of training."""
     from imagegpt_jax.evals import pages
     from imagegpt_jax.evals.report import Report, Shown
 
     page = Report(f"Scores of {', '.join(found.values())}")
-    rows = [(name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in sorted(scores.items())]
-    page.table("Scores", ("score", "value"), rows)
+    page.table("Scores", ("score", "value", "control", "value of the control"), rows(scores))
     notes = {"reconstructions": "inputs over reconstructions", "generations": "each reference before its samples"}
-    for name, picture in shown.items():
+    for name, picture in material.shown.items():
         page.gallery(name.capitalize(), [Shown([picture], notes[name])], whole=True)
-    if use is not None:
-        pages.codes(page, use)
+    if material.details is not None:
+        pages.worst_reconstructions(page, material.details.worst, material.details.psnr)
+        pages.codes(page, material.details.counts_K)
+    if material.samples is not None:
+        pages.neighbours(page, *material.samples)
     for path in found.values():
         pages.losses(page, path)
+    every = [(name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in sorted(scores.items())]
+    page.table("What was measured", ("key", "value"), every)
     write(epath.Path(settings.report), page.html().encode())
 
 
@@ -296,16 +337,16 @@ def score(settings: Settings) -> None:
     import jax
 
     from imagegpt_jax import api, distributed, images, sharding
+    from imagegpt_jax.evals import provenance
 
     opened = open_data(settings, found)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    scores: Scores = {"version": importlib.metadata.version("imagegpt_jax"), "jax_version": jax.__version__}
-    shown: dict[str, np.ndarray] = {}
-    use = None
+    started = time.monotonic()
+    scores: Scores = {**provenance.code(), "jax_version": jax.__version__}
+    page = Material()
     if "tokenizer" in found:
         path, data = found["tokenizer"], opened["tokenizer"]
-        values, shown["reconstructions"], use = score_tokenizer(settings, path, data, mesh)
-        scores |= values
+        scores |= score_tokenizer(settings, path, data, mesh, page)
         if settings.metrics:
             scores |= score_reconstructions(settings, path, data)
     if "decoder" in found:
@@ -313,16 +354,14 @@ def score(settings: Settings) -> None:
         tok = decoder.load_tokenizer()
         scores |= score_decoder(settings, decoder, tok, opened["decoder"], mesh)
         if "generation" in opened:
-            values, shown["generations"] = score_generation(
-                settings, decoder, tok, opened["generation"], opened["decoder"]
-            )
-            scores |= values
+            scores |= score_generation(settings, decoder, tok, opened["generation"], opened["decoder"], page)
 
     if not distributed.is_first():
         return
+    scores["seconds"] = round(time.monotonic() - started, 3)
     write(output, (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode())
-    for name, picture in shown.items() if settings.images_dir else ():
+    for name, picture in page.shown.items() if settings.images_dir else ():
         write(epath.Path(settings.images_dir) / f"{name}.png", images.png_bytes(picture, {"checkpoints": found}))
     if settings.report:
-        write_report(settings, found, scores, shown, use)
+        write_report(settings, found, scores, page)
     print(f"{table(scores)}\n\nAll scores: {output}")

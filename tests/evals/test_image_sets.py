@@ -137,7 +137,7 @@ def test_jpeg_files_and_traces_of_them_are_named(evaluate, given, tmp_path):
             Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=80)
             Image.open(path).save(tmp_path / name / f"{i}.{kind}", quality=80)
     for name, warning in (("lossy", "lossy_format"), ("resaved", "jpeg_artefacts")):
-        scores = evaluate(f"--images={tmp_path / name}", "--metrics=is")
+        scores = evaluate(f"--images={tmp_path / name}", "--metrics=is", "--is_splits=2")
         assert [w["name"] for w in scores["provenance"]["warnings"]] == [warning]
 
 

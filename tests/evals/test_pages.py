@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.evals import human, pages, sets
+from imagegpt_jax.evals import human, pages, protocols, sets
 from imagegpt_jax.evals.report import Report, Shown, curves, histogram
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -55,8 +55,6 @@ def scores(cfg, fid, protocol="torch_fidelity"):
 
 def test_a_report_in_a_browser(browser, tmp_path):
     images, training = folder(tmp_path / "a", 5, 40), folder(tmp_path / "t", 9, 41)
-    for i, (cfg, fid) in enumerate([(1.5, 12.0), (3.0, 9.0), (6.0, 10.5)]):
-        (tmp_path / f"{i}.json").write_text(json.dumps(scores(cfg, fid)))
     run = tmp_path / "run"
     run.mkdir()
     lines = [{"step": i, "loss": 3 - 0.1 * i, "rate": 1.0} for i in range(10)]
@@ -67,7 +65,7 @@ def test_a_report_in_a_browser(browser, tmp_path):
     pages.neighbours(page, images, training)
     pages.worst(page, images, images, "psnr", np.array([20.0, 10.0, 30.0, 15.0, 25.0]))
     pages.codes(page, np.array([5, 0, 2, 9]))
-    pages.sweep(page, [str(tmp_path / f"{i}.json") for i in range(3)])
+    pages.sweep(page, [scores(cfg, fid) for cfg, fid in ((1.5, 12.0), (6.0, 10.5), (None, 3.0), (3.0, 9.0))])
     pages.losses(page, str(run))
     pages.made_of(page, scores(3.0, 9.0)["provenance"])
     (tmp_path / "report.html").write_text(page.html())
@@ -117,12 +115,15 @@ def test_curves_of_nothing_and_of_one_value():
 
 
 def test_sweeps_of_two_protocols_or_without_guidance(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(scores(1.0, 2.0)))
-    (tmp_path / "b.json").write_text(json.dumps(scores(1.0, 2.0, "clean_fid")))
-    (tmp_path / "c.json").write_text(json.dumps(scores(None, 2.0)))
+    protocol = protocols.find("torch_fidelity")
+    for name, cfg, of in (("a", 2.0, "torch_fidelity"), ("b", 1.0, "clean_fid"), ("c", None, "torch_fidelity")):
+        found = scores(cfg, 2.0)
+        found["provenance"]["protocol"] = protocols.find(of).facts()
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    assert pages.guided(str(tmp_path / "a.json"), protocol)["fid"]["value"] == 2.0
     for other, words in (("b", "another protocol"), ("c", "does not say at which cfg_scale")):
         with pytest.raises(UserError, match=words):
-            pages.sweep(Report("x"), [str(tmp_path / "a.json"), str(tmp_path / f"{other}.json")])
+            pages.guided(str(tmp_path / f"{other}.json"), protocol)
 
 
 def test_page_escapes_what_it_is_given():

@@ -29,14 +29,14 @@ def test_captions_of_coco_are_drawn_without_replacement(tmp_path):
 
 def test_parti_prompts(tmp_path):
     (tmp_path / "p.tsv").write_text('Prompt\tCategory\tChallenge\na "bond"\tAbstract\tBasic\nb\tWorld\tQuantity\n')
-    assert prompts.parti_prompts(tmp_path / "p.tsv")[0] == {
+    assert prompts.listed(tmp_path / "p.tsv")[0] == {
         "text": 'a "bond"',
         "category": "Abstract",
         "challenge": "Basic",
     }
     (tmp_path / "p.tsv").write_text("x\ty\n1\t2\n")
     with pytest.raises(UserError, match="no column Prompt"):
-        prompts.parti_prompts(tmp_path / "p.tsv")
+        prompts.listed(tmp_path / "p.tsv")
 
 
 def red(image, row):

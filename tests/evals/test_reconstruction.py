@@ -44,9 +44,9 @@ def test_scores_equal_a_plain_numpy_computation(mesh):
     assert scores["codebook_usage"] == np.mean(counts > 0)
     assert scores["codebook_perplexity"] == pytest.approx(np.exp(-(p * np.log(p)).sum()))
     assert scores["images"] == 5
-    assert grid.shape == (16, 16, 3)
-    np.testing.assert_array_equal(grid[:8, 8:], real[1])
-    np.testing.assert_array_equal(grid[8:, 8:], fake[1])
+    assert grid.shape == (16, 40, 3)
+    np.testing.assert_array_equal(grid[:8, 8:16], real[1])
+    np.testing.assert_array_equal(grid[8:, 32:], fake[4])
 
 
 def test_batch_size_and_padding_do_not_matter(mesh):
@@ -54,6 +54,24 @@ def test_batch_size_and_padding_do_not_matter(mesh):
     scores = [reconstruction.evaluate(_identity, 0.1, _batches(images, b), 4, mesh)[0] for b in (2, 3, 7)]
     for other in scores[1:]:
         assert other == pytest.approx(scores[0], rel=1e-6)
+
+
+def test_the_worst_pairs_and_the_use_of_codes_are_told(mesh):
+    """The first of 23 images differs most from its reconstruction, the last least; batches of three."""
+    images = np.zeros((23, 8, 8, 3), np.float32) + (np.arange(23, 0, -1, np.float32) / 50 - 0.5)[:, None, None, None]
+    told = []
+    reconstruction.evaluate(_half, 0.0, _batches(images, 3), 4, mesh, num_worst=4, tell=told.append)
+    levels = np.round((images + 1) * 127.5).astype(int)
+    assert told[0].worst.shape == (4, 2, 8, 8, 3)
+    np.testing.assert_array_equal(told[0].worst[:, 0], levels[:4])
+    np.testing.assert_array_equal(told[0].worst[:, 1], 64)
+    assert (np.diff(told[0].psnr) > 0).all()
+    np.testing.assert_allclose(told[0].psnr[0], 20 * np.log10(255 / np.abs(levels[0] - 64).mean()), rtol=1e-4)
+    np.testing.assert_array_equal(told[0].counts_K, [0, 23 * 4, 0, 0])
+
+
+def _half(params, images_BHWC):
+    return jnp.full_like(images_BHWC, -0.5), jnp.ones((len(images_BHWC), 2, 2), jnp.int32)
 
 
 def test_control_is_the_mean_color(mesh):

@@ -12,6 +12,7 @@ import functools
 import io
 import math
 import time
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -82,8 +83,8 @@ def run(
             begin = Begin(load_params(begin.state, config, log), 0)
         writer = metrics.Writer(workdir, int(begin.state.step))
         with (
-            contextlib.closing(writer),
-            contextlib.closing(checkpoints),
+            _closing(writer),
+            _closing(checkpoints),
             distributed.watched(workdir, log),
             distributed.failing_together(),
         ):
@@ -91,6 +92,18 @@ def run(
             checkpoints.finish(int(state.step))
             log.write("exit", step=int(state.step), why="preempted" if preemption.current.given else "finished")
     return state
+
+
+@contextlib.contextmanager
+def _closing(thing: Any) -> Iterator[None]:
+    """Closes something at the end; of two errors the first is the one that is told."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            thing.close()
+        raise
+    thing.close()
 
 
 def _made_of(setup: Any) -> dict[str, Any]:

@@ -64,10 +64,12 @@ def test_both_stages_in_one_flat_object(evaluate, workdirs, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json"}
 
 
-def scores_alone(scores):
-    """Without what differs from run to run, and between a workdir and what was exported of it."""
-    ends = ("seconds", "/step", "checkpoint")
-    return {key: value for key, value in scores.items() if not key.endswith(ends)}
+def check_same(one, other, rel):
+    """All scores and what they were made of, but for what tells a workdir from what was exported of it."""
+    assert one.keys() == other.keys()
+    for key in one:
+        if not key.endswith(("seconds", "/step", "checkpoint")):
+            assert other[key] == (pytest.approx(one[key], rel=rel) if isinstance(one[key], float) else one[key]), key
 
 
 def test_scores_do_not_depend_on_batch_size(evaluate, workdirs):
@@ -75,7 +77,7 @@ def test_scores_do_not_depend_on_batch_size(evaluate, workdirs):
     one, *others = (evaluate(*flags, f"--batch_size={size}") for size in (7, 1, 64))
     assert one["tokenizer/data"] == "emoji:validation,res=16,styles=twemoji"
     for other in others:
-        assert scores_alone(other) == pytest.approx(scores_alone(one), rel=1e-9)
+        check_same(one, other, 1e-9)
 
 
 def test_exported_folders_score_like_the_workdirs_they_were_exported_from(evaluate, workdirs, tmp_path):
@@ -85,7 +87,7 @@ def test_exported_folders_score_like_the_workdirs_they_were_exported_from(evalua
     scores = evaluate(*(f"--checkpoint={path}" for path in exported), "--generation_prompts=0")
     assert (scores["tokenizer/checkpoint"], scores["decoder/step"]) == (str(exported[0]), 0)
     flags = [f"--checkpoint={workdirs.tokenizer}", f"--checkpoint={workdirs.decoder}", "--generation_prompts=0"]
-    assert scores_alone(scores) == pytest.approx(scores_alone(evaluate(*flags)), rel=1e-6)
+    check_same(scores, evaluate(*flags), 1e-6)
     with pytest.raises(UserError, match="which have no steps"):
         evaluate(f"--checkpoint={exported[0]}", "--step=1")
 

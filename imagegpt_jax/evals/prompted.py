@@ -65,7 +65,7 @@ def parse_sampler(values: Sequence[str]) -> dict[str, float | str]:
     Raises:
       UserError: for a setting that there is not, or no number where one is needed.
     """
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(Sampling)}
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Sampling)}
     found: dict[str, float | str] = {}
     for value in values:
         name, separator, text = value.partition("=")
@@ -90,7 +90,7 @@ def read(order: Order) -> list[Row]:
     if order.prompts == CLASSES:
         return []
     rows = -(-order.count // order.per_prompt) if order.count else 0
-    return prompts.of_protocol(order.protocol.name, order.prompts, rows, order.seed)
+    return [*prompts.of_protocol(order.protocol.name, order.prompts, rows, order.seed)]
 
 
 def draw(order: Order, rows: Sequence[Row]) -> None:

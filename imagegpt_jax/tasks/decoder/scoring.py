@@ -102,10 +102,10 @@ _REFERENCES = 10_000
 def _score_samples(setup: Setup, params: state_lib.Params, mesh: Mesh) -> dict[str, float]:
     """Draws `config.eval_samples` pictures of validation prompts on the mesh of the training, and scores them."""
     config, (texts, labels, _) = setup.config, _asked(setup)
-    layout = setup.layout
+    module: Any = setup.networks["decoder"].module(params)
     codes_BN = generate_codes(
-        setup.networks["decoder"].module(params),
-        layout,
+        module,
+        setup.layout,
         setup.text.encode_batch(texts) if not config.data.use_labels or any(texts) else None,
         labels,
         features=None if setup.encoder is None else setup.encoder.read(texts),

@@ -1,0 +1,95 @@
+"""Checkpoints and whole runs on `gs://`, through the clients that programs use, against a stand-in on this machine."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from imagegpt_jax import checkpoint, events, loop
+from imagegpt_jax.checkpoint import folders
+from imagegpt_jax.checkpoint.__main__ import main
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fake_gcs, tiny = _load("fake_gcs"), _load("tiny_task")
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="the certificate is made with openssl")
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    with fake_gcs.serving(tmp_path_factory.mktemp("gcs")) as (held, variables), pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield held
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def flip(bucket, below):
+    """Flips a bit of the largest file below a folder."""
+    name = max((n for n in bucket.names(below) if "manifest" not in n), key=lambda n: len(bucket.objects[n][1]))
+    data = bytearray(bucket.objects[name][1])
+    data[len(data) // 2] ^= 16
+    bucket.put(name, bytes(data))
+
+
+def test_a_run_in_a_bucket_stops_goes_on_and_falls_back(bucket, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing may land here
+    expected = loop.run(tiny.Task(), tiny.make_config(), tmp_path / "local")
+    workdir = "gs://bucket/run"
+
+    config = tiny.make_config(**{"checkpoint.keep": 3})
+    assert_same(loop.run(tiny.Task(), config, workdir), expected)
+    assert folders.finished(workdir) == checkpoint.steps(workdir) == [8, 10, 12]
+    assert {name.split("/")[2] for name in bucket.names("run/checkpoints/")} == {"8", "10", "12"}
+    manifest = json.loads(bucket.objects["run/checkpoints/12/manifest.json"][1])
+    files = {f"run/checkpoints/12/{name}" for name in manifest["files"]}
+    assert files == set(bucket.names("run/checkpoints/12/")) - {"run/checkpoints/12/manifest.json"}
+    assert events.read(workdir)[-1]["why"] == "finished"
+    local, remote = (tmp_path / "local" / "metrics.jsonl").read_bytes(), bucket.objects["run/metrics.jsonl"][1]
+    assert local == remote
+    assert [p.name for p in tmp_path.iterdir()] == ["local"]
+
+    # One file is damaged, one is gone: the step before them counts, and the run ends where it did.
+    flip(bucket, "run/checkpoints/12/")
+    del bucket.objects[max(bucket.names("run/checkpoints/10/"))]
+    assert main(["verify", workdir]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1].rstrip(":") for line in said] == ["sound", "damaged", "damaged"]
+    again = tiny.Task()
+    assert_same(loop.run(again, config, workdir), expected)
+    assert again.drawn[0] == 8 * 4
+    assert "the checkpoint of step 12 is damaged and set aside" in capsys.readouterr().err
+    assert {n.split("/")[3] for n in bucket.names("run/checkpoints/damaged/")} == {"10", "12"}
+    assert main(["verify", workdir]) == 0
+    assert main(["diff", workdir]) == 0
+    assert "position: 40 -> 48" in capsys.readouterr().out
+
+
+def test_a_save_that_was_cut_off_in_a_bucket_is_no_checkpoint(bucket, capsys):
+    workdir = "gs://bucket/cut"
+    config = tiny.make_config(steps=4)
+    expected = loop.run(tiny.Task(), config, workdir)
+    del bucket.objects["cut/checkpoints/4/manifest.json"]
+    del bucket.objects["cut/checkpoints/4/state/commit_success.txt"]
+    time.sleep(6)  # for five seconds TensorFlow takes what it saw for what is there
+    assert main(["ls", workdir]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["4", "unfinished"]
+    task = tiny.Task()
+    assert_same(loop.run(task, config, workdir), expected)
+    assert task.drawn[0] == 2 * 4
+    assert not bucket.names("cut/checkpoints/damaged/")
+    assert not capsys.readouterr().err.count("damaged")

@@ -13,8 +13,6 @@ where it was cut short.
   python -m imagegpt_jax.sample --from_image=samples/00000-red-heart.png --output=again
 """
 
-import dataclasses
-import importlib.metadata
 import io
 import sys
 from collections.abc import Sequence
@@ -97,18 +95,7 @@ def plan(
       only: the one request that is to be drawn, for --from_image.
       draw: the number of its draws.
     """
-    about = {
-        "seed": SEED.value,
-        "sampler": dataclasses.asdict(sampling),
-        "decoder": decoder.path,
-        "step": decoder.step,
-        "decoder_hash": decoder.fingerprint(),
-        "tokenizer": tok.path,
-        "tokenizer_step": tok.step,
-        "tokenizer_hash": tok.fingerprint,
-        "version": importlib.metadata.version("imagegpt_jax"),
-        "finish": finishing.remembered(),
-    }
+    about = output.about(decoder, tok, sampling, SEED.value) | {"finish": finishing.remembered()}
     if BEST_OF.value is not None:
         about |= {"best_of": BEST_OF.value, "scorer": SCORER.value}
     rows = []

@@ -17,7 +17,8 @@ _POINTWISE = Change(lambda xs: [xs[0].T[None, None]], lambda xs: [xs[0][0, 0].T]
 
 
 # What `config.json` may leave out.
-_DEFAULTS = {"codebook_size": 32768, "embed_dim": 4, "latent_channels": 4, "in_channels": 3, "out_channels": 3,
+_DEFAULTS = {"double_latent": False,
+             "codebook_size": 32768, "embed_dim": 4, "latent_channels": 4, "in_channels": 3, "out_channels": 3,
              "temporal_downsample_factor": 4, "base_channels": 256, "channel_multiplier": (1, 2, 2, 4),
              "num_res_blocks": 2, "attn_resolutions": (3,), "hidden_size": 1024, "num_attention_heads": 1}  # fmt: skip
 
@@ -49,7 +50,7 @@ def emu3_config(about: Mapping[str, Any]) -> VQConfig:
         attention_levels=at,
         attention_heads=config["num_attention_heads"],
         z_channels=config["latent_channels"],
-        double_latent=bool(config.get("double_latent", False)),
+        double_latent=bool(config["double_latent"]),
         spatial_norm=True,
         frames=config["temporal_downsample_factor"],
         quantizer=quantizer(config["codebook_size"], config["embed_dim"], l2_normalize=False),

@@ -59,7 +59,8 @@ def activation(name: str) -> str:
 # What `config.json` may leave out.
 _LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
           "num_attention_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
-          "hidden_act": "silu"}  # fmt: skip
+          "hidden_act": "silu", "head_dim": None, "num_key_value_heads": None, "attention_bias": False,
+          "mlp_bias": False, "tie_word_embeddings": False, "attention_dropout": 0.0}  # fmt: skip
 _GPT2 = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
          "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}  # fmt: skip
 _IMAGEGPT = {"vocab_size": 513, "n_positions": 1024, "n_embd": 512, "n_layer": 24, "n_head": 8,
@@ -74,28 +75,28 @@ def llama_config(about: Mapping[str, Any]) -> GPTConfig:
     """
     config = filled_in(about, _LLAMA)
     heads, width = config["num_attention_heads"], config["hidden_size"]
-    head_dim = config.get("head_dim") or width // heads
+    head_dim = config["head_dim"] or width // heads
     theta, scaling = _rope(config)
     return GPTConfig(
         vocab_size=config["vocab_size"],
         width=width,
         depth=config["num_hidden_layers"],
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=config["num_key_value_heads"] or heads,
         head_dim=head_dim,
         mlp_width=config["intermediate_size"],
         norm="rms",
         norm_eps=config["rms_norm_eps"],
         mlp="swiglu",
         activation=activation(config["hidden_act"]),
-        attention_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        attention_bias=bool(config["attention_bias"]),
+        mlp_bias=bool(config["mlp_bias"]),
         position="rope",
         rope_theta=theta,
         rotary_dims=(head_dim, 0, 0),
         rope_scaling=scaling,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_dropout=float(config.get("attention_dropout") or 0.0),
+        tie_embeddings=bool(config["tie_word_embeddings"]),
+        attention_dropout=float(config["attention_dropout"] or 0.0),
     )
 
 

@@ -15,6 +15,7 @@ from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.evals import prompts
 from imagegpt_jax.evals.files import write
 from imagegpt_jax.evals.protocols import Protocol
+from imagegpt_jax.sampling import output
 from imagegpt_jax.sampling.settings import Sampling
 
 if TYPE_CHECKING:
@@ -120,18 +121,7 @@ def draw(order: Order, rows: Sequence[Row]) -> None:
         asked = [rows[i % len(rows)] for i in range(total)]
     else:
         asked = [rows[i // order.per_prompt] for i in range(total)]
-    about = {
-        "seed": order.seed,
-        "sampler": dataclasses.asdict(sampling),
-        "decoder": decoder.path,
-        "step": decoder.step,
-        "decoder_hash": decoder.fingerprint(),
-        "tokenizer": tok.path,
-        "tokenizer_step": tok.step,
-        "tokenizer_hash": tok.fingerprint,
-        **_code(),
-        "finish": {},
-    }
+    about = output.about(decoder, tok, sampling, order.seed) | {"finish": {}}
     folder = epath.Path(order.folder)
     if distributed.is_first():
         _begin(folder, {**about, "pictures": total, "prompts": _digest(asked)})
@@ -145,12 +135,6 @@ def draw(order: Order, rows: Sequence[Row]) -> None:
 def file_name(number: int) -> str:
     """The file of a picture."""
     return f"{number:06d}.png"
-
-
-def _code() -> dict[str, str]:
-    from imagegpt_jax.evals import provenance
-
-    return {"version": provenance.code()["version"]}
 
 
 def _digest(rows: Sequence[Row]) -> str:

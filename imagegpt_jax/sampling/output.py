@@ -5,6 +5,8 @@ its name at the end.
 """
 
 import contextlib
+import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,9 +18,27 @@ from imagegpt_jax.cli import UserError
 if TYPE_CHECKING:
     from etils import epath
 
+    from imagegpt_jax.api import Decoder, Tokenizer
+    from imagegpt_jax.sampling.settings import Sampling
+
 ROWS_FILE, GRID_FILE, GIF_FILE, NPZ_FILE = "samples.jsonl", "grid.png", "samples.gif", "samples.npz"
 OVERVIEWS = {GRID_FILE, GIF_FILE, NPZ_FILE}
 Row = dict[str, Any]
+
+
+def about(decoder: "Decoder", tok: "Tokenizer", sampling: "Sampling", seed: int) -> Row:
+    """What every picture of a run says of who drew it and how."""
+    return {
+        "seed": seed,
+        "sampler": dataclasses.asdict(sampling),
+        "decoder": decoder.path,
+        "step": decoder.step,
+        "decoder_hash": decoder.fingerprint(),
+        "tokenizer": tok.path,
+        "tokenizer_step": tok.step,
+        "tokenizer_hash": tok.fingerprint,
+        "version": importlib.metadata.version("imagegpt_jax"),
+    }
 
 
 def check_output(output: "epath.Path", rows: Sequence[Row] | None, overwrite: bool) -> bool:

@@ -68,7 +68,7 @@ def test_codes_made_in_the_step_are_those_that_packing_would_place(setup, batch,
     next(stream)
     stream.close()
     object.__delattr__(setup.layout, "pack")
-    assert raw is not None
+    assert raw is not None, "nothing was packed"
     for name in ("tokens", "targets", "positions", "segments", "kind", "weights"):
         np.testing.assert_array_equal(np.asarray(prepared[name]), raw[name])
 

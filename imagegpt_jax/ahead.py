@@ -223,16 +223,12 @@ class Plan:
         with jax.set_mesh(self.mesh):
             lowered = program.lower()
         traced = time.perf_counter()
-        before = jax.config.jax_exec_time_optimization_effort
-        jax.config.update("jax_exec_time_optimization_effort", effort)
         try:
-            compiled = lowered.compile(compiler_options=dict(options or {}))
+            compiled = lowered.compile({"exec_time_optimization_effort": effort, **(options or {})})
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" in str(e):
                 raise OutOfMemory(str(e).splitlines()[0]) from e
             raise
-        finally:
-            jax.config.update("jax_exec_time_optimization_effort", before)
         done = time.perf_counter()
         memory, text = compiled.memory_analysis(), compiled.as_text()
         chip, devices = self.topology.chip, self.topology.chips

@@ -125,6 +125,12 @@ def _is_news(record: Any) -> bool:
     return not (record.exc_info and any(f"/{library}/" in record.pathname for library in ("orbax", "clu")))
 
 
+def _tell_unraisable(unraisable: Any) -> None:
+    """`sys.unraisablehook`: TensorStore's threads find Orbax gone after the first error of a save, which is raised."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _terminate(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -141,6 +147,7 @@ def run(main: Callable[[], None]) -> None:
             logging.set_verbosity(logging.ERROR)  # libraries narrate at INFO and warn of what is not the user's doing
             logging.get_absl_logger().addFilter(_is_news)
             python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)  # the same errors once more
+            sys.unraisablehook = _tell_unraisable
         try:
             prepare_cache()
             main()

@@ -129,7 +129,10 @@ def reason(error: BaseException) -> str:
         return error.strerror
     if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
         return os.strerror(int(code.group(1)))
-    text = " ".join(str(getattr(error, "message", "") or error).split())
+    text = str(getattr(error, "message", "") or error)
+    if said := re.match(r"(?:{{.*?}} )?/[^;\n]*; ([^\n\[]+)", text):  # TensorFlow's of a file here: "path; reason"
+        return said.group(1).strip()
+    text = " ".join(text.split())
     if said := re.search(r'"message": "([^"]+)"', text):  # a bucket's own words
         return said.group(1)
     # TensorFlow adds the path, which is said already; curl says what happened after "error details".

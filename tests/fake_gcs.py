@@ -25,11 +25,13 @@ class Bucket:
     Attributes:
       objects: what is there.
       requests: method and path of what was asked.
+      closed: objects whose names have this in them may not be written; "" for none.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[int, bytes]] = {}
         self.requests: list[str] = []
+        self.closed = ""
         self.lock = threading.RLock()
         self._written = 0
 
@@ -145,7 +147,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _upload(self, query: dict[str, str], body: bytes) -> None:
         bucket, name = self.server.bucket, query["name"]
-        if not self._may(name, query):
+        if bucket.closed and bucket.closed in name:
+            self._refuse(403, "the caller does not have storage.objects.create access to the object")
+        elif not self._may(name, query):
             self._refuse(412, "the object is of another generation")
         elif query["uploadType"] == "resumable" and self.command == "POST":
             self._answer(200, Location=f"https://{HOSTS[0]}{self.path}")

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import time
 
 import jax
@@ -93,3 +96,32 @@ def test_a_save_that_was_cut_off_in_a_bucket_is_no_checkpoint(bucket, capsys):
     assert task.drawn[0] == 2 * 4
     assert not bucket.names("cut/checkpoints/damaged/")
     assert not capsys.readouterr().err.count("damaged")
+
+
+def test_a_bucket_that_refuses_to_be_written_ends_the_run_with_its_cause(bucket):
+    """In a process of its own: TensorFlow tries again when it forgets a file, and holds the interpreter meanwhile."""
+    tests = pathlib.Path(__file__).parent
+    program = (
+        f"import sys; sys.path.insert(0, {str(tests)!r})\n"
+        "import tiny_task\n"
+        "from imagegpt_jax import cli, loop\n"
+        "cli.run(lambda: loop.run(tiny_task.Task(), tiny_task.make_config(), 'gs://bucket/refused'))\n"
+    )
+    bucket.closed = "refused/checkpoints/6"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tests.parent,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tests.parent)},
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+    finally:
+        bucket.closed = ""
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("error: the checkpoint of step 6 could not be written to gs://bucket/refused/checkpoints")
+    assert "storage.objects.create access" in last
+    assert "Traceback" not in done.stderr
+    assert folders.finished("gs://bucket/refused") == [2, 4]

@@ -7,6 +7,7 @@ import os
 import pathlib
 import resource
 import subprocess
+import sys
 import time
 
 import jax
@@ -113,6 +114,35 @@ def test_a_checkpoint_that_may_not_grow_ends_the_run_and_loses_nothing(expected,
     assert_goes_on(tmp_path / "run", expected)
 
 
+def test_the_last_checkpoint_of_a_run_decides_how_it_ends(tmp_path):
+    """Through the binary's own way out: every step succeeds, only the last save fails, after all of them."""
+    program = (
+        "import resource, sys\n"
+        "sys.path.insert(0, 'tests')\n"
+        "from imagegpt_jax import cli, loop\n"
+        "import test_storage_faults as t\n"
+        "def main():\n"
+        "    limit = lambda drawn: drawn == 4 and resource.setrlimit(resource.RLIMIT_FSIZE, (t.MIB // 2,) * 2)\n"
+        "    config = t.tiny.make_config(steps=4, **{'checkpoint.every': 0})\n"
+        f"    loop.run(t.Heavy(hook=limit), config, {str(tmp_path / 'run')!r})\n"
+        "cli.run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("error: the checkpoint of step 4 could not be written to ")
+    assert "(File too large): make room" in last
+    assert "Traceback" not in done.stderr
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
 def test_a_full_disk_ends_the_run_and_room_on_it_lets_it_go_on(expected, disk, tmp_path):
     folder = disk(12)  # of which a checkpoint takes three
     filler = folder / "filler"
@@ -154,6 +184,20 @@ def test_a_disk_that_becomes_read_only_ends_the_run(expected, disk):
         loop.run(Heavy(), tiny.make_config(), folder / "run")
     subprocess.run(["umount", str(folder / "run" / "checkpoints")], check=True)
     assert_goes_on(folder / "run", expected)
+
+
+def test_logs_without_room_end_the_run_with_one_sentence(disk):
+    folder = disk(1)
+
+    def hook(drawn):
+        if drawn == 5:
+            with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    config = tiny.make_config(steps=200, eval_every=0, **{"checkpoint.every": 0})
+    with pytest.raises(UserError, match=r"run.* cannot be written \(No space left on device\): make room"):
+        loop.run(tiny.Task(hook=hook), config, folder / "run")
 
 
 def test_a_slow_disk_is_waited_for(expected, tmp_path, monkeypatch):

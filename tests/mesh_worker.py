@@ -31,6 +31,8 @@ def get_config(task, dtype):
         config.discriminator.dtype = config.discriminator.param_dtype = dtype
         config.discriminator_optim.mu_dtype = config.discriminator_optim.nu_dtype = dtype
         config.loss.gan_start = STEPS // 2  # both phases
+    else:  # what is dropped is the same wherever it lies
+        config.model.update(token_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)
     return config
 
 

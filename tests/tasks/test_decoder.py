@@ -1,6 +1,7 @@
 """The decoder's batches and loss against plain definitions."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -101,6 +102,28 @@ def test_loss_is_weighted_by_kind(setup, batch, state):
     np.testing.assert_allclose(values["loss"].compute(), expected, rtol=1e-5)
     np.testing.assert_allclose(values["image_bits_per_token"].compute(), nll[image].mean() / np.log(2), rtol=1e-5)
     np.testing.assert_allclose(values["text_bits_per_token"].compute(), nll[text].mean() / np.log(2), rtol=1e-5)
+
+
+def test_accumulated_parts_make_the_step_of_the_whole_batch(batch):
+    """Parts with unequal numbers of words count by what they hold, not each the same."""
+    assert len({(kinds == packing.TEXT).sum() for kinds in np.split(batch["kind"], 4)}) > 1
+    changes = {"model.dtype": "float64", "model.param_dtype": "float64", "ema_decay": 0.9, "optim.warmup_steps": 0}
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+    with jax.enable_x64():
+        found = []
+        for count in (1, 4):
+            setup = decoder.setup(get_config(accumulate=count, **{"data.image_to_text": 0.5, **changes}))
+            state = decoder.init_state(setup, jax.random.key(0))
+            arrays = decoder.prepare_batch(setup, state, {k: jnp.asarray(v) for k, v in batch.items()})
+            found.append(decoder.train_step(setup, "train", state, arrays))
+        (whole, whole_values), (parts, parts_values) = found
+        for name in ("trainable", "ema"):
+            jax.tree.map(close, getattr(whole, name), getattr(parts, name))
+        assert whole_values.keys() == parts_values.keys()
+        for name in whole_values:
+            close(whole_values[name].compute(), parts_values[name].compute())
+        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), whole.trainable, state.trainable)
+        assert min(jax.tree.leaves(moved)) > 1e-6
 
 
 def test_draws_of_an_example_depend_on_its_position_alone(setup, batch):

@@ -87,6 +87,7 @@ def test_a_save_that_was_cut_off_in_a_bucket_is_no_checkpoint(bucket, capsys):
     config = tiny.make_config(steps=4)
     expected = loop.run(tiny.Task(), config, workdir)
     del bucket.objects["cut/checkpoints/4/manifest.json"]
+    bucket.put("cut/checkpoints/4/manifest.json.tmp", b"")
     del bucket.objects["cut/checkpoints/4/state/commit_success.txt"]
     time.sleep(6)  # for five seconds TensorFlow takes what it saw for what is there
     assert main(["ls", workdir]) == 0

@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import os
+import pathlib
+import shutil
 
 import pytest
 from etils import epath
@@ -155,18 +157,32 @@ def test_what_is_asked_of_the_binary_is_checked(workdir, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_a_deletion_that_is_cut_off_leaves_no_step(workdir, monkeypatch):
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("gone", range(4))
+def test_a_deletion_that_is_cut_off_leaves_no_step(begun, gone, workdir, monkeypatch):
+    """However many of its four files are gone: of a checkpoint, and of a save that was cut off before its manifest."""
+
     class Cut(Exception):
         pass
 
+    step, left = folders.root(workdir) / "2", gone
+    if begun:
+        (step / manifest_lib.NAME).rename(step / manifest_lib.PENDING)
+
     def cut(self, missing_ok=False):
-        raise Cut
+        nonlocal left
+        for file in sorted(p for p in pathlib.Path(self).rglob("*") if p.is_file()):
+            if left == 0:
+                raise Cut
+            file.unlink()
+            left -= 1
+        shutil.rmtree(self)
 
     monkeypatch.setattr(type(epath.Path(workdir)), "rmtree", cut)
     with pytest.raises(Cut):
         folders.delete(workdir, 2)
     assert folders.finished(workdir) == [1]
-    assert folders.is_unfinished(folders.root(workdir) / "2")
+    assert folders.is_unfinished(step)
 
 
 def test_a_newer_format_is_refused(workdir):

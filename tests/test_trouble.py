@@ -193,6 +193,14 @@ def flip(workdir, step):
     file.write_bytes(bytes(data))
 
 
+def cut_off(folder, committed):
+    """Makes of a checkpoint what a kill leaves between the end of Orbax's part, or before it, and the manifest."""
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json.tmp").write_text("")
+    if not committed:
+        (folder / "state").rename(folder / "state.orbax-checkpoint-tmp")
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_counts(undisturbed, tmp_path, capsys):
     expected, _ = undisturbed
     loop.run(tiny.Task(), tiny.make_config(steps=12), tmp_path)
@@ -214,14 +222,28 @@ def test_nothing_but_damaged_checkpoints_ends_with_a_sentence(tmp_path):
         loop.run(tiny.Task(), tiny.make_config(steps=4), tmp_path)
 
 
-def test_a_save_that_was_cut_off_is_no_checkpoint(undisturbed, tmp_path):
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_save_that_was_cut_off_is_no_checkpoint(undisturbed, tmp_path, committed):
     expected, _ = undisturbed
     loop.run(tiny.Task(), tiny.make_config(), tmp_path)
-    folder = tmp_path / "checkpoints" / "12"
-    (folder / "manifest.json").unlink()
-    (folder / "state").rename(folder / "state.orbax-checkpoint-tmp")
+    cut_off(tmp_path / "checkpoints" / "12", committed)
     assert_same(loop.run(tiny.Task(), tiny.make_config(), tmp_path), expected)
     assert not happened(tmp_path, "damaged")
+
+
+def test_a_first_save_that_was_cut_off_before_its_manifest_leaves_a_run_that_begins_anew(tmp_path, capsys):
+    config = tiny.make_config(steps=2)
+    expected = loop.run(tiny.Task(), config, tmp_path)
+    cut_off(tmp_path / "checkpoints" / "2", committed=True)
+    task = tiny.Task()
+    assert_same(loop.run(task, config, tmp_path), expected)
+    assert task.drawn[0] == 0
+    assert not happened(tmp_path, "damaged")
+
+    # A manifest that was there and is gone is another matter.
+    (tmp_path / "checkpoints" / "2" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="none of the checkpoints in .* is as it was written"):
+        loop.run(tiny.Task(), config, tmp_path)
 
 
 def test_a_failed_save_ends_the_run_with_its_cause(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 """The folders of a run's checkpoints: which steps there are, what is left of a save that was cut off, what is kept.
 
-W/checkpoints/<step>/state/          written by Orbax
-W/checkpoints/<step>/manifest.json   written last
-W/checkpoints/damaged/<step>[-n]/    steps that did not verify, set aside
+W/checkpoints/<step>/manifest.json.tmp   from the beginning of a save until the next but one
+W/checkpoints/<step>/state/              written by Orbax
+W/checkpoints/<step>/manifest.json       written last
+W/checkpoints/damaged/<step>[-n]/        steps that did not verify, set aside
 """
 
 import os
@@ -23,9 +24,8 @@ _DELETED = f"{manifest_lib.NAME}.deleted"
 def root(workdir: epath.PathLike) -> epath.Path:
     """The folder of a run's checkpoints."""
     folder = epath.Path(workdir).expanduser()
-    return (
-        folder if "://" in os.fspath(folder) else folder.resolve()
-    ) / "checkpoints"  # resolve knows local paths only
+    is_local = "://" not in os.fspath(folder)
+    return (folder.resolve() if is_local else folder) / "checkpoints"
 
 
 def numbered(workdir: epath.PathLike) -> list[int]:
@@ -61,10 +61,7 @@ def is_unfinished(folder: epath.Path) -> bool:
     """Whether a step's folder is what a cut off save or deletion leaves: nothing that was ever a checkpoint."""
     if (folder / manifest_lib.NAME).exists():
         return False
-    if (folder / _DELETED).exists() or not (folder / STATE).exists():
-        return True
-    # In a bucket, which cannot rename, Orbax writes in place, and this file last.
-    return "://" in os.fspath(folder) and not (folder / STATE / "commit_success.txt").exists()
+    return any((folder / name).exists() for name in (manifest_lib.PENDING, _DELETED)) or not (folder / STATE).exists()
 
 
 def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
@@ -77,6 +74,16 @@ def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
     return aside / name
 
 
+def begin(workdir: epath.PathLike, step: int) -> epath.Path:
+    """Makes the folder of a step that is about to be written; one of that name is deleted first."""
+    folder = root(workdir) / str(step)
+    if folder.exists():
+        delete(workdir, step)
+    folder.mkdir(parents=True)
+    (folder / manifest_lib.PENDING).write_text("")
+    return folder
+
+
 def delete(workdir: epath.PathLike, step: int) -> None:
     """Deletes a step so that it does not exist from the first moment on, however far the deletion comes."""
     folder = root(workdir) / str(step)
@@ -85,6 +92,7 @@ def delete(workdir: epath.PathLike, step: int) -> None:
         return
     if (folder / manifest_lib.NAME).exists():
         (folder / manifest_lib.NAME).replace(folder / _DELETED)
+    (folder / STATE).rmtree(missing_ok=True)  # before what tells that it is no checkpoint
     folder.rmtree(missing_ok=True)
 
 

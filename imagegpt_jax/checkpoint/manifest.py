@@ -20,6 +20,8 @@ from imagegpt_jax import storage
 from imagegpt_jax.cli import UserError
 
 NAME = "manifest.json"
+# What it is called before it is whole; there from the beginning of a save.
+PENDING = f"{NAME}.tmp"
 FORMAT = 1
 _CHUNK = 1 << 22
 _THREADS = min(8, os.cpu_count() or 1)
@@ -96,9 +98,9 @@ def write(folder: epath.Path, manifest: Manifest) -> Manifest:
     """
     manifest = dataclasses.replace(manifest, files=hash_files(folder, list_files(folder)))
     body = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    temporary = folder / f"{NAME}.tmp"
-    temporary.write_text(json.dumps({**body, "hash": _hash(body)}, indent=1, sort_keys=True) + "\n")
-    temporary.replace(folder / NAME)
+    pending = folder / PENDING
+    pending.write_text(json.dumps({**body, "hash": _hash(body)}, indent=1, sort_keys=True) + "\n")
+    pending.replace(folder / NAME)
     return manifest
 
 

@@ -87,9 +87,7 @@ class Checkpoints:
         )
         try:
             if distributed.is_first():
-                if folder.exists():
-                    folders.delete(self._workdir, step)
-                folder.mkdir(parents=True)
+                folders.begin(self._workdir, step)
             distributed.meet()
             self._writer.save(folder / folders.STATE, args=ocp.args.PyTreeSave(state))
         except Exception as e:

@@ -13,7 +13,8 @@ from imagegpt_jax import sketches
 from imagegpt_jax.api import Decoder, Tokenizer
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.drawing import Grid, Sketch, best, check_pair, draw, layout_of
-from imagegpt_jax.generate import Sampling, generate_text
+from imagegpt_jax.generate import Sampling, caption_job, generate_text, until_end
+from imagegpt_jax.sampling import beam
 from imagegpt_jax.sampling.likelihood import log_likelihood
 
 Words = str | Sequence[str] | None
@@ -246,7 +247,14 @@ def interpolate(gpt: Decoder, tok: Tokenizer, first: str, second: str, frames: i
 
 
 def caption(
-    gpt: Decoder, tok: Tokenizer, images: np.ndarray, *, num_captions: int = 1, seed: int = 0, **how: Any
+    gpt: Decoder,
+    tok: Tokenizer,
+    images: np.ndarray,
+    *,
+    num_captions: int = 1,
+    seed: int = 0,
+    beams: int = 0,
+    **how: Any,
 ) -> list[str]:
     """Writes captions of pictures, with a decoder trained with `config.data.image_to_text`.
 
@@ -256,26 +264,31 @@ def caption(
       images: uint8 [B, H, W, C], of the decoder's own size.
       num_captions: captions of each picture.
       seed: the draws of caption i depend on (seed, i) alone.
-      **how: settings of `generate.Sampling`; greedy by default.
+      beams: search for the likeliest captions with so many beams instead of drawing; 0 = draw.
+      **how: settings of `generate.Sampling`; greedy by default. With beams, `weights` alone.
 
     Returns:
-      B * num_captions texts: all of the first picture, then those of the second.
+      B * num_captions texts: all of the first picture, then those of the second; with beams the likeliest first.
 
     Raises:
-      UserError: for a decoder without words, and as `generate`.
+      UserError: for a decoder without words, fewer beams than captions, and as `generate`.
     """
     check_pair(gpt, tok)
+    if beams and (idle := sorted(how.keys() - {"weights"})):
+        raise UserError(f"beams={beams} searches for the likeliest captions and draws none: leave {idle[0]} out.")
+    if beams and num_captions > beams:
+        raise UserError(f"{num_captions} captions of a picture need as many beams, and there are {beams}.")
     plain = {"temperature": 0.0 if num_captions == 1 else 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0}
     how = plain | {"together": 1} | how
     _, codes, grid = sketches.encoded(tok, images)
-    ids = generate_text(
-        gpt.placed(),
-        layout_of(gpt, grid),
-        np.repeat(codes, num_captions, axis=0),
-        _settings(gpt, how),
-        seed,
-        **how,
-    )
+    layout, sampling = layout_of(gpt, grid), _settings(gpt, how)
+    if beams:
+        job = caption_job(layout, codes, sampling)
+        found = beam.search(gpt.placed(), job, sampling, beams=beams, end=layout.space.eot)
+        best_BT = found.tokens[:, :num_captions].reshape(-1, found.tokens.shape[2])
+        ids = [until_end(layout, ids_T) for ids_T in best_BT]
+    else:
+        ids = generate_text(gpt.placed(), layout, np.repeat(codes, num_captions, axis=0), sampling, seed, **how)
     return [gpt.setup.text.decode(text) for text in ids]
 
 

@@ -47,6 +47,9 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace samples that the outp
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures of each prompt or class.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Picture i depends on the seed and i alone.", lower_bound=0)
 BEST_OF = flags.DEFINE_integer("best_of", None, "Draw so many of each prompt and keep the best --num_images.", 1)
+BEAMS = flags.DEFINE_integer(
+    "beams", 0, "For --caption: search for the likeliest captions with so many beams; 0 = draw them.", lower_bound=0
+)
 SCORER = flags.DEFINE_string(
     "scorer",
     "likelihood",
@@ -163,7 +166,6 @@ def draw_rows(
 
     from imagegpt_jax import drawing, images, sharding
 
-    lines = list(done)
     devices = jax.local_devices()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": TENSOR.value}, devices) if len(devices) > 1 else None
 
@@ -171,8 +173,7 @@ def draw_rows(
         image, checked = finish(image, row["prompt"])
         row = row | {"found": found | checked}
         (folder / row["file"]).write_bytes(images.png_bytes(image, row))
-        lines.append(row)
-        output.write_rows(folder, lines)
+        output.write_rows(folder, [row], more=True)
         bar.update()
 
     with tqdm(total=len(rows), initial=len(done), desc="sample", unit="image", mininterval=0.5) as bar:
@@ -247,7 +248,9 @@ def write_captions(decoder: "Decoder", tok: "Tokenizer", folder: "epath.Path") -
     paths = asking.CAPTION.value
     source = asking.pictures(paths, decoder, tok)
     settings = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
-    texts = notebook.caption(decoder, tok, source, num_captions=NUM_IMAGES.value, seed=SEED.value, **settings)
+    texts = notebook.caption(
+        decoder, tok, source, num_captions=NUM_IMAGES.value, seed=SEED.value, beams=BEAMS.value, **settings
+    )
     rows = [
         {"image": path, "captions": texts[i * NUM_IMAGES.value : (i + 1) * NUM_IMAGES.value]}
         for i, path in enumerate(paths)

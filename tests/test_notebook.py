@@ -119,6 +119,14 @@ def test_captions_are_those_of_the_picture(gpt, tok, pictures):
     assert several[:3] == ig.caption(gpt, tok, pictures[:1], num_captions=3, seed=1)
 
 
+def test_captions_by_beam_search(gpt, tok, pictures):
+    assert ig.caption(gpt, tok, pictures, beams=1) == ig.caption(gpt, tok, pictures)  # one beam is greedy
+    best = ig.caption(gpt, tok, pictures, beams=4)
+    several = ig.caption(gpt, tok, pictures, beams=4, num_captions=3)
+    assert several[::3] == best
+    assert len(set(several[:3])) == 3
+
+
 def test_captions_are_ranked_by_likelihood(gpt, tok, pictures):
     captions, layout = ["dog", "red heart", "a"], gpt.setup.layout
     codes = tok.encode(pictures)
@@ -227,6 +235,8 @@ def test_negative_prompts(gpt, tok):
         ("3 prompts and 0 classes for 2 pictures", lambda g, t, p: ig.variations(g, t, p, 0.5, ["a"] * 3)),
         ("frames=1", lambda g, t, p: ig.interpolate(g, t, "a", "b", 1)),
         ("without guidance", lambda g, t, p: ig.caption(g, t, p, cfg_scale=2.0)),
+        ("leave top_k out", lambda g, t, p: ig.caption(g, t, p, beams=2, top_k=3)),
+        ("3 captions of a picture need as many beams", lambda g, t, p: ig.caption(g, t, p, beams=2, num_captions=3)),
         ("of='sound'", lambda g, t, p: ig.rank_captions(g, t, p, ["a"], of="sound")),
         ("best_of=1", lambda g, t, p: ig.generate(g, t, "a", num_images=2, best_of=1)),
         ("Did you mean 'caption'", lambda g, t, p: ig.generate(g, t, "a", best_of=2, scorer="captoin")),

@@ -284,6 +284,10 @@ def test_captions(binary, workdirs, tmp_path, picture, capsys):
     assert capsys.readouterr().out.startswith(f"{picture}\t{row['captions'][0]}\t")
     with pytest.raises(UserError, match="already there"):
         binary("sample", *flags).main()
+    binary("sample", *flags, "--beams=3", "--overwrite").main()
+    assert _rows(tmp_path / "o")[0]["captions"] == notebook.caption(
+        gpt, gpt.load_tokenizer(), source, num_captions=2, beams=3
+    )
 
 
 @pytest.mark.parametrize(

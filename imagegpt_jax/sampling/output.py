@@ -110,9 +110,10 @@ def start(output: "epath.Path", rows: Sequence[Row]) -> tuple["epath.Path", list
     return beside, []
 
 
-def write_rows(folder: "epath.Path", rows: Sequence[Row]) -> None:
-    """Writes samples.jsonl."""
-    (folder / ROWS_FILE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_rows(folder: "epath.Path", rows: Sequence[Row], more: bool = False) -> None:
+    """Writes samples.jsonl, or more lines of it."""
+    with (folder / ROWS_FILE).open("a" if more else "w") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def finish(folder: "epath.Path", output: "epath.Path") -> None:

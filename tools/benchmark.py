@@ -30,6 +30,7 @@ from typing import Any
 
 import benchmark_sampling
 import benchmark_workloads as workloads
+import marked
 from absl import flags
 
 from imagegpt_jax import cli
@@ -178,7 +179,7 @@ def sample() -> None:
     table = benchmark_sampling.text(rows)
     print(table)
     if PAGE.value:
-        benchmark_sampling.fill_page(pathlib.Path(PAGE.value), table)
+        marked.fill(pathlib.Path(PAGE.value), rows=table)
     report(load, versions, {"rows": rows, "ratios": benchmark_sampling.ratios(rows)})
 
 

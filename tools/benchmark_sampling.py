@@ -190,19 +190,6 @@ def text(table: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", "; ".join(f"{name} {value:.2f}" for name, value in ratios(table).items())])
 
 
-def fill_page(path: pathlib.Path, table: str) -> None:
-    """Puts the table between the marks `<!-- rows -->` and `<!-- /rows -->` of a page.
-
-    Raises:
-      UserError: if the page has no such marks.
-    """
-    before, start, rest = path.read_text().partition("<!-- rows -->\n")
-    _, end, after = rest.partition("<!-- /rows -->")
-    if not start or not end:
-        raise cli.UserError(f"{path} has no <!-- rows --> ... <!-- /rows --> to fill.")
-    path.write_text(f"{before}{start}{table}\n{end}{after}")
-
-
 def measure(line: Line, size: str, seconds: float) -> dict[str, Any]:
     """One process's reading of a line.
 

@@ -1,6 +1,6 @@
 """Measures what one trained decoder can do beside drawing from words, each figure with its control.
 
-  python tools/measure_tasks.py --decoder=runs/demo/decoder --output=tasks.json
+  python tools/measure_tasks.py --decoder=runs/demo/decoder --output=docs/tasks.json --page=docs/sampling.md
 
     captions    the right caption ranked first by likelihood among those of so many pictures of different things;
                 control: each picture credited with another's caption
@@ -18,13 +18,15 @@ import json
 import pathlib
 from typing import Any
 
+import marked
 import numpy as np
 from absl import flags
 
 from imagegpt_jax import cli
 
 DECODER = flags.DEFINE_string("decoder", None, "Workdir of a decoder trained on the built-in emoji.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "Write the figures to this JSON file as well.")
+OUTPUT = flags.DEFINE_string("output", "", "JSON file of the figures; those of other splits in it stay.")
+PAGE = flags.DEFINE_string("page", "", "Page that gets a table of all figures of --output, between its marks.")
 SPLIT = flags.DEFINE_string("split", "train", "Of the built-in set: train, validation or all.")
 EXAMPLES = flags.DEFINE_integer("examples", 100, "Pictures of each measurement.", lower_bound=2)
 SEED = flags.DEFINE_integer("seed", 0, "Of the choice of pictures and of all draws.", lower_bound=0)
@@ -163,8 +165,48 @@ def _decoded(record: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(record["image"])).convert("RGB"))
 
 
+def table(found: dict[str, Any]) -> str:
+    """The figures of every split, each beside its control."""
+    rows: dict[str, list[str]] = {}
+
+    def put(what: str, value: str, control: str) -> None:
+        rows.setdefault(what, []).append(f"{value} | {control}")
+
+    for split in found.values():
+        told, styled, within = split["captions"], split["styles"], split["inpainting"]
+        words = {"image": "picture given caption", "text": "caption given picture"}
+        for of in [name for name in words if name in told]:
+            what = f"right caption first of {told['candidates']}, by likelihood of the {words[of]}"
+            put(what, f"{told[of]['first']:.0%}", f"{told[of]['first_control']:.0%} another's caption")
+        put(
+            f"drawn in the other style, nearer to the true one than to its source ({styled['pairs']} pairs)",
+            f"{styled['nearer_to_the_other_style']:.0%}",
+            f"{styled['control_shuffled_prompts']:.0%} shuffled, {styled['control_reconstruction']:.0%} reconstruction",
+        )
+        put(
+            "pixels that inpainting changed outside the mask; error inside",
+            f"{within['pixels_changed_outside']:.0%}; {within['rms_error_inside']:.0f}",
+            f"{within['rms_error_inside_control']:.0f} mean colour",
+        )
+        put(
+            "bits of a code with weights in bfloat16, int8",
+            ", ".join(f"{split['weights'][f'{name}_bits_per_code']:.4f}" for name in ("bfloat16", "int8")),
+            f"{split['weights']['float32_bits_per_code']:.4f} float32",
+        )
+        put(
+            f"passes of a picture, `--speculative={split['steps']['window']}`; greedy",
+            f"{split['steps']['as_drawn_steps']:.1f}; {split['steps']['greedy_steps']:.1f}",
+            f"{split['steps']['codes']} one by one",
+        )
+    names = " | ".join(f"{name.partition(',')[0]} | control" for name in found)
+    head = [f"| what | {names} |", "|---" * (1 + 2 * len(found)) + "|"]
+    return "\n".join(head + [f"| {what} | {' | '.join(cells)} |" for what, cells in rows.items()])
+
+
 def main() -> None:
     """Measures the decoder that the flags name."""
+    if PAGE.value and not OUTPUT.value:
+        raise cli.UserError("--page shows the figures of --output: give both.")
     from imagegpt_jax import api
     from imagegpt_jax.data.emoji import EmojiSource
     from imagegpt_jax.evals.generation import choose_distinct
@@ -181,7 +223,6 @@ def main() -> None:
     found = {
         "decoder": DECODER.value,
         "step": gpt.step,
-        "data": source.name,
         "seed": SEED.value,
         "sampler": {"cfg_scale": CFG_SCALE.value, "best_of": BEST_OF.value, "strength": STRENGTH.value},
         "captions": captions(gpt, tok, pictures, words),
@@ -190,10 +231,13 @@ def main() -> None:
         "steps": steps(gpt, words),
         "styles": styles(gpt, tok, source, np.random.default_rng(SEED.value)),
     }
-    text = json.dumps(found, indent=1)
-    print(text)
+    print(json.dumps(found, indent=1))
     if OUTPUT.value:
-        pathlib.Path(OUTPUT.value).write_text(text + "\n")
+        output = pathlib.Path(OUTPUT.value)
+        found = (json.loads(output.read_text()) if output.exists() else {}) | {source.name: found}
+        output.write_text(json.dumps(found, indent=1) + "\n")
+        if PAGE.value:
+            marked.fill(pathlib.Path(PAGE.value), tasks=table(found))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from typing import Any
 
+import marked
 from absl import flags
 
 from imagegpt_jax import cli
@@ -221,13 +222,8 @@ def tables(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def render() -> None:
-    """Writes the tables between the markers of the page."""
-    text = PAGE.read_text()
-    for marker, table in tables(kept()).items():
-        start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-        head, rest = text.split(start)
-        text = head + f"{start}\n{table}\n{end}" + rest.split(end)[1]
-    PAGE.write_text(text)
+    """Writes the tables between the marks of the page."""
+    marked.fill(PAGE, **tables(kept()))
 
 
 def main() -> None:

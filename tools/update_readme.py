@@ -12,6 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
+import marked
 import numpy as np
 from absl import flags
 from PIL import Image
@@ -34,18 +35,6 @@ ABOUT = {
     ("decoder", "test"): "for tests: 8 steps, untrained tokenizer",
     ("decoder", "emoji"): "the demo: captions to 32 px emoji",
 }
-
-
-def replace(text: str, name: str, block: str) -> str:
-    """Puts `block` between the markers of `name`.
-
-    Raises:
-      UserError: if README.md has no such markers.
-    """
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise cli.UserError(f"README.md has no markers <!-- {name} --> and <!-- /{name} -->: put them back.")
-    return pattern.sub(lambda match: f"{match[1]}{block}\n{match[2]}", text)
 
 
 def scores_table(scores: dict[str, Any]) -> str:
@@ -107,7 +96,7 @@ def notebook_output(text: str) -> str:
 def main() -> None:
     """Updates README.md and docs/."""
     readme = ROOT / "README.md"
-    text = replace(readme.read_text(), "configs", config_table())
+    blocks = {"configs": config_table()}
     if not CONFIGS_ONLY.value:
         demo = pathlib.Path(DEMO.value)
         if not (demo / "metrics.json").exists():
@@ -116,9 +105,9 @@ def main() -> None:
             (ROOT / target).parent.mkdir(exist_ok=True)
             with Image.open(demo / source) as picture:  # the pixels alone: the metadata of samples names local folders
                 Image.fromarray(np.asarray(picture)).save(ROOT / target, optimize=True)
-        text = replace(text, "scores", scores_table(json.loads((demo / "metrics.json").read_text())))
-        text = replace(text, "notebook", notebook_output(text))
-    readme.write_text(text)
+        blocks["scores"] = scores_table(json.loads((demo / "metrics.json").read_text()))
+        blocks["notebook"] = notebook_output(readme.read_text())
+    marked.fill(readme, **blocks)
     print(f"Updated {readme}" + ("." if CONFIGS_ONLY.value else f" and {len(PICTURES)} pictures."))
 
 

@@ -42,19 +42,6 @@ def test_rows_ratios_and_text(sampling):
     assert "| imagegpt_jax | plain | float32 | 4.0 | 0 |" in sampling.text(rows)
 
 
-def test_a_page_is_filled_between_its_marks(sampling, tmp_path):
-    from imagegpt_jax.cli import UserError
-
-    page = tmp_path / "page.md"
-    page.write_text("a\n<!-- rows -->\nold\n<!-- /rows -->\nb\n")
-    for _ in range(2):
-        sampling.fill_page(page, "| new |")
-        assert page.read_text() == "a\n<!-- rows -->\n| new |\n<!-- /rows -->\nb\n"
-    page.write_text("nothing")
-    with pytest.raises(UserError, match="<!-- rows -->"):
-        sampling.fill_page(page, "")
-
-
 def test_the_bound_reads_weights_and_half_a_cache(sampling):
     work = sampling.Workload()
     blocks = 12 * (4 * 768**2 + 3 * 768 * 2048)

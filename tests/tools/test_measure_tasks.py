@@ -12,8 +12,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def tool():
+def tool(monkeypatch):
     from absl import flags
+
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
 
     spec = importlib.util.spec_from_file_location("measure_tasks", ROOT / "tools" / "measure_tasks.py")
     sys.modules["measure_tasks"] = module = importlib.util.module_from_spec(spec)
@@ -36,15 +38,22 @@ def test_ranks_and_distances(tool):
 
 def test_figures_come_with_their_controls(workdirs, tmp_path):
     command = [sys.executable, "tools/measure_tasks.py", f"--decoder={workdirs.decoder}", "--examples=3"]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- tasks -->\n<!-- /tasks -->\n")
     done = subprocess.run(
-        [*command, "--split=validation", f"--output={tmp_path / 'tasks.json'}"],
+        [*command, "--split=validation", f"--output={tmp_path / 'tasks.json'}", f"--page={page}"],
         cwd=ROOT,
         env=os.environ,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "tasks.json").read_text())
+    ((name, found),) = json.loads((tmp_path / "tasks.json").read_text()).items()
+    assert name.startswith("emoji:validation")
+    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines()[1:-1]]
+    assert {len(cells) for cells in rows} == {3}
+    assert rows[0][1].strip() == "emoji:validation"
+    assert f"{found['styles']['nearer_to_the_other_style']:.0%}" in next(r for r in rows if "other style" in r[0])[1]
     assert found["inpainting"]["pixels_changed_outside"] == 0
     assert found["inpainting"]["rms_error_inside"] > 0
     assert found["captions"]["candidates"] == found["styles"]["pairs"] == 3

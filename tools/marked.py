@@ -1,0 +1,21 @@
+"""The parts of a page that tools write: what stands between the lines `<!-- NAME -->` and `<!-- /NAME -->`."""
+
+import pathlib
+import re
+
+from imagegpt_jax import cli
+
+
+def fill(page: pathlib.Path, **blocks: str) -> None:
+    """Puts each block between the marks of its name.
+
+    Raises:
+      UserError: if the page has no such marks.
+    """
+    text = page.read_text()
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise cli.UserError(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->: put them back.")
+        text = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)
+    page.write_text(text)

@@ -127,24 +127,23 @@ class Plan:
         with jax.set_mesh(self.mesh):
             abstract = jax.eval_shape(make, self.state.params("decoder"))
             weights = _with_shardings(abstract, sharding.tensor_shardings(abstract, self.mesh))
+            table_VD = jax.eval_shape(lambda weights: weights.output_table(*layout.image_ids), weights)
+            cut_V = NamedSharding(self.mesh, sharding.activation_spec(("vocab", None), self.mesh))
+            table_VD = jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype, sharding=cut_V)
         length = layout.prompt_length
         capacity = length + layout.num_codes - 1
-        start, size = layout.image_ids
         prompt = gpt.Sequence(array((length,)), array((length, 3)), array((length,)))
 
         def begin(weights: Any, prompt: gpt.Sequence) -> Any:
             return prefill(weights, prompt, capacity)
 
-        def decode(weights: Any, state: Any) -> Any:
+        def decode(weights: Any, table_VD: Any, state: Any) -> Any:  # the table is cut out before the loop
             cache, tokens_R, positions_R3 = state
             hidden_RD, cache = step(weights, cache, tokens_R, positions_R3)
-            return score(hidden_RD, weights.output_table(start, size)), cache
+            return score(hidden_RD, table_VD), cache
 
-        def mapped(function: Any, *args: Any) -> Any:
-            return sharding.map_rows(function, (False, True))(*args)
-
-        start_rows = jax.jit(functools.partial(mapped, begin))
-        add_token = jax.jit(functools.partial(mapped, decode), donate_argnums=1)
+        start_rows = jax.jit(lambda *args: sharding.map_rows(begin, (False, True))(*args))
+        add_token = jax.jit(lambda *args: sharding.map_rows(decode, (False, False, True))(*args), donate_argnums=2)
         count = functools.partial(self.task.forward_flops, self.setup, rows)
         yield Program("prefill", lambda: start_rows.lower(weights, prompt), count(length, 1))
         with jax.set_mesh(self.mesh):
@@ -156,7 +155,7 @@ class Plan:
         )
         state = cache, array(()), array((3,))
         reads = {"weights": _bytes(weights), "cache": _bytes((cache.keys, cache.values))}
-        yield Program("decode", lambda: add_token.lower(weights, state), count(1, 1, capacity), reads)
+        yield Program("decode", lambda: add_token.lower(weights, table_VD, state), count(1, 1, capacity), reads)
 
     def bound(self) -> dict[str, int]:
         """Least communication of a training step, bytes sent by a device: kind -> bytes.

@@ -67,6 +67,8 @@ def pages(gpt: Any, tok: Any, given: np.ndarray, words: list[str]) -> dict[str, 
         found[task] = images.grid(
             [images.Tile(text, [*(g[i] for g in first), *rows[i]]) for i, text in enumerate(captions)]
         )
+    free = notebook.generate(gpt, tok, "", num_images=4 * SAMPLES, seed=SEED.value)
+    found["unconditional"] = images.grid([images.Tile("", list(free))])
     series = notebook.interpolate(gpt, tok, words[0], words[1], 8, seed=SEED.value)
     found["interpolate"] = images.grid([images.Tile(f"{words[0]} to {words[1]}", list(series))])
     if gpt.config.data.image_to_text:

@@ -12,6 +12,8 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
          "s64": 8, "u64": 8}  # fmt: skip
 ARRAY = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
 LINE = re.compile(r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>.+?) (?P<op>[a-z][a-z0-9\-]*)\((?P<rest>.*)$")
+# The source of a copy, and whether the run before may have made it.
+COPY = re.compile(r"copy-start\(%([^\s,()]+)\)(, cross_program_prefetch_index)?")
 # These move nothing: names for what is there, or the end of what has begun elsewhere.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "copy-done", "slice-done",
         "async-done")  # fmt: skip
@@ -22,12 +24,14 @@ Value = list[tuple[int, bool]]  # of each array of a value: bytes, and whether i
 def hbm_bytes(text: str) -> int:
     """Bytes that the entry computation of an optimized HLO module reads from HBM and writes to it.
 
-    An update in place counts what is written alone.
+    An update in place counts what is written alone. What a program fetches at its end for its next run counts there,
+    and not at its beginning (a cross-program prefetch, which then finds it in place).
 
     Args:
       text: `compiled.as_text()` of a TPU program without loops.
     """
     entry = text[text.index("\nENTRY ") :]
+    renewed = {source for source, early in COPY.findall(entry) if not early}
     values: dict[str, Value] = {}
     total = 0
     for line in entry[: entry.index("\n}")].splitlines():
@@ -42,6 +46,9 @@ def hbm_bytes(text: str) -> int:
             value = [operands[0][int(index[1])]] if operands and operands[0] and index else value
         elif op in ("copy-start", "slice-start", "async-start"):
             # (destination, source, ...) or ((source), destination, ...): what is moved is as large as the destination.
+            if (copy := COPY.search(line)) and copy[2] and copy[1] in renewed:
+                values[name] = value
+                continue
             moved = value[0] if op == "copy-start" else value[1]
             source = operands[0][0] if operands and operands[0] else (0, True)
             total += moved[0] * (source[1] + moved[1])

@@ -33,6 +33,16 @@ def test_what_lies_in_vmem_does_not_count():
     assert traffic.hbm_bytes(TEXT) == fetched + far + used + updated
 
 
+def test_what_is_fetched_for_the_next_run_counts_once():
+    """At the end of this run; the copy at its beginning is made by the first run alone."""
+    before = traffic.hbm_bytes(TEXT)
+    early = TEXT.replace("copy-start(%p1)", "copy-start(%p1), cross_program_prefetch_index=0")
+    assert traffic.hbm_bytes(early) == before
+    again = "  %copy-start.9 = (f32[8,16]{1,0:S(1)}, f32[8,16]{1,0}, u32[]{:S(2)}) copy-start(%p1)\n  ROOT"
+    assert traffic.hbm_bytes(early.replace("  ROOT %updated", f"{again} %updated")) == before
+    assert traffic.hbm_bytes(TEXT.replace("  ROOT %updated", f"{again} %updated")) == before + 8 * 16 * 4
+
+
 def test_types():
     assert traffic.arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0}, s32[])") == [
         (12, False),

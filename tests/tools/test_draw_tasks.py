@@ -12,8 +12,8 @@ def test_every_task_has_its_picture(workdirs, tmp_path):
     command = [sys.executable, "tools/draw_tasks.py", f"--decoder={workdirs.decoder}", f"--output={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tasks = {"words", "unconditional", "inpaint", "outpaint", "complete", "variations", "edit", "style_transfer", "wide"}
-    tasks |= {"interpolate"}
+    tasks = {"words", "unconditional", "wide", "interpolate"}
+    tasks |= {"inpaint", "outpaint", "complete", "variations", "edit", "style_transfer"}
     assert {path.stem for path in tmp_path.iterdir()} == tasks
     assert images.read_metadata((tmp_path / "edit.png").read_bytes())["task"] == "edit"
     done = subprocess.run([*command, "--concepts=red-hart"], cwd=ROOT, capture_output=True, text=True)

@@ -176,11 +176,14 @@ def table(found: dict[str, Any]) -> str:
         told, styled, within = split["captions"], split["styles"], split["inpainting"]
         words = {"image": "picture given caption", "text": "caption given picture"}
         for of in [name for name in words if name in told]:
-            what = f"right caption first of {told['candidates']}, by likelihood of the {words[of]}"
-            put(what, f"{told[of]['first']:.0%}", f"{told[of]['first_control']:.0%} another's caption")
+            put(
+                f"right caption first, by likelihood of the {words[of]}",
+                f"{told[of]['first']:.0%} of {told['candidates']}",
+                f"{told[of]['first_control']:.0%} another's caption",
+            )
         put(
-            f"drawn in the other style, nearer to the true one than to its source ({styled['pairs']} pairs)",
-            f"{styled['nearer_to_the_other_style']:.0%}",
+            "drawn in the other style, nearer to the true one than to its source",
+            f"{styled['nearer_to_the_other_style']:.0%} of {styled['pairs']}",
             f"{styled['control_shuffled_prompts']:.0%} shuffled, {styled['control_reconstruction']:.0%} reconstruction",
         )
         put(

@@ -3,7 +3,8 @@
 python tools/benchmark_sampling_torch.py --system=transformers --mode="one batch, static cache" --size=test
 
 LlamaGen's is its published algorithm (arXiv:2406.06525, `autoregressive/models/generate.py` and `gpt.py`) written out:
-eager PyTorch, one fused matrix for queries, keys and values, a cache of full length as buffers, guidance by a batch of
+eager PyTorch, one fused matrix for queries, keys and values, a cache of full length as buffers whose keys and values
+are repeated for the heads of their group, a mask for each row, PyTorch's "math" attention alone, guidance by a batch of
 both rows, top-k by `topk`, draws by `multinomial`. The network of `transformers` is `LlamaForCausalLM`, of the same
 shape.
 """
@@ -20,6 +21,7 @@ import torch
 from absl import flags
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imagegpt_jax import cli
 
@@ -80,7 +82,9 @@ class Block(nn.Module):
         q, k, v = (part.view(rows, length, self.heads, -1) for part in parts)
         q, k, v = (y.transpose(1, 2) for y in (rotate(q, table), rotate(k, table), v))
         self.k_cache[:, :, at], self.v_cache[:, :, at] = k, v
-        y = F.scaled_dot_product_attention(q, self.k_cache, self.v_cache, attn_mask=mask)
+        # Once for each query head of a key's group, of which there is one: a copy all the same.
+        k, v = (cache.repeat_interleave(1, dim=1) for cache in (self.k_cache, self.v_cache))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.wo(y.transpose(1, 2).contiguous().view(rows, length, -1))
         h = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
@@ -110,11 +114,11 @@ class LlamaGen(nn.Module):
         )
         table = torch.stack([torch.cos(grid), torch.sin(grid)], dim=-1)
         self.table = torch.cat([torch.zeros(1, *table.shape[1:]), table])
-        self.mask = torch.tril(torch.ones(length, length, dtype=torch.bool))
+        self.mask = torch.tril(torch.ones(length, length, dtype=torch.bool)).repeat(rows, 1, 1)
 
     def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """Logits of the last token."""
-        table, mask = self.table[at], self.mask[at]
+        table, mask = self.table[at], self.mask[:, None, at]
         for block in self.layers:
             x = block(x, table, at, mask)
         return self.output(self.norm(x)).float()[:, -1]
@@ -140,8 +144,9 @@ def llamagen(w: sampling.Workload, dtype: torch.dtype) -> Callable[[], torch.Ten
         token = draw(model(model.cls_embedding(prefix)[:, None], torch.tensor([0])), w)
         drawn = [token]
         for i in range(1, w.tokens):
-            x = model.tok_embeddings(torch.cat([token, token]))
-            token = draw(model(x, torch.tensor([i])), w)
+            with sdpa_kernel(SDPBackend.MATH):  # as its generate.py has it
+                x = model.tok_embeddings(torch.cat([token, token]))
+                token = draw(model(x, torch.tensor([i])), w)
             drawn.append(token)
         return torch.cat(drawn, dim=1)
 

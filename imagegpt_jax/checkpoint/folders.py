@@ -1,6 +1,6 @@
 """The folders of a run's checkpoints: which steps there are, what is left of a save that was cut off, what is kept.
 
-W/checkpoints/<step>/manifest.json.tmp   from the beginning of a save until the next but one
+W/checkpoints/<step>/manifest.json.tmp   from the beginning of a save until its manifest is whole
 W/checkpoints/<step>/state/              written by Orbax
 W/checkpoints/<step>/manifest.json       written last
 W/checkpoints/damaged/<step>[-n]/        steps that did not verify, set aside

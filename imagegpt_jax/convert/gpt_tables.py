@@ -61,9 +61,13 @@ _LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, 
           "num_attention_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
           "hidden_act": "silu", "head_dim": None, "num_key_value_heads": None, "attention_bias": False,
           "mlp_bias": False, "tie_word_embeddings": False, "attention_dropout": 0.0}  # fmt: skip
-_GPT2 = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
+# What GPT-2 and ImageGPT share.
+_GPT = {"n_inner": None, "add_cross_attention": False, "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False, "embd_pdrop": 0.1, "resid_pdrop": 0.1,
+        "attn_pdrop": 0.1}  # fmt: skip
+_GPT2 = {**_GPT, "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
          "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}  # fmt: skip
-_IMAGEGPT = {"vocab_size": 513, "n_positions": 1024, "n_embd": 512, "n_layer": 24, "n_head": 8,
+_IMAGEGPT = {**_GPT, "vocab_size": 513, "n_positions": 1024, "n_embd": 512, "n_layer": 24, "n_head": 8,
              "activation_function": "quick_gelu", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False}  # fmt: skip
 
 
@@ -202,7 +206,7 @@ def imagegpt_config(about: Mapping[str, Any]) -> GPTConfig:
 
 
 def _gpt2_like(config: Mapping[str, Any], norm: str) -> GPTConfig:
-    if config.get("add_cross_attention"):
+    if config["add_cross_attention"]:
         raise UserError(
             "add_cross_attention=True is not supported: decoders here read what they are given as a prefix."
         )
@@ -213,22 +217,22 @@ def _gpt2_like(config: Mapping[str, Any], norm: str) -> GPTConfig:
         width=width,
         depth=config["n_layer"],
         heads=config["n_head"],
-        mlp_width=config.get("n_inner") or 4 * width,
+        mlp_width=config["n_inner"] or 4 * width,
         norm=norm,
         norm_eps=config["layer_norm_epsilon"],
         mlp="gelu",
         activation=activation(config["activation_function"]),
         bias=True,
-        attention_scale=0.0 if config.get("scale_attn_weights", True) else 1.0,
-        attention_scale_by_layer=bool(config.get("scale_attn_by_inverse_layer_idx", False)),
+        attention_scale=0.0 if config["scale_attn_weights"] else 1.0,
+        attention_scale_by_layer=bool(config["scale_attn_by_inverse_layer_idx"]),
         position="learned",
         max_length=config["n_positions"],
         tie_embeddings=tied,
         head_size=vocab - 1 if norm == "rms" and not tied else 0,
-        token_dropout=float(config.get("embd_pdrop", 0.1)),
-        residual_dropout=float(config.get("resid_pdrop", 0.1)),
-        mlp_dropout=float(config.get("resid_pdrop", 0.1)),
-        attention_dropout=float(config.get("attn_pdrop", 0.1)),
+        token_dropout=float(config["embd_pdrop"]),
+        residual_dropout=float(config["resid_pdrop"]),
+        mlp_dropout=float(config["resid_pdrop"]),
+        attention_dropout=float(config["attn_pdrop"]),
     )
 
 

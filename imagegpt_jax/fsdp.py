@@ -3,13 +3,17 @@
 Arrays are what automatic partitioning would make them (ZeRO stage 3, arXiv:1910.02054). But left to itself the TPU
 compiler sums gradients over a whole slice by all-reduce, twice the bytes of a reduce-scatter, and on some chips gathers
 parameters by all-reduce as well. Asked for one axis of the torus at a time, it emits the collectives that are meant.
-Mesh axes other than those of the batch (`tensor`) stay with the compiler.
+
+`tensor` stays with the compiler, except in blocks: there it would fetch the operand of each product by itself, where
+one gather of the stream serves all matrices that read it (Megatron-LM's sequence parallelism, arXiv:2205.05198, but
+along columns).
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
@@ -27,7 +31,13 @@ def keep(block: Any) -> Any:
 
 
 def run(
-    function: Callable[[Any, Any, Any, Gather], jax.Array], x: jax.Array, blocks: Any, batch: Any, dtype: Any
+    function: Callable[[Any, Any, Any, Gather], jax.Array],
+    x: jax.Array,
+    blocks: Any,
+    batch: Any,
+    dtype: Any,
+    *,
+    columns: bool = False,
 ) -> Any:
     """Calls `function(x, blocks, batch, gather)` on every device's rows and parts of parameters.
 
@@ -37,28 +47,36 @@ def run(
       blocks: module, of stacked blocks or single, whose parameters carry logical `axes`.
       batch: tree of arrays of B rows.
       dtype: that of the computation; matrices are gathered, and their gradients scattered, in it.
+      columns: whether the last dimension of x, and of the result, is laid out as `residual`, and `function` computes
+        with parts of parameters over `tensor` (`sharding.gather_columns` and those after it).
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = sharding.batch_axes(mesh)
-    if not names or not sharding.cuts_parameters(mesh) or x.shape[0] % sharding.batch_shards(mesh):
+    residual = sharding.residual_axes(mesh) if columns else ()
+    if not names or not (sharding.cuts_parameters(mesh) or residual) or x.shape[0] % sharding.batch_shards(mesh):
         return function(x, blocks, batch, keep)
     leaves, treedef = jax.tree.flatten(blocks)
     variables = jax.tree.leaves(blocks, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    specs = [_only(sharding.spec_for(v.shape, v.axes, mesh), names) for v in variables]
+    specs = [sharding.spec_for(v.shape, v.axes, mesh) for v in variables]
+    cut = [_only(spec, names) for spec in specs]
     # Cast before the loop over blocks, so that gradients leave it in the same dtype: half the bytes for `data` to sum.
+    # Not on CPU, where XLA aborts at a sum of bfloat16 over some of the mesh's axes.
+    if sharding.platform() == "cpu":
+        dtype = jnp.promote_types(dtype, jnp.float32)
     leaves = [x.astype(dtype) if len(v.axes) >= 2 else x for x, v in zip(leaves, variables, strict=True)]
 
     def gather(block: Any) -> Any:
         parts, structure = jax.tree.flatten(block)
-        return jax.tree.unflatten(structure, [_whole(x, spec) for x, spec in zip(parts, specs, strict=True)])
+        return jax.tree.unflatten(structure, [_whole(x, spec) for x, spec in zip(parts, cut, strict=True)])
 
     def local(x: jax.Array, leaves: list[jax.Array], batch: Any) -> jax.Array:
         return function(x, jax.tree.unflatten(treedef, leaves), batch, gather)
 
-    rows = P(names)
+    rows, stream = P(names), P(names, *(None,) * (x.ndim - 2), residual) if residual else P(names)
+    held = [_only(spec, (*names, *residual)) for spec in specs]
     # Axes of one device are given up too: kernels that the compiler cannot cut ask for that.
-    manual = {*names, *(name for name, size in mesh.shape.items() if size == 1)}
-    return jax.shard_map(local, in_specs=(rows, specs, rows), out_specs=rows, axis_names=manual, check_vma=False)(
+    manual = {*names, *residual, *(name for name, size in mesh.shape.items() if size == 1)}
+    return jax.shard_map(local, in_specs=(stream, held, rows), out_specs=stream, axis_names=manual, check_vma=False)(
         x, leaves, batch
     )
 
@@ -71,6 +89,9 @@ def _only(spec: P, names: tuple[str, ...]) -> P:
 def _whole(x: jax.Array, spec: P) -> jax.Array:
     """Gathers one parameter of a block, of which `spec` describes the last dimensions, axis by axis."""
     for dim, entry in enumerate(tuple(spec)[len(spec) - x.ndim :]):
+        # Along the first dimension: scattered along another, gradients would be all-reduced.
+        x = x.swapaxes(0, dim)
         for name in reversed(sharding.as_tuple(entry)):
-            x = jax.lax.all_gather(x, name, axis=dim, tiled=True)
+            x = jax.lax.all_gather(x, name, tiled=True)
+        x = x.swapaxes(0, dim)
     return checkpoint_name(x, GATHERED)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -98,6 +99,11 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 def batch_axes(mesh: Any) -> tuple[str, ...]:
     """The mesh axes that cut a batch and are the compiler's: within a `shard_map` over them there are none."""
     return _auto(RULES["batch"], mesh)
+
+
+def residual_axes(mesh: Any) -> tuple[str, ...]:
+    """The mesh axes of more than one device that cut the columns of a stream and are the compiler's."""
+    return tuple(n for n in _auto(RULES["residual"], mesh) if mesh.shape[n] > 1)
 
 
 def batch_shards(mesh: Any) -> int:
@@ -275,6 +281,56 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         e if size % _parts(e, mesh) == 0 else None for size, e in zip(x.shape, activation_spec(axes, mesh), strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def _given_up(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes of an activation's logical one that the compiler gave up: a `shard_map` over them is traced."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    names = RULES[axis] if axis in ACTIVATION_AXES else ()
+    return tuple(n for n in names if kinds.get(n) == AxisType.Manual and mesh.shape[n] > 1)
+
+
+def part_index(axis: str) -> jax.Array | int:
+    """Which part of a logical axis this device computes, where that is written out; 0 where it is the compiler's."""
+    names = _given_up(axis)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def on_first(x: jax.Array, axis: str | None) -> jax.Array:
+    """x on the first of the devices that compute parts of a sum over a logical axis, and zero on the others."""
+    names = _given_up(axis)
+    return jnp.where(jax.lax.axis_index(names) == 0, x, 0) if names else x
+
+
+def gather_columns(x: jax.Array) -> jax.Array:
+    """The whole last dimension of a stream that is laid out as `residual`, where that is written out.
+
+    Like the three below it returns its argument as it is where the compiler has the say (`constrain`).
+    """
+    names = _given_up("residual")
+    return jax.lax.all_gather(x, names, axis=x.ndim - 1, tiled=True) if names else x
+
+
+def own_columns(x: jax.Array) -> jax.Array:
+    """Undoes `gather_columns`."""
+    names = _given_up("residual")
+    if not names:
+        return x
+    size = x.shape[-1] // jax.lax.axis_size(names)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(names) * size, size, axis=x.ndim - 1)
+
+
+def sum_parts(x: jax.Array) -> jax.Array:
+    """The sum of what the devices that share the columns have each computed."""
+    names = _given_up("residual")
+    return jax.lax.psum(x, names) if names else x
+
+
+def sum_to_own_columns(x: jax.Array) -> jax.Array:
+    """`own_columns` of `sum_parts`, for half the communication."""
+    names = _given_up("residual")
+    return jax.lax.psum_scatter(x, names, scatter_dimension=x.ndim - 1, tiled=True) if names else x
 
 
 def axis_parts(axis: str) -> int:

@@ -131,7 +131,7 @@ def attend(
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> Float[Array, "B L N H"]:
-    """Scaled dot-product attention with a softmax in fp32 or wider."""
+    """Scaled dot-product attention with a softmax in fp32 or wider; dropout takes a key for each row and kv head."""
     batch, length, heads, head_dim = q_BLNH.shape
     kv_heads = k_BKSH.shape[1]
     q_BLKGH = q_BLNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) / math.sqrt(head_dim)
@@ -167,6 +167,13 @@ def attend_causally(
         for i, j in itertools.pairwise(ends)
     ]
     return parts[0] if count == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _head_keys(keys_B: jax.Array, kv_heads: int) -> jax.Array:
+    """A key for each of the kv heads that this device computes, [B, K]: the same ones however heads are shared out."""
+    first = sharding.part_index("kv_heads") * kv_heads
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return fold(keys_B, first + jnp.arange(kv_heads))
 
 
 class Attention(nnx.Module):
@@ -208,9 +215,9 @@ class Attention(nnx.Module):
         """Returns the attention output (before the residual) and this layer's cache with the new tokens at `length`."""
         config = self.config
         batch, new = x_BLD.shape[:2]
-        q_BLNH = self.query(x_BLD).reshape(batch, new, config.heads, config.head_width)
-        k_BLKH = self.key(x_BLD).reshape(batch, new, config.num_kv_heads, config.head_width)
-        v_BLKH = self.value(x_BLD).reshape(batch, new, config.num_kv_heads, config.head_width)
+        q_BLNH, k_BLKH, v_BLKH = (  # the heads that this device computes
+            linear(x_BLD).reshape(batch, new, -1, config.head_width) for linear in (self.query, self.key, self.value)
+        )
         q_BLNH = sharding.constrain(q_BLNH, ("batch", "length", "heads", None))
         k_BLKH = sharding.constrain(k_BLKH, ("batch", "length", "kv_heads", None))
         v_BLKH = sharding.constrain(v_BLKH, ("batch", "length", "kv_heads", None))
@@ -227,7 +234,8 @@ class Attention(nnx.Module):
                 q_BLNH, k_BLKH, v_BLKH, visible, resolve(config.attention, config.attention_dropout)
             )
         elif cache is None:
-            y_BLNH = attend_causally(q_BLNH, k_BLKH, v_BLKH, visible, dropout=config.attention_dropout, key=key)
+            keys_BK = None if key is None else _head_keys(key, k_BLKH.shape[2])
+            y_BLNH = attend_causally(q_BLNH, k_BLKH, v_BLKH, visible, dropout=config.attention_dropout, key=keys_BK)
         else:
             assert length is not None
             # Cached keys lie [B, K, S, H]: a step's products then read them where they are, without a transpose.

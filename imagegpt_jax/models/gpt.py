@@ -286,7 +286,7 @@ class GPT(nnx.Module):
             return x_BLD
 
         batch = (rotary, seen, condition_BD, keys_B)
-        return fsdp.run(blocks_of_rows, x_BLD, self.blocks, batch, layers.as_dtype(config.dtype))
+        return fsdp.run(blocks_of_rows, x_BLD, self.blocks, batch, layers.as_dtype(config.dtype), columns=True)
 
     def _run_cached(
         self, x_BLD, rotary, segments_BL, condition_BD, cache: Cache, alone: int

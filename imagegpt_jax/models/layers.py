@@ -99,7 +99,7 @@ class Linear(nnx.Module):
             y = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
         else:
             y = x @ weight
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + sharding.on_first(self.bias[...], self.weight.axes[0]).astype(self.dtype)
 
 
 class Embedding(nnx.Module):
@@ -194,16 +194,15 @@ def dropout(x: Float[Array, "*_"], rate: float, key: jax.Array | None) -> Float[
     Args:
       x: any array.
       rate: probability of a zero.
-      key: one key, or one for each row of x.
+      key: one key, or an array of them for the first dimensions of x.
     """
     if key is None or rate == 0.0:
         return x
     threshold = round(rate * 65536)
-    if key.ndim:
-        bits = jax.vmap(lambda k: jax.random.bits(k, x.shape[1:], jnp.uint16))(key)
-    else:
-        bits = jax.random.bits(key, x.shape, jnp.uint16)
-    keep = bits >= jnp.uint16(threshold)
+    draw = functools.partial(jax.random.bits, shape=x.shape[key.ndim :], dtype=jnp.uint16)
+    for _ in range(key.ndim):
+        draw = jax.vmap(draw)
+    keep = draw(key) >= jnp.uint16(threshold)
     return jnp.where(keep, x / (1.0 - threshold / 65536), jnp.zeros_like(x))
 
 

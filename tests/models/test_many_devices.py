@@ -142,3 +142,83 @@ def test_parts_of_a_batch_are_cut_where_they_lie():
         assert moves == {"all-reduce"}, moves
         print("ok")
     """)
+
+
+def test_a_stream_cut_over_tensor_is_gathered_once_for_all_that_read_it():
+    """A block gathers its stream, sums attention and scatters the mlp once each: no product fetches its own operand."""
+    on_eight_devices("""
+        import jax, jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from imagegpt_jax import collectives, sharding, state
+        from imagegpt_jax.models import gpt
+
+        DEPTH = 3
+        config = gpt.GPTConfig(vocab_size=64, width=32, depth=DEPTH, heads=4, mlp_width=48, remat="full", bias=True)
+        net = state.network(lambda key: gpt.GPT(config, key=key))
+        ids = jnp.zeros((8, 16), jnp.int32)
+
+        def total(params):
+            return jnp.sum(jnp.sin(net.module(params)(gpt.plain_sequence(ids)).hidden))
+
+        mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 4})
+        with jax.set_mesh(mesh):
+            specs = sharding.module_specs(net.abstract, mesh)
+            layout = jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
+            make = jax.jit(lambda: state.split(gpt.GPT(config, key=jax.random.key(0)))[1], out_shardings=layout)
+            params = make()
+            for function, passes in ((total, (1, 1)), (jax.grad(total), (3, 2))):  # forward, recomputed, backward
+                moved = collectives.count(jax.jit(function).lower(params).compile().as_text())
+                found = moved["all-gather"].count, moved["reduce-scatter"].count
+                assert found == tuple(DEPTH * n for n in passes), moved
+        print("ok")
+    """)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_blocks_of_every_kind_are_the_same_on_any_mesh(dtype):
+    """Values and gradients with biases, every dropout, and shifts, scales and gates from a condition."""
+    code = """
+        import dataclasses, math, sys
+        import jax, jax.numpy as jnp, numpy as np
+        from imagegpt_jax import sharding, state
+        from imagegpt_jax.models import gpt
+
+        dtype = sys.argv[1]
+        jax.config.update("jax_enable_x64", dtype == "float64")
+        kinds = (
+            {"bias": True, "norm": "layer", "mlp": "gelu", "scan": False, "token_dropout": 0.2,
+             "attention_dropout": 0.2, "residual_dropout": 0.2, "mlp_dropout": 0.2},
+            {"conditioning": "adaptive_norm", "qk_norm": True, "kv_heads": 4, "heads": 8, "remat": "full"},
+        )
+        ids = jax.random.randint(jax.random.key(1), (8, 16), 0, 64)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(2), jnp.arange(8))
+        for kind in kinds:
+            config = gpt.GPTConfig(**{
+                "vocab_size": 64, "width": 32, "depth": 2, "heads": 4, "mlp_width": 48, "dtype": dtype,
+                "param_dtype": "float64" if dtype == "float64" else "float32", **kind,
+            })
+            graphdef, params = state.split(gpt.GPT(config, key=jax.random.key(0)))
+            params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape, x.dtype), params)
+            sequence = gpt.plain_sequence(ids)
+            if "conditioning" in kind:
+                sequence = dataclasses.replace(sequence, condition=ids[:, 0])
+            drops = keys if "mlp_dropout" in kind else None
+
+            def loss(params):
+                return jnp.mean(jnp.sin(state.merge(graphdef, params)(sequence, key=drops).logits))
+
+            def run(shape):
+                sizes = dict(zip(("data", "fsdp", "tensor"), shape))
+                mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+                with jax.set_mesh(mesh):
+                    return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+
+            expected = run((1, 1, 1))
+            for shape in ((2, 2, 2), (2, 1, 4), (1, 2, 4))[: None if dtype == "float64" else 1]:
+                for a, b in zip(jax.tree.leaves(run(shape)), jax.tree.leaves(expected), strict=True):
+                    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+                    error = np.abs(a - b).max() / np.abs(b).max()
+                    assert error < (1e-11 if dtype == "float64" else 0.06), (kind, shape, b.shape, error)
+        print("ok")
+    """
+    on_eight_devices(code, dtype)

@@ -30,28 +30,8 @@ Trains on a GKE cluster that has the JobSet controller, by kubectl.
 EOF
 }
 
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-# Words as they could be typed.
-quote() {
-  local word line=''
-  for word in "$@"; do
-    case $word in
-      '' | *[!A-Za-z0-9_./:=@%+,~-]*) line+=" '${word//\'/\'\\\'\'}'" ;;
-      *) line+=" $word" ;;
-    esac
-  done
-  echo "${line# }"
-}
-
-# Prints a command, and runs it unless this is a dry run.
-run() {
-  quote "$@"
-  $dry_run || "$@"
-}
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case ${1:-} in
   submit | status | logs | delete) action=$1 && shift ;;
@@ -84,10 +64,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name='$name' is no name: lower-case letters, digits and '-'."
-case $binary in
-  train | encode | evaluate) ;;
-  *) fail "--binary=$binary is none of train, encode and evaluate." ;;
-esac
+known_binary "$binary"
 $dry_run || command -v kubectl > /dev/null || fail "kubectl is not installed: install it, and connect it to the cluster."
 
 kubectl=(kubectl)
@@ -119,7 +96,7 @@ render() {
 
 case $action in
   submit)
-    [ $# -gt 0 ] || fail "nothing to run: give the arguments of imagegpt_jax.$binary after --. See --help."
+    something_to_run "$binary" "$@"
     [ -n "$image" ] || fail "--image is missing: give the container image, see launch/README.md."
     [ -n "$accelerator" ] || fail "--accelerator is missing: give the value of the node label, such as tpu-v5-lite-podslice."
     template=jobset.yaml
@@ -130,7 +107,7 @@ case $action in
     else
       chips=${chips:-4}
       [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "--topology='$topology' is none: write it like 16x16 or 4x4x8."
-      [[ $chips =~ ^[1-9][0-9]*$ ]] || fail "--chips=$chips is not a number from 1."
+      count chips "$chips"
       all=$((${topology//x/*}))
       [ $((all % chips)) = 0 ] || fail "--topology=$topology has $all chips, which do not divide over hosts of $chips."
       [ -z "$hosts" ] || [ "$hosts" = $((all / chips)) ] || fail "--topology=$topology has $((all / chips)) hosts of $chips chips, not $hosts."

@@ -20,22 +20,8 @@ too, and the exit status is that of the first that failed. PYTHON chooses the in
 EOF
 }
 
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-# Words as they could be typed.
-quote() {
-  local word line=''
-  for word in "$@"; do
-    case $word in
-      '' | *[!A-Za-z0-9_./:=@%+,~-]*) line+=" '${word//\'/\'\\\'\'}'" ;;
-      *) line+=" $word" ;;
-    esac
-  done
-  echo "${line# }"
-}
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 processes=2 devices=1 binary=train dry_run=false
 while [ $# -gt 0 ]; do
@@ -50,13 +36,10 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes=$processes is not a number from 1."
-[[ $devices =~ ^[1-9][0-9]*$ ]] || fail "--devices=$devices is not a number from 1."
-case $binary in
-  train | encode | evaluate) ;;
-  *) fail "--binary=$binary is none of train, encode and evaluate." ;;
-esac
-[ $# -gt 0 ] || fail "nothing to run: give the arguments of imagegpt_jax.$binary after --. See --help."
+count processes "$processes"
+count devices "$devices"
+known_binary "$binary"
+something_to_run "$binary" "$@"
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}

@@ -28,28 +28,8 @@ Trains on Cloud TPU VMs by gcloud.
 EOF
 }
 
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-# Words as they could be typed.
-quote() {
-  local word line=''
-  for word in "$@"; do
-    case $word in
-      '' | *[!A-Za-z0-9_./:=@%+,~-]*) line+=" '${word//\'/\'\\\'\'}'" ;;
-      *) line+=" $word" ;;
-    esac
-  done
-  echo "${line# }"
-}
-
-# Prints a command, and runs it unless this is a dry run.
-run() {
-  quote "$@"
-  $dry_run || "$@"
-}
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case ${1:-} in
   create | status | setup | run | logs | stop | delete) action=$1 && shift ;;
@@ -79,13 +59,10 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$name" ] || fail "--name is missing: give the name of the TPU VM."
 [ -n "$zone" ] || fail "--zone is missing: give the zone, such as us-central2-b."
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices is not a number from 1."
+count slices "$slices"
 [ "$action" = run ] || [ $# = 0 ] || fail "'$action' takes no arguments after --."
 [ "$slices" = 1 ] || queued=true
-case $binary in
-  train | encode | evaluate) ;;
-  *) fail "--binary=$binary is none of train, encode and evaluate." ;;
-esac
+known_binary "$binary"
 $dry_run || command -v gcloud > /dev/null || fail "gcloud is not installed: install the Google Cloud CLI."
 
 where=("--zone=$zone")
@@ -151,7 +128,7 @@ case $action in
     [ -z "$mount" ] || on_workers all "mkdir -p ~/data && gcsfuse --implicit-dirs -o ro ${mount#gs://} ~/data"
     ;;
   run)
-    [ $# -gt 0 ] || fail "nothing to run: give the arguments of imagegpt_jax.$binary after --. See --help."
+    something_to_run "$binary" "$@"
     # Every worker runs the same command, in a session of its own that outlives the connection.
     on_workers all "cd ~/imagegpt_jax && (setsid nohup ~/venv/bin/python -m imagegpt_jax.$binary $(quote "$@") \
 > ~/run.log 2>&1 < /dev/null & echo \$! > ~/run.pid)"

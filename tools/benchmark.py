@@ -36,7 +36,7 @@ from absl import flags
 from imagegpt_jax import cli
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the figures to this JSON file as well.")
-PAGE = flags.DEFINE_string("page", None, "`sample`: also put the table into this page, such as docs/sampling.md.")
+PAGE = flags.DEFINE_string("page", None, "Also put the table into this page: docs/training.md or docs/sampling.md.")
 SECONDS = flags.DEFINE_float(
     "seconds",
     30.0,
@@ -49,6 +49,7 @@ WORKLOADS = flags.DEFINE_list("workloads", list(workloads.WORKLOADS), "Which `tr
 OURS_ONLY = flags.DEFINE_boolean("ours_only", False, "Leave PyTorch out.")
 
 SCRIPTS = {"ours": "benchmark_jax.py", "torch": "benchmark_torch.py"}
+SIDES = {"ours": "imagegpt_jax", "torch": "transformers, PyTorch"}
 UNITS = {"decoder": "tokens", "tokenizer": "images"}
 BUSY = 0.5  # load average above which other programs are said to be running
 
@@ -101,29 +102,33 @@ def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, s
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The summaries of workloads as text."""
-    head = (
-        f"{'workload':<11}{'side':<7}{'M params':>9}{'s/step':>9}{'rate':>19}{'GF/s':>7}{'GEMM GF/s':>11}{'share':>7}"
-    )
-    lines = [head]
+    """The summaries of workloads as Markdown."""
+    lines = [
+        "| step | side | million parameters | s a step | rate | GFLOP/s | share of the GEMM rate |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for workload, summary in summaries.items():
-        for name in SCRIPTS:
+        for name, system in SIDES.items():
             if name in summary:
                 found = summary[name]
                 lines.append(
-                    f"{workload:<11}{name:<7}{found['parameters'] / 1e6:>9.1f}{found['seconds']:>9.3f}"
-                    f"{found['units_per_second']:>10.4g} {UNITS[workload]}/s{found['flops_per_second'] / 1e9:>7.0f}"
-                    f"{found['gemm_flops_per_second'] / 1e9:>11.0f}{found['share_of_gemm']:>7.0%}"
+                    f"| {workload} | {system} | {found['parameters'] / 1e6:.1f} | {found['seconds']:.3f} |"
+                    f" {found['units_per_second']:.4g} {UNITS[workload]}/s | {found['flops_per_second'] / 1e9:.0f} |"
+                    f" {found['share_of_gemm']:.0%} |"
                 )
-        lines.append(f"{workload}: {summary['model_flops'] / 1e9:,.1f} GFLOP a step" + _ratio(summary))
-    return "\n".join(lines)
+    rates = [
+        f"{workload}: {summary['model_flops'] / 1e9:,.1f} GFLOP a step, GEMM"
+        f" {summary['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s{_ratio(summary)}"
+        for workload, summary in summaries.items()
+    ]
+    return "\n".join([*lines, "", ". ".join(rates) + "."])
 
 
 def _ratio(summary: Mapping[str, Any]) -> str:
     if "ratio" not in summary:
         return ""
     low, high = min(summary["ratios"]), max(summary["ratios"])
-    return f"; ours / torch {summary['ratio']:.2f} (from {low:.2f} to {high:.2f} pair by pair)"
+    return f"; ours / PyTorch {summary['ratio']:.2f} (from {low:.2f} to {high:.2f} pair by pair)"
 
 
 def run_worker(name: str, workload: str) -> dict[str, Any]:
@@ -164,7 +169,7 @@ def train() -> None:
                 print(f"{workload} {repeat + 1}/{REPEATS.value} {name}: {seconds:.3f} s a step", file=sys.stderr)
         units = units_per_step(workload, workloads.make_config(workload, SIZE.value))
         summaries[workload] = summarise(readings, units, workloads.GEMM_SIDE[SIZE.value])
-    print(table(summaries))
+    show(table(summaries))
     report(load, versions, {"workloads": summaries})
 
 
@@ -176,10 +181,7 @@ def sample() -> None:
     """
     load = look_around()
     rows, versions = benchmark_sampling.run(SIZE.value, REPEATS.value, SECONDS.value, OURS_ONLY.value)
-    table = benchmark_sampling.text(rows)
-    print(table)
-    if PAGE.value:
-        marked.fill(pathlib.Path(PAGE.value), rows=table)
+    show(benchmark_sampling.text(rows))
     report(load, versions, {"rows": rows, "ratios": benchmark_sampling.ratios(rows)})
 
 
@@ -198,6 +200,13 @@ def look_around() -> float:
     if load > BUSY:
         print("Other programs are running: trust the ratio a little, and the seconds not at all.", file=sys.stderr)
     return load
+
+
+def show(text: str) -> None:
+    """Prints a table, and puts it into --page."""
+    print(text)
+    if PAGE.value:
+        marked.fill(pathlib.Path(PAGE.value), rows=text)
 
 
 def report(load: float, versions: Mapping[str, str], found: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
   python tools/draw_tasks.py --decoder=runs/demo/decoder --output=docs/tasks
 
 Takes pictures of the built-in set; each task becomes TASK.png, the given picture first and what was drawn after it.
+A decoder that was trained on classes draws classes.png alone.
 """
 
 import io
@@ -77,22 +78,39 @@ def pages(gpt: Any, tok: Any, given: np.ndarray, words: list[str]) -> dict[str, 
     return found
 
 
-def main() -> None:
-    """Draws what the flags describe."""
+def of_classes(gpt: Any, tok: Any) -> dict[str, np.ndarray]:
+    """The page of a decoder of classes: some pictures of each."""
+    from imagegpt_jax import images, notebook
+
+    names = list(gpt.setup.labels)
+    drawn = notebook.generate(gpt, tok, classes=names, num_images=2 * SAMPLES, seed=SEED.value)
+    rows = drawn.reshape(len(names), 2 * SAMPLES, *drawn.shape[1:])
+    return {"classes": images.grid([images.Tile(name, list(row)) for name, row in zip(names, rows, strict=True)])}
+
+
+def of_tasks(gpt: Any, tok: Any) -> dict[str, np.ndarray]:
+    """The pages of a decoder of words."""
     from PIL import Image
 
-    from imagegpt_jax import api, images
     from imagegpt_jax.data.emoji import EmojiSource
 
-    gpt = api.load_decoder(DECODER.value)
-    tok = gpt.load_tokenizer()
     source = EmojiSource("all", res=gpt.setup.layout.grid[0] * tok.downsample, styles=[STYLE.value])
     chosen = records(source)
     given = np.stack([np.asarray(Image.open(io.BytesIO(r["image"])).convert("RGB")) for r in chosen])
+    return pages(gpt, tok, given, [r["captions"][0] for r in chosen])
+
+
+def main() -> None:
+    """Draws what the flags describe."""
+    from imagegpt_jax import api, images
+
+    gpt = api.load_decoder(DECODER.value)
+    tok = gpt.load_tokenizer()
+    found = (of_classes if gpt.setup.space.num_classes else of_tasks)(gpt, tok)
     folder = pathlib.Path(OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"decoder": DECODER.value, "step": gpt.step, "decoder_hash": gpt.fingerprint(), "seed": SEED.value}
-    for task, page in pages(gpt, tok, given, [r["captions"][0] for r in chosen]).items():
+    for task, page in found.items():
         (folder / f"{task}.png").write_bytes(images.png_bytes(page, about | {"task": task}))
         print(folder / f"{task}.png")
 

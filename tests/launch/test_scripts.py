@@ -19,7 +19,8 @@ ARGS = ("--config=configs/tokenizer.py:size=vq16", "--workdir=gs://b/a run")
 def test_scripts_are_clean(script):
     path = LAUNCH / script
     shellcheck = shutil.which("shellcheck", path=str(pathlib.Path(sys.executable).parent))
-    done = subprocess.run([shellcheck, path], capture_output=True, text=True)
+    command = [shellcheck, "--external-sources", f"--source-path={LAUNCH.parent}", path]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert path.stat().st_mode & 0o111
 

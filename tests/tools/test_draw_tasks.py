@@ -18,3 +18,10 @@ def test_every_task_has_its_picture(workdirs, tmp_path):
     assert images.read_metadata((tmp_path / "edit.png").read_bytes())["task"] == "edit"
     done = subprocess.run([*command, "--concepts=red-hart"], cwd=ROOT, capture_output=True, text=True)
     assert "Did you mean 'red-heart'" in done.stderr
+
+
+def test_a_decoder_of_classes_draws_some_of_each(workdirs, tmp_path):
+    command = [sys.executable, "tools/draw_tasks.py", f"--decoder={workdirs.classes}", f"--output={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.png"]

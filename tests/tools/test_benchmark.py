@@ -70,9 +70,7 @@ def test_table(tool, readings):
     _, _, ours, torch, _, ratio = text.splitlines()
     assert ours == "| decoder | imagegpt_jax | 0.0 | 2.500 | 400 tokens/s | 2 | 20% |"
     assert torch.endswith("| 10% |")
-    assert ratio == (
-        "decoder: 4.0 GFLOP a step, GEMM 8 GFLOP/s; ours / PyTorch 2.00 (from 2.00 to 2.00 pair by pair)."
-    )
+    assert ratio == ("decoder: 4.0 GFLOP a step, GEMM 8 GFLOP/s; ours / PyTorch 2.00 (from 2.00 to 2.00 pair by pair).")
 
 
 def test_without_torch_there_is_no_ratio(tool, readings):

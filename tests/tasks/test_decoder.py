@@ -171,6 +171,15 @@ def test_configs_that_cannot_work_are_refused(changes, words):
         decoder.setup(get_config(**changes))
 
 
+def test_a_mesh_that_does_not_divide_heads_or_width_is_refused_before_compilation():
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 4), sharding.MESH_AXES)
+    with pytest.raises(UserError, match="model.heads=2 does not divide over mesh.tensor=4: use mesh.tensor=1 or 2"):
+        decoder.check_mesh(decoder.setup(get_config()), mesh)
+    wide = {"model.heads": 4, "model.width": 30, "model.head_dim": 8}
+    with pytest.raises(UserError, match="model.width=30 does not divide over mesh.tensor=4"):
+        decoder.check_mesh(decoder.setup(get_config(**wide)), mesh)
+
+
 def test_grid_that_does_not_fit_the_images_is_refused(batch, state):
     other = decoder.setup(get_config(**{"data.grid": (2, 8)}))
     stream = decoder.batches(other, "train", batch_size=2)

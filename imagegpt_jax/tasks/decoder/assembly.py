@@ -247,8 +247,8 @@ def _check_codes(setup: Setup, split: str, source: Any) -> None:
 def check_mesh(setup: Setup, mesh: Mesh) -> None:
     """Raises UserError if the network cannot be cut over the mesh: it names the numbers and what would do."""
     model = setup.model
-    heads = {"model.heads": model.heads, "model.kv_heads": model.num_kv_heads, "model.mlp_width": model.mlp_width}
-    sharding.check_divides(heads, "tensor", mesh)
+    sizes = {"heads": model.heads, "kv_heads": model.num_kv_heads, "mlp_width": model.mlp_width, "width": model.width}
+    sharding.check_divides({f"model.{name}": size for name, size in sizes.items()}, "tensor", mesh)
     if model.vocab_size % mesh.shape["tensor"]:
         raise UserError(
             f"a vocabulary of {model.vocab_size} ids does not divide over mesh.tensor={mesh.shape['tensor']}: set"

@@ -251,7 +251,7 @@ class Plan:
             "parameters": state_lib.count_params(self.state.trainable),
             "trace_seconds": round(traced - started, 2),
             "compile_seconds": round(done - traced, 2),
-            "compile_processor_seconds": round(worked, 2),  # of all threads: other programs do not slow it
+            "compile_processor_seconds": round(worked, 2),  # of all threads
             "argument_bytes": memory.argument_size_in_bytes,
             "temp_bytes": memory.temp_size_in_bytes,
             "alias_bytes": memory.alias_size_in_bytes,

@@ -150,9 +150,11 @@ def _mid(config: VQConfig, style: Style) -> Sequence[str]:
 
 # What their `config.json` may leave out.
 _JANUS = {"embed_dim": 8, "num_embeddings": 16384, "latent_channels": 256, "in_channels": 3, "base_channels": 128,
-          "channel_multiplier": (1, 1, 2, 2, 4), "num_res_blocks": 2, "out_channels": 3}  # fmt: skip
+          "channel_multiplier": (1, 1, 2, 2, 4), "num_res_blocks": 2, "out_channels": 3,
+          "double_latent": False}  # fmt: skip
 _CHAMELEON = {"embed_dim": 256, "num_embeddings": 8192, "latent_channels": 256, "resolution": 512, "in_channels": 3,
-              "base_channels": 128, "channel_multiplier": (1, 1, 2, 2, 4), "num_res_blocks": 2}  # fmt: skip
+              "base_channels": 128, "channel_multiplier": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": (),
+              "double_latent": False}  # fmt: skip
 
 
 def janus_config(about: Mapping[str, Any]) -> VQConfig:
@@ -172,7 +174,7 @@ def chameleon_config(about: Mapping[str, Any], decoder: bool) -> VQConfig:
     """Config of a Chameleon VQVAE (arXiv:2405.09818) from its `config.json`; in `transformers` it has no decoder."""
     config = filled_in(about, _CHAMELEON)
     vanilla = about.get("attn_type", "vanilla") == "vanilla"  # None is "no attention"
-    at = (config.get("attn_resolutions") or ()) if vanilla else ()
+    at = config["attn_resolutions"] if vanilla else ()
     levels = len(config["channel_multiplier"])
     sides = [config["resolution"]]
     for _ in range(levels - 1):
@@ -201,7 +203,7 @@ def _published(config: Mapping[str, Any], *, codes: int, l2_normalize: bool, **v
         encoder_blocks=blocks,
         decoder_blocks=blocks + 1,
         z_channels=config["latent_channels"],
-        double_latent=bool(config.get("double_latent", False)),
+        double_latent=bool(config["double_latent"]),
         quantizer=quantizer(codes, config["embed_dim"], l2_normalize),
         **SHARED,
         **values,

@@ -262,7 +262,7 @@ def test_two_at_once(few):
         t.start()
     for t in threads:
         t.join()
-    assert found[0] is not None
+    assert len(found[0]) == 3 * FEW
     assert all(f == found[0] for f in found)
     assert len(list(few.iterdir())) == 3
 

@@ -24,4 +24,6 @@ def test_a_decoder_of_classes_draws_some_of_each(workdirs, tmp_path):
     command = [sys.executable, "tools/draw_tasks.py", f"--decoder={workdirs.classes}", f"--output={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["classes.png"]
+    (path,) = tmp_path.iterdir()
+    assert path.name == "classes.png"
+    assert images.read_metadata(path.read_bytes())["task"] == "classes"

@@ -145,6 +145,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.accumulate = 1
     config.eval_batch_size = 64 if small else run["batch_size"]
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.compiler_options = ""  # of XLA's compiler, for the training step: "xla_name=value,xla_name=value"
     config.topology = (
         "" if small else "v5e-16"
     )  # what mesh and batch were chosen for; read by tools/compile_ahead.py alone

@@ -27,7 +27,7 @@ from imagegpt_jax.config import Config
 from imagegpt_jax.generate import prefill, prepare, step
 from imagegpt_jax.models import gpt
 from imagegpt_jax.sampling.prepare import score
-from imagegpt_jax.steps import Steps
+from imagegpt_jax.steps import Steps, compiler_options, options_told
 
 COMPUTE_BYTES = 2  # of parameters and activations on the way: bf16
 
@@ -205,25 +205,28 @@ class Plan:
         }
 
     def compile(
-        self, program: Program, options: Mapping[str, str] | None = None, effort: float = 0.0
+        self, program: Program, options: Mapping[str, str | bool] | None = None, effort: float = 0.0
     ) -> tuple[dict[str, Any], str]:
         """Compiles a program.
 
         Args:
           program: one of `programs`.
-          options: options of the TPU compiler.
+          options: options of the TPU compiler, besides those of the config (which are the training step's).
           effort: that it makes for the speed of the program, -1 to 1; programs of many convolutions compile in a tenth
             of the time with -1.
 
         Returns:
           (report: JSON values, see docs/scale.md; text of the optimized HLO)
         """
+        training = program.name not in ("prefill", "decode")
+        options = {**(compiler_options(self.config.compiler_options, "tpu") if training else {}), **(options or {})}
         started = time.perf_counter()
         with jax.set_mesh(self.mesh):
             lowered = program.lower()
         traced, worked = time.perf_counter(), time.process_time()
         try:
-            compiled = lowered.compile({"exec_time_optimization_effort": effort, **(options or {})})
+            with options_told(options):
+                compiled = lowered.compile({"exec_time_optimization_effort": effort, **options})
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" in str(e):
                 raise OutOfMemory(str(e).splitlines()[0]) from e
@@ -231,7 +234,7 @@ class Plan:
         done, worked = time.perf_counter(), time.process_time() - worked
         memory, text = compiled.memory_analysis(), compiled.as_text()
         chip, devices = self.topology.chip, self.topology.chips
-        moved, training = collectives.count(text), program.name not in ("prefill", "decode")
+        moved = collectives.count(text)
         bound = self.bound() if training else {}
         flops = program.model_flops / devices
         sent = sum(total.bytes for total in moved.values())
@@ -273,7 +276,7 @@ class Plan:
             "roofline_estimate_seconds": {name: round(value, 6) for name, value in estimate.items()},
             "roofline_estimate_mfu": round(estimate["compute"] / max(max(estimate.values()), 1e-12), 4),
             "host_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "compiler_options": dict(options or {}),
+            "compiler_options": options,
             "compiler_effort": effort,
             "versions": versions(),
         }

@@ -23,22 +23,30 @@ CONFIG_AXES = ("data", "fsdp", "tensor")
 FSDP = ("fsdp", "fsdp_minor")
 MESH_AXES = ("data", *FSDP, "tensor")
 
-# Logical axis -> mesh axes. An axis that is not here is not sharded.
+# Logical axis of a parameter -> mesh axes. An axis that is not here is not sharded. `fsdp` cuts one of the dimensions
+# that may be (`spec_for`).
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", *FSDP),
     "embed": FSDP,
+    "mlp": ("tensor", *FSDP),
+    "heads": ("tensor", *FSDP),
+    "kv_heads": ("tensor", *FSDP),
+    "vocab": ("tensor", *FSDP),
+    "codebook": ("tensor", *FSDP),
+    "conv_in": FSDP,
+    "conv_out": FSDP,  # where `conv_in` does not divide
+}
+# Rows of a tile of a TPU's memory in bfloat16: the compiler fills up gradients of others when it scatters them.
+TILE = 16
+# The same of activations: their `embed`, for one, is whole on every device.
+ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", *FSDP),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "residual": ("tensor",),  # columns of the stream between blocks, which a backward pass finds saved
     "vocab": ("tensor",),
-    "codebook": ("tensor", *FSDP),
     "codes": ("tensor",),  # of the codebook in use: gathered over `fsdp`
-    "conv_in": FSDP,
-    "conv_out": FSDP,  # where `conv_in` does not divide
 }
-# Of activations only these are sharded: `embed` of an activation is whole on every device.
-ACTIVATION_AXES = ("batch", "residual", "mlp", "heads", "kv_heads", "vocab", "codes")
 
 
 def mesh_shape(shape: Mapping[str, int], count: int) -> dict[str, int]:
@@ -98,17 +106,17 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 def batch_axes(mesh: Any) -> tuple[str, ...]:
     """The mesh axes that cut a batch and are the compiler's: within a `shard_map` over them there are none."""
-    return _auto(RULES["batch"], mesh)
+    return _auto(ACTIVATION_RULES["batch"], mesh)
 
 
 def residual_axes(mesh: Any) -> tuple[str, ...]:
     """The mesh axes of more than one device that cut the columns of a stream and are the compiler's."""
-    return tuple(n for n in _auto(RULES["residual"], mesh) if mesh.shape[n] > 1)
+    return tuple(n for n in _auto(ACTIVATION_RULES["residual"], mesh) if mesh.shape[n] > 1)
 
 
 def batch_shards(mesh: Any) -> int:
     """Into how many parts a batch is cut."""
-    return _parts(RULES["batch"], mesh)
+    return _parts(ACTIVATION_RULES["batch"], mesh)
 
 
 def cuts_parameters(mesh: Any) -> bool:
@@ -171,13 +179,15 @@ def _auto(names: Sequence[str], mesh: Any) -> tuple[str, ...]:
 def spec_for(shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Any) -> P:
     """The PartitionSpec of a parameter with logical `axes` (without the stacked layers' axis).
 
-    A mesh axis that does not divide the dimension its rule names is left out there; parts of `fsdp` that are left over
-    go to the largest dimension that they divide.
+    A mesh axis that does not divide the dimension its rule names is left out there. Of dimensions that `fsdp` may cut,
+    it cuts the one that divides best, into whole tiles if there is one, and of equal ones the first; parts of `fsdp`
+    that are left over go to the largest dimension that they divide.
     """
     axes = tuple(axes or ())
     spec: list[tuple[str, ...]] = [()] * len(shape)
     first = len(shape) - len(axes)
     rest = list(shape)  # of each dimension, what a device holds
+    named = {dim: RULES.get(axis or "", ()) for dim, axis in enumerate(axes, first)}
 
     def cut(dim: int, name: str) -> bool:
         parts = mesh.shape.get(name, 1)
@@ -186,12 +196,21 @@ def spec_for(shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Any)
         spec[dim], rest[dim] = (*spec[dim], name), rest[dim] // parts
         return True
 
-    for dim, axis in enumerate(axes, first):
-        for name in RULES.get(axis or "", ()):
-            cut(dim, name)
-    for name in FSDP:
-        if any(name in RULES.get(axis or "", ()) for axis in axes):
-            any(cut(dim, name) for dim in sorted(range(first, len(shape)), key=lambda d: -rest[d]))
+    def fit(dim: int) -> tuple[int, int]:
+        """How many axes of `fsdp` divide what is left of a dimension, and after how many it is still of whole tiles."""
+        size, divide, whole = rest[dim], 0, 0
+        for parts in (mesh.shape.get(name, 1) for name in FSDP):
+            if size % parts == 0:
+                size, divide = size // parts, divide + 1
+                whole += size % TILE == 0
+        return divide, whole
+
+    for dim, names in named.items():
+        if "tensor" in names:
+            cut(dim, "tensor")
+    ours = sorted((dim for dim, names in named.items() if set(FSDP) & set(names)), key=fit, reverse=True)
+    for name in FSDP if ours else ():
+        any(cut(dim, name) for dim in (*ours, *sorted(named, key=lambda dim: -rest[dim])))
     return P(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in spec))
 
 
@@ -269,7 +288,7 @@ def platform() -> str:
 
 def activation_spec(axes: Sequence[str | None], mesh: Any) -> P:
     """The PartitionSpec of an activation with logical `axes`, as far as the compiler has the say."""
-    return P(*(_auto(RULES[a], mesh) or None if a in ACTIVATION_AXES else None for a in axes))
+    return P(*(_auto(ACTIVATION_RULES.get(a or "", ()), mesh) or None for a in axes))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
@@ -287,7 +306,7 @@ def _given_up(axis: str | None) -> tuple[str, ...]:
     """The mesh axes of an activation's logical one that the compiler gave up: a `shard_map` over them is traced."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    names = RULES[axis] if axis in ACTIVATION_AXES else ()
+    names = ACTIVATION_RULES.get(axis or "", ())
     return tuple(n for n in names if kinds.get(n) == AxisType.Manual and mesh.shape[n] > 1)
 
 
@@ -334,9 +353,9 @@ def sum_to_own_columns(x: jax.Array) -> jax.Array:
 
 
 def axis_parts(axis: str) -> int:
-    """Into how many parts the mesh in force cuts a logical axis."""
+    """Into how many parts the mesh in force cuts a logical axis of activations."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _parts(RULES[axis], mesh)
+    return 1 if mesh.empty else _parts(ACTIVATION_RULES[axis], mesh)
 
 
 def map_shards(
@@ -380,7 +399,7 @@ def map_rows(function: Callable[..., Any], cut: Sequence[bool]) -> Callable[...,
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How a batch lies on the mesh: rows over `data` x `fsdp`."""
-    return NamedSharding(mesh, P(RULES["batch"]))
+    return NamedSharding(mesh, P(ACTIVATION_RULES["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

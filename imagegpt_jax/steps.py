@@ -1,7 +1,9 @@
 """The compiled steps of a training."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -10,8 +12,42 @@ import jax.numpy as jnp
 
 from imagegpt_jax import guard, metrics, sharding
 from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
 
 Totals = dict[str, Any]
+
+
+def compiler_options(text: str, platform: str) -> dict[str, str | bool]:
+    """Options of XLA's compiler from `config.compiler_options`, such as "xla_tpu_x=false,xla_y=3".
+
+    Those of another platform (`xla_tpu_`, `xla_gpu_`, `xla_cpu_`) are left out, so that one config runs everywhere.
+
+    Args:
+      text: "name=value,name=value"; empty for none.
+      platform: that is compiled for, such as "tpu".
+
+    Raises:
+      UserError: if the text is not of that form.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    for name, equals, value in pairs:
+        if not (name.startswith("xla_") and equals and value):
+            raise UserError(f"compiler_options={text!r} is not of the form xla_name=value,xla_name=value.")
+    others = tuple(f"xla_{other}_" for other in {"cpu", "gpu", "tpu"} - {platform})
+    kept = {name: value for name, _, value in pairs if not name.startswith(others)}
+    return {name: {"true": True, "false": False}.get(value, value) for name, value in kept.items()}
+
+
+@contextlib.contextmanager
+def options_told(options: Mapping[str, str | bool]) -> Iterator[None]:
+    """Turns the compiler's complaint about an option, unknown or of another kind, into a UserError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if not any(name in str(e) for name in options):
+            raise
+        text = ",".join(f"{name}={value}" for name, value in options.items())
+        raise UserError(f"the compiler refuses an option of {text!r}: {str(e).splitlines()[0]}") from e
 
 
 class Steps:
@@ -24,11 +60,16 @@ class Steps:
       setup: its static part.
       mesh: the devices.
       layout: shardings of the state.
+
+    Raises:
+      UserError: for `config.compiler_options` that are not of their form; where a step is first called, for one that
+        the compiler refuses.
     """
 
     def __init__(self, task: ModuleType, setup: Any, mesh: jax.sharding.Mesh, layout: state_lib.TrainState):
         self._task, self._setup = task, setup
         self._layout, self._whole = layout, sharding.replicated(mesh)
+        self._options = compiler_options(setup.config.compiler_options, mesh.devices.flat[0].platform)
         self._shapes: dict[str, Any] = {}
         self._flops: dict[str, float] = {}
         self.compiled: dict[str, Any] = {}
@@ -70,11 +111,16 @@ class Steps:
         """Runs one step; the state and the totals given in are donated."""
         if phase not in self.compiled:
             self.compiled[phase] = self._jit(phase)
+            with options_told(self._options):
+                return self.compiled[phase](state, totals, batch)
         return self.compiled[phase](state, totals, batch)
 
     def _jit(self, phase: str) -> Any:
         return jax.jit(
-            functools.partial(self._step, phase), donate_argnums=(0, 1), out_shardings=(self._layout, self._whole)
+            functools.partial(self._step, phase),
+            donate_argnums=(0, 1),
+            out_shardings=(self._layout, self._whole),
+            compiler_options=self._options or None,
         )
 
     def lower(self, phase: str, state: state_lib.TrainState, batch: Any) -> Any:

@@ -39,7 +39,8 @@ def test_specs_follow_the_rules_and_leave_what_does_not_divide():
     assert sharding.spec_for((6, 16), ("embed", "mlp"), mesh) == P(None, ("tensor", "fsdp"))  # 6 does not divide by 4
     assert sharding.spec_for((6, 6), ("embed", "mlp"), mesh) == P(None, "tensor")
     assert sharding.spec_for((5,), None, mesh) == P(None)
-    assert sharding.spec_for((8, 8), ("mlp", "vocab"), mesh) == P("tensor", None)  # one mesh axis is used once
+    assert sharding.spec_for((8, 8), ("mlp", "embed"), mesh) == P(("tensor", "fsdp"), None)  # rows first, each once
+    assert sharding.spec_for((4, 8), ("vocab", "embed"), mesh) == P("tensor", "fsdp")  # 4 / 2 does not divide by 4
 
 
 def test_sizes_that_do_not_fit_are_named():
@@ -116,7 +117,18 @@ def test_fsdp_takes_whole_axes_of_the_torus_where_it_can():
 def test_what_is_left_of_fsdp_goes_to_another_dimension():
     mesh = jax.sharding.AbstractMesh((1, 16, 16, 1), sharding.MESH_AXES)
     assert sharding.spec_for((24, 3072, 8704), ("embed", "mlp"), mesh) == P(None, ("fsdp", "fsdp_minor"), None)
-    assert sharding.spec_for((24, 3200, 8704), ("embed", "mlp"), mesh) == P(None, "fsdp", "fsdp_minor")  # 3200 / 256
+    assert sharding.spec_for((24, 3200, 8720), ("embed", "mlp"), mesh) == P(None, "fsdp", "fsdp_minor")  # 3200 / 256
+
+
+def test_fsdp_cuts_the_dimension_whose_parts_are_whole_tiles():
+    mesh = jax.sharding.AbstractMesh((1, 32, 8, 1), sharding.MESH_AXES)
+    both = ("fsdp", "fsdp_minor")
+    assert sharding.spec_for((24, 1280, 3584), ("embed", "mlp"), mesh) == P(None, None, both)  # 40 rows, 112 columns
+    assert sharding.spec_for((24, 3584, 1280), ("mlp", "embed"), mesh) == P(None, both, None)
+    assert sharding.spec_for((24, 5120, 13824), ("embed", "mlp"), mesh) == P(None, both, None)  # 160, 432: the first
+    mesh = jax.sharding.AbstractMesh((1, 8, 8, 4), sharding.MESH_AXES)
+    down = sharding.spec_for((24, 13824, 5120), ("mlp", "embed"), mesh)
+    assert down == P(None, "tensor", both)  # 13824 / 4 / 8 / 8 = 54, 5120 / 8 / 8 = 80
 
 
 def test_factored_moments_are_cut_along_the_dimensions_that_they_have():

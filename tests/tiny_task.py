@@ -33,6 +33,7 @@ def make_config(**changes):
             "batch_size": 4,
             "eval_batch_size": 4,
             "accumulate": 1,
+            "compiler_options": "",
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "data": {"quarantine": {"max_share": 0.1, "accept": ()}},
             "log_every": 1,

@@ -25,7 +25,7 @@ SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices; `data` spans 
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Global batch; 0 = the config's, rounded up to the devices.")
 PROGRAMS = flags.DEFINE_list("programs", [], "Which to compile: train, prefill, decode; default all.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file of one object per program.")
-XLA = flags.DEFINE_list("xla", [], "Options of the TPU compiler to try: name=value,name=value.")
+XLA = flags.DEFINE_string("xla", "", "Options of the TPU compiler to try besides the config's: name=value,name=value.")
 EFFORT = flags.DEFINE_float(
     "effort",
     0.0,
@@ -76,6 +76,7 @@ def main() -> None:
     """Compiles what the flags describe."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device, and must not take one
     from imagegpt_jax import ahead, hardware
+    from imagegpt_jax.steps import compiler_options
 
     config = CONFIG.value
     if not (TOPOLOGY.value or config.topology):
@@ -86,9 +87,7 @@ def main() -> None:
     for name in PROGRAMS.value:
         if name not in programs:
             raise cli.UserError(f"unknown program {name!r}.{cli.suggest(name, programs)}")
-    if any("=" not in option for option in XLA.value):
-        raise cli.UserError(f"--xla={','.join(XLA.value)} is not of the form name=value,name=value.")
-    options = dict(option.split("=", 1) for option in XLA.value)
+    options = compiler_options(XLA.value, "tpu")
     reports = []
     for name in PROGRAMS.value or programs:
         report, text = plan.compile(programs[name], options, EFFORT.value)

@@ -93,7 +93,8 @@ class Search:
     def _crossing(self, batches: list[int], remat: str) -> int:
         """Where the line through the peaks of two batches meets the limit."""
         (low, high), (one, two) = batches, (self.peak(b, remat) for b in batches)
-        assert one is not None and two is not None
+        assert one is not None
+        assert two is not None
         return int(low + (self.limit - one) * (high - low) / (two - one)) if two > one else 8 * high
 
 

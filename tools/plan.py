@@ -5,13 +5,13 @@ Every answer is a compilation by the TPU compiler (`tools/compile_ahead.py`), ne
   python tools/plan.py --config=configs/decoder.py:size=3B --topology=v5e-256
 """
 
-import itertools
 import json
 import os
 import pathlib
 import sys
 from typing import Any
 
+import plan_search
 from absl import flags
 
 from imagegpt_jax import cli
@@ -68,34 +68,8 @@ class Search:
         return peak is not None and peak <= self.limit
 
     def largest(self, remat: str) -> int:
-        """The largest batch a device at a remat; 0 if not even one example fits.
-
-        A straight line through two peaks says where to look. Small batches may peak where the batch does not matter,
-        so no guess is more than eight times a batch that fits; every third one halves what is left.
-        """
-        if not self.fits(1, remat):
-            return 0
-        fits, over = [1], 0
-        for count in itertools.count():
-            if over and over - fits[-1] == 1:
-                break
-            known = [*fits, over] if over and self.peak(over, remat) is not None else fits
-            guess = self._crossing(known[-2:], remat) if len(known) > 1 else 2
-            if over and (guess >= over or count % 3 == 2):
-                guess = (fits[-1] + over) // 2
-            guess = max(fits[-1] + 1, guess if over else min(guess, 8 * fits[-1]))
-            if self.fits(guess, remat):
-                fits.append(guess)
-            else:
-                over = guess
-        return fits[-1]
-
-    def _crossing(self, batches: list[int], remat: str) -> int:
-        """Where the line through the peaks of two batches meets the limit."""
-        (low, high), (one, two) = batches, (self.peak(b, remat) for b in batches)
-        assert one is not None
-        assert two is not None
-        return int(low + (self.limit - one) * (high - low) / (two - one)) if two > one else 8 * high
+        """The largest batch a device at a remat; 0 if not even one example fits."""
+        return plan_search.largest(lambda per_device: self.peak(per_device, remat), self.limit)
 
 
 def remats(config: Any) -> tuple[Any, ...]:

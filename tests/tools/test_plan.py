@@ -1,39 +1,10 @@
-import importlib.util
+import functools
 import pathlib
-import sys
-import types
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT = 900
-
-
-@pytest.fixture
-def tool():
-    from absl import flags
-
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "tools" / "plan.py")
-    sys.modules["plan"] = module = importlib.util.module_from_spec(spec)  # where absl looks who defines a flag
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["plan"]
-    for flag in list(flags.FLAGS.flags_by_module_dict()["plan"]):
-        delattr(flags.FLAGS, flag.name)
-
-
-def search(tool, peak):
-    """A search whose compiler is a function of batch and remat."""
-    config = types.SimpleNamespace(mesh={"data": 1, "fsdp": -1, "tensor": 1}, accumulate=1)
-    chip = types.SimpleNamespace(hbm_bytes=LIMIT)
-    found = tool.Search(config, types.SimpleNamespace(chip=chip, chips=4), 1.0)
-
-    def compiled(per_device, remat):
-        found.tried[per_device, remat] = peak(per_device)
-        return peak(per_device)
-
-    found.peak = compiled
-    return found
 
 
 @pytest.mark.parametrize(
@@ -48,8 +19,17 @@ def search(tool, peak):
         (lambda b: None, 0, 1),
     ],
 )
-def test_the_largest_batch_is_found_in_few_compilations_and_the_next_was_tried(tool, peak, largest, most):
-    found = search(tool, peak)
-    assert found.largest("full") == largest
-    assert (largest + 1, "full") in found.tried
-    assert len(found.tried) <= most
+def test_the_largest_batch_is_found_in_few_looks_and_the_next_was_looked_at(monkeypatch, peak, largest, most):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import plan_search
+
+    looked = {}
+
+    @functools.cache
+    def recorded(batch):
+        looked[batch] = peak(batch)
+        return looked[batch]
+
+    assert plan_search.largest(recorded, LIMIT) == largest
+    assert largest + 1 in looked
+    assert len(looked) <= most

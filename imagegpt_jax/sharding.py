@@ -23,6 +23,8 @@ CONFIG_AXES = ("data", "fsdp", "tensor")
 FSDP = ("fsdp", "fsdp_minor")
 MESH_AXES = ("data", *FSDP, "tensor")
 
+# Rows of a tile of a TPU's memory in bfloat16: the compiler fills up gradients of others when it scatters them.
+TILE = 16
 # Logical axis of a parameter -> mesh axes. An axis that is not here is not sharded. `fsdp` cuts one of the dimensions
 # that may be (`spec_for`).
 RULES: dict[str, tuple[str, ...]] = {
@@ -33,11 +35,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor", *FSDP),
     "codebook": ("tensor", *FSDP),
     "conv_in": FSDP,
-    "conv_out": FSDP,  # where `conv_in` does not divide
+    "conv_out": FSDP,  # where it divides better than `conv_in`
 }
-# Rows of a tile of a TPU's memory in bfloat16: the compiler fills up gradients of others when it scatters them.
-TILE = 16
-# The same of activations: their `embed`, for one, is whole on every device.
+# Logical axis of an activation -> mesh axes. Its `embed`, for one, is whole on every device.
 ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", *FSDP),
     "mlp": ("tensor",),

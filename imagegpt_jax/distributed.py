@@ -1,6 +1,7 @@
 """One program in many processes: they find each other, agree before anything is written, and fail together.
 
-In a process that runs alone (`cluster.find`), every function here does nothing. `jax.distributed` lets a process whose
+In a process that runs alone (`cluster.find`), functions here do nothing, but that `initialize` settles how memory is
+handed out (`host_memory.py`). `jax.distributed` lets a process whose
 peer failed wait in a collective, or ends it by an abort that names no cause; so the one that fails leaves the cause
 with the coordinator, where the others look for it.
 
@@ -22,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from imagegpt_jax import last_words
+from imagegpt_jax import host_memory, last_words
 from imagegpt_jax.cli import EXIT_FAILURE, UserError
 from imagegpt_jax.cluster import INDEX, Cluster, find, first_line, start_seconds
 from imagegpt_jax.watchdog import EXIT_HANG, Watchdog, silence_seconds
@@ -153,7 +154,7 @@ _alone: Watchdog | None = None
 
 
 def initialize(preemptible: bool = False) -> None:
-    """Joins the other processes, if there are any; before anything touches a device.
+    """Joins the other processes, if there are any, and keeps host memory; before anything touches a device.
 
     Processes other than the first are silent from here on, except when they fail.
 
@@ -164,6 +165,7 @@ def initialize(preemptible: bool = False) -> None:
       UserError: if the others are not found within IMAGEGPT_JAX_START_SECONDS.
     """
     global _group
+    host_memory.keep()
     cluster = find()
     if cluster is None or _group is not None:
         return

@@ -1,11 +1,12 @@
 """Measures this program beside PyTorch on this machine's CPU.
 
-  python tools/benchmark.py train --output=benchmark.json      # about a quarter of an hour
+  python tools/benchmark.py train --output=benchmark.json      # about twenty minutes
   python tools/benchmark.py sample --output=sampling.json      # about half an hour
   python tools/benchmark.py train --ours_only --workloads=decoder
 
 `train` times whole training steps in float32: forward, backward, clipping and optimizer. PyTorch's networks are those
-of `transformers` (`pip install -e '.[parity]'`). Each reading is a process of its own, ours and PyTorch's by turns:
+of `transformers` (`pip install -e '.[parity]'`). Each reading is a process of its own, by turns: ours, ours without
+`host_memory.py`, and PyTorch's:
 
     decoder     LlamaGen-B on 4 x 256 codes of 16384, all scored; beside LlamaForCausalLM
     tokenizer   LlamaGen's VQ-16 at 128 px, batch 2, without perceptual and adversarial loss; beside JanusVQVAE
@@ -33,7 +34,7 @@ import benchmark_workloads as workloads
 import marked
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, host_memory
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the figures to this JSON file as well.")
 PAGE = flags.DEFINE_string("page", None, "Also put the table into this page: docs/training.md or docs/sampling.md.")
@@ -46,10 +47,15 @@ SECONDS = flags.DEFINE_float(
 REPEATS = flags.DEFINE_integer("repeats", 3, "Processes of each side.", lower_bound=1)
 SIZE = flags.DEFINE_enum("size", "full", workloads.SIZES, "full, or tiny for tests.")
 WORKLOADS = flags.DEFINE_list("workloads", list(workloads.WORKLOADS), "Which `train` times: decoder, tokenizer.")
-OURS_ONLY = flags.DEFINE_boolean("ours_only", False, "Leave PyTorch out.")
+OURS_ONLY = flags.DEFINE_boolean("ours_only", False, "Time our step alone, as it comes.")
 
-SCRIPTS = {"ours": "benchmark_jax.py", "torch": "benchmark_torch.py"}
-SIDES = {"ours": "imagegpt_jax", "torch": "transformers, PyTorch"}
+SCRIPTS = {"ours": "benchmark_jax.py", "returning": "benchmark_jax.py", "torch": "benchmark_torch.py"}
+SIDES = {
+    "ours": "imagegpt_jax",
+    "returning": "the same, memory returned to the system",
+    "torch": "transformers, PyTorch",
+}
+VARIABLES = {"returning": {host_memory.KEEP: "0"}}
 UNITS = {"decoder": "tokens", "tokenizer": "images"}
 BUSY = 0.5  # load average above which other programs are said to be running
 
@@ -64,13 +70,13 @@ def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, s
     """What the readings of one workload come to.
 
     Args:
-      readings: side ("ours", and "torch" where it ran) -> what each of its processes printed.
+      readings: side ("ours", and "returning" and "torch" where they ran) -> what each of its processes printed.
       units: tokens or images of a step.
       side: of the matrices whose product was timed.
 
     Returns:
-      {"model_flops", "gemm_flops_per_second" of the machine, "ours", "torch", "ratio" of the rates, "ratios" of each
-      pair of processes}; for each side its parameters, medians, rates and readings.
+      {"model_flops", "gemm_flops_per_second" of the machine, an entry for each side, "ratio" of the rates, "ratios"
+      of each pair of processes}; for each side its parameters, medians, rates and readings.
     """
     flops = readings["ours"][0]["model_flops"]
     sides: dict[str, Any] = {}
@@ -139,7 +145,8 @@ def run_worker(name: str, workload: str) -> dict[str, Any]:
     """
     script = str(pathlib.Path(__file__).with_name(SCRIPTS[name]))
     command = [sys.executable, script, f"--workload={workload}", f"--size={SIZE.value}", f"--seconds={SECONDS.value}"]
-    done = subprocess.run(command, cwd=workloads.ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **VARIABLES.get(name, {})}
+    done = subprocess.run(command, cwd=workloads.ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         raise cli.UserError(f"{SCRIPTS[name]} failed with exit status {done.returncode}: see its last words above.")

@@ -15,7 +15,7 @@ import benchmark_workloads as workloads
 import numpy as np
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, host_memory
 
 WORKLOAD = flags.DEFINE_enum("workload", "decoder", workloads.WORKLOADS, "What to time.")
 SIZE = flags.DEFINE_enum("size", "full", workloads.SIZES, "full, or tiny for tests.")
@@ -80,6 +80,7 @@ def gemm_seconds(side: int) -> list[float]:
 
 def main() -> None:
     """Times the workload that the flags name."""
+    host_memory.keep()
     config = workloads.make_config(WORKLOAD.value, SIZE.value)
     call, facts = make_step(config)
     gemm = gemm_seconds(workloads.GEMM_SIDE[SIZE.value])

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from imagegpt_jax import host_memory
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -71,6 +73,23 @@ def test_table(tool, readings):
     assert ours == "| decoder | imagegpt_jax | 0.0 | 2.500 | 400 tokens/s | 2 | 20% |"
     assert torch.endswith("| 10% |")
     assert ratio == ("decoder: 4.0 GFLOP a step, GEMM 8 GFLOP/s; ours / PyTorch 2.00 (from 2.00 to 2.00 pair by pair).")
+
+
+def test_every_side_has_its_process(tool, monkeypatch):
+    from absl import flags
+
+    ran = []
+
+    def record(command, env, **_):
+        ran.append((command[1].rpartition("/")[2], env.get(host_memory.KEEP)))
+        return subprocess.CompletedProcess(command, 0, "{}", "")
+
+    monkeypatch.setattr(tool.subprocess, "run", record)
+    monkeypatch.delenv(host_memory.KEEP, raising=False)
+    flags.FLAGS(["benchmark"])
+    for name in tool.SIDES:
+        assert tool.run_worker(name, "decoder") == {}
+    assert ran == [("benchmark_jax.py", None), ("benchmark_jax.py", "0"), ("benchmark_torch.py", None)]
 
 
 def test_without_torch_there_is_no_ratio(tool, readings):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -47,9 +48,9 @@ def test_pages_are_kept(how):
 @glibc
 @pytest.mark.parametrize(("how", "variables"), [("leave", {}), ("join", {host_memory.KEEP: "0"})])
 def test_pages_are_not_kept_otherwise(how, variables):
-    with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
-        if "[always]" in file.read():
-            pytest.skip("pages are huge here, and few")
+    huge = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if huge.exists() and "[always]" in huge.read_text():
+        pytest.skip("pages are huge here, and few")
     assert missing(how, **variables) > 0.5
 
 

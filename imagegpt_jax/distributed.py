@@ -1,9 +1,8 @@
 """One program in many processes: they find each other, agree before anything is written, and fail together.
 
 In a process that runs alone (`cluster.find`), functions here do nothing, but that `initialize` settles how memory is
-handed out (`host_memory.py`). `jax.distributed` lets a process whose
-peer failed wait in a collective, or ends it by an abort that names no cause; so the one that fails leaves the cause
-with the coordinator, where the others look for it.
+handed out (`host_memory.py`). `jax.distributed` lets a process whose peer failed wait in a collective, or ends it by an
+abort that names no cause; so the one that fails leaves the cause with the coordinator, where the others look for it.
 
 IMAGEGPT_JAX_START_SECONDS is how long to wait for all processes at the start; `watchdog.py` has further settings.
 """

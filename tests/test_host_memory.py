@@ -29,9 +29,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def missing(how: str, **variables: str) -> float:
     """Share of the pages of the working memory that three runs find missing."""
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "XLA_", host_memory.KEEP))
-    }
+    settings = ("MALLOC_", "GLIBC_", "XLA_", host_memory.KEEP)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(settings)}
     environment |= {"JAX_PLATFORMS": "cpu", **variables}
     ran = subprocess.run([sys.executable, "-c", PROGRAM, how], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

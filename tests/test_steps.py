@@ -1,6 +1,7 @@
 import functools
 import importlib.util
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from imagegpt_jax import sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import sibling
 from imagegpt_jax.steps import Steps, compiler_options
+from imagegpt_jax.tasks import decoder
 
 _spec = importlib.util.spec_from_file_location("tiny_task", pathlib.Path(__file__).with_name("tiny_task.py"))
 tiny = importlib.util.module_from_spec(_spec)
@@ -48,3 +51,19 @@ def test_options_reach_the_compiler_of_the_step(tmp_path):
     for bad in ("xla_cpu_no_such_option=1", "xla_cpu_enable_fast_math=maybe"):
         with pytest.raises(UserError, match=f"refuses .*{bad}"):
             _loss(bad)
+
+
+def test_on_cpu_the_step_copies_nothing_of_the_optimizers_state():
+    config = sibling("configs/decoder.py", "decoder.py").get_config("size=test")
+    copied = {}
+    for options in (config.compiler_options, ""):
+        config.compiler_options = options
+        setup, mesh = decoder.setup_abstract(config), sharding.make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            make = functools.partial(decoder.init_state, setup)
+            state, layout = state_lib.init_sharded(make, setup.networks, mesh, config.seed)
+            batch = sharding.put_batch(setup.layout.pack(None, None, np.zeros((4, setup.layout.num_codes), int)), mesh)
+            compiled = Steps(decoder, setup, mesh, layout).lower("train", state, batch).compile()
+        copied[options] = re.findall(r"copy\(%state_opt__decoder\w*(?:mu|nu)__", compiled.as_text())
+    assert copied.pop("")
+    assert list(copied.values()) == [[]]

@@ -17,6 +17,8 @@ sampler, those of `transformers`, and the time to read weights and cache once a 
 Each process of `train` also times the product of two 4096 x 4096 matrices before and after its steps. The machine's
 rate is the better of the two libraries', and a step's share of it is model FLOPs / seconds / rate: products of three
 forward passes, causal attention counted once, nothing for the optimizer.
+
+A decoder's step has a floor besides (`benchmark_floor.py`).
 """
 
 import importlib.util
@@ -29,6 +31,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import benchmark_floor
 import benchmark_sampling
 import benchmark_workloads as workloads
 import marked
@@ -127,7 +130,8 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         f" {summary['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s{_ratio(summary)}"
         for workload, summary in summaries.items()
     ]
-    return "\n".join([*lines, "", ". ".join(rates) + "."])
+    floors = [benchmark_floor.text(workload, summary) for workload, summary in summaries.items() if "floor" in summary]
+    return "\n".join([*lines, "", " ".join([". ".join(rates) + ".", *floors])])
 
 
 def _ratio(summary: Mapping[str, Any]) -> str:
@@ -174,8 +178,12 @@ def train() -> None:
                 versions |= found[-1]["versions"]
                 seconds = statistics.median(found[-1]["seconds"])
                 print(f"{workload} {repeat + 1}/{REPEATS.value} {name}: {seconds:.3f} s a step", file=sys.stderr)
-        units = units_per_step(workload, workloads.make_config(workload, SIZE.value))
-        summaries[workload] = summarise(readings, units, workloads.GEMM_SIDE[SIZE.value])
+        config = workloads.make_config(workload, SIZE.value)
+        units = units_per_step(workload, config)
+        summary = summaries[workload] = summarise(readings, units, workloads.GEMM_SIDE[SIZE.value])
+        if workload == "decoder":
+            rate, numbers = summary["gemm_flops_per_second"], workloads.STREAM[SIZE.value]
+            summary["floor"] = benchmark_floor.floor(readings, rate, units, benchmark_floor.matrices(config), numbers)
     show(table(summaries))
     report(load, versions, {"workloads": summaries})
 

@@ -8,9 +8,11 @@ import importlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import benchmark_floor
 import benchmark_workloads as workloads
 import numpy as np
 from absl import flags
@@ -78,6 +80,39 @@ def gemm_seconds(side: int) -> list[float]:
     return workloads.timed(call, 0.0, fewest=5)["seconds"]
 
 
+def product_seconds(tokens: int, matrices: Sequence[tuple[int, int, int]]) -> list[float]:
+    """Seconds of each matrix's three products with `tokens` rows: forward, and the gradients of input and matrix.
+
+    The last in the faster of two ways: as it is written, and with x turned before.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def timed(product: Callable[..., Any], *arrays: Any) -> float:
+        jitted = jax.jit(product)
+        times = workloads.timed(lambda: jitted(*arrays).block_until_ready(), 0.0, fewest=9)
+        return statistics.median(times["seconds"])
+
+    found = []
+    for inputs, outputs, _ in matrices:
+        shapes = (tokens, inputs), (inputs, outputs), (tokens, outputs)
+        x, w, dy = (jax.random.normal(jax.random.key(i), shape, jnp.float32) for i, shape in enumerate(shapes))
+        turned = timed(lambda x, dy: jax.lax.optimization_barrier(x.T) @ dy, x, dy)
+        found += [timed(jnp.matmul, x, w), timed(lambda dy, w: dy @ w.T, dy, w)]
+        found.append(min(turned, timed(lambda x, dy: x.T @ dy, x, dy)))
+    return found
+
+
+def stream_seconds(numbers: int) -> float:
+    """Seconds of adding two float32 arrays into a third."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = (jnp.full(numbers, i, jnp.float32) for i in range(2))
+    add = jax.jit(jnp.add)
+    return statistics.median(workloads.timed(lambda: add(a, b).block_until_ready(), 0.0, fewest=9)["seconds"])
+
+
 def main() -> None:
     """Times the workload that the flags name."""
     host_memory.keep()
@@ -86,6 +121,10 @@ def main() -> None:
     gemm = gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
     found = workloads.timed(call, SECONDS.value)
     gemm += gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
+    if config.task == "decoder":
+        tokens = config.batch_size * config.data.grid[0] * config.data.grid[1]
+        found["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
+        found["stream_seconds"] = stream_seconds(workloads.STREAM[SIZE.value])
     losses = found.pop("results")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "imagegpt_jax")}
     print(json.dumps({**facts, **found, "losses": losses, "gemm_seconds": gemm, "versions": versions}))

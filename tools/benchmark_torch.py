@@ -6,9 +6,11 @@ python tools/benchmark_torch.py --workload=decoder --size=test --seconds=1
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import benchmark_floor
 import benchmark_workloads as workloads
 from absl import flags
 
@@ -113,16 +115,43 @@ def gemm_seconds(side: int) -> list[float]:
     return workloads.timed(call, 0.0, fewest=5)["seconds"]
 
 
+def product_seconds(tokens: int, matrices: Sequence[tuple[int, int, int]]) -> list[float]:
+    """Seconds of each matrix's three products with `tokens` rows: forward, and the gradients of input and matrix."""
+    import torch
+
+    def timed(a: Any, b: Any) -> float:
+        return statistics.median(workloads.timed(lambda: torch.mm(a, b), 0.0, fewest=9)["seconds"])
+
+    found = []
+    for inputs, outputs, _ in matrices:
+        x, w, dy = torch.randn(tokens, inputs), torch.randn(inputs, outputs), torch.randn(tokens, outputs)
+        found += [timed(x, w), timed(dy, w.T), timed(x.T, dy)]
+    return found
+
+
+def stream_seconds(numbers: int) -> float:
+    """Seconds of adding two float32 arrays into a third."""
+    import torch
+
+    a, b, c = torch.ones(3, numbers)
+    return statistics.median(workloads.timed(lambda: torch.add(a, b, out=c), 0.0, fewest=9)["seconds"])
+
+
 def main() -> None:
     """Times the workload that the flags name."""
     import torch
 
     # Tiny steps are for tests: threads that wait for each other on busy processors take seconds for each.
     torch.set_num_threads(workloads.cores() if SIZE.value == "full" else 1)
-    call, facts = make_step(workloads.make_config(WORKLOAD.value, SIZE.value))
+    config = workloads.make_config(WORKLOAD.value, SIZE.value)
+    call, facts = make_step(config)
     gemm = gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
     found = workloads.timed(call, SECONDS.value)
     gemm += gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
+    if config.task == "decoder":
+        tokens = config.batch_size * config.data.grid[0] * config.data.grid[1]
+        found["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
+        found["stream_seconds"] = stream_seconds(workloads.STREAM[SIZE.value])
     losses = found.pop("results")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     print(json.dumps({**facts, **found, "losses": losses, "gemm_seconds": gemm, "versions": versions}))

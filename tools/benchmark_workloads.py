@@ -16,6 +16,7 @@ WORKLOADS = ("decoder", "tokenizer")
 SIZES = ("full", "test")
 GEMM_SIDE = {"full": 4096, "test": 256}
 LR = 1e-4
+STREAM = {"full": 1 << 26, "test": 1 << 10}  # numbers in each of the arrays that the memory's rate is taken with
 
 
 def decoder_config(size: str) -> Any:

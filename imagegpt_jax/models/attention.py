@@ -136,11 +136,60 @@ def attend(
     kv_heads = k_BKSH.shape[1]
     q_BLKGH = q_BLNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) / math.sqrt(head_dim)
     q_BKGLH = q_BLKGH.transpose(0, 2, 3, 1, 4)
-    scores_BKGLS = jnp.einsum("bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=layers.wide(k_BKSH.dtype))
-    scores_BKGLS = jnp.where(mask_BLS[:, None, None], scores_BKGLS, MASKED)
-    weights_BKGLS = layers.dropout(jax.nn.softmax(scores_BKGLS, axis=-1), dropout, key)
-    y_BKGLH = jnp.einsum("bkgls,bksh->bkglh", weights_BKGLS.astype(v_BKSH.dtype), v_BKSH)
+    kept_BKGLS = None
+    if dropout and key is not None:
+        shape = (*q_BKGLH.shape[:-1], k_BKSH.shape[2])
+        kept_BKGLS = layers.dropout(jnp.ones(shape, layers.wide(k_BKSH.dtype)), dropout, key)
+    average: Any = _average
+    y_BKGLH = average(q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS)
     return y_BKGLH.transpose(0, 3, 1, 2, 4).reshape(q_BLNH.shape)
+
+
+@jax.custom_vjp
+def _average(
+    q_BKGLH: Float[Array, "B K G L H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    mask_BLS: Bool[Array, "B L S"],
+    kept_BKGLS: Float[Array, "B K G L S"] | None,
+) -> Float[Array, "B K G L H"]:
+    """softmax(q k^T) v with its gradient as FlashAttention has it (arXiv:2205.14135, appendix B.2): the softmax's takes
+    a sum over a head's dimensions, of the output, where autodiff takes one over the keys, of all scores.
+
+    `kept` multiplies the weights: 0 where dropped out, else 1 / (1 - rate).
+    """
+    return _average_forward(q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS)[0]
+
+
+def _average_forward(
+    q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BLS: jax.Array, kept_BKGLS: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    scores_BKGLS = jnp.einsum("bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=layers.wide(k_BKSH.dtype))
+    weights_BKGLS = jax.nn.softmax(jnp.where(mask_BLS[:, None, None], scores_BKGLS, MASKED), axis=-1)
+    left_BKGLS = _drop(weights_BKGLS, kept_BKGLS).astype(v_BKSH.dtype)
+    y_BKGLH = jnp.einsum("bkgls,bksh->bkglh", left_BKGLS, v_BKSH)
+    return y_BKGLH, (q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS, weights_BKGLS, y_BKGLH)
+
+
+def _average_backward(saved: Any, dy_BKGLH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS, weights_BKGLS, y_BKGLH = saved
+    kind = weights_BKGLS.dtype
+    left_BKGLS = _drop(weights_BKGLS, kept_BKGLS).astype(dy_BKGLH.dtype)
+    dv_BKSH = jnp.einsum("bkgls,bkglh->bksh", left_BKGLS, dy_BKGLH)
+    dweights_BKGLS = jnp.einsum("bkglh,bksh->bkgls", dy_BKGLH, v_BKSH, preferred_element_type=kind)
+    mean_BKGL1 = jnp.sum(dy_BKGLH.astype(kind) * y_BKGLH.astype(kind), axis=-1, keepdims=True)
+    dscores_BKGLS = weights_BKGLS * (_drop(dweights_BKGLS, kept_BKGLS) - mean_BKGL1)
+    # Weights are 0 where the mask is, but for a row that sees nothing: its scores are constants.
+    dscores_BKGLS = jnp.where(mask_BLS[:, None, None], dscores_BKGLS, 0).astype(k_BKSH.dtype)
+    dq_BKGLH = jnp.einsum("bkgls,bksh->bkglh", dscores_BKGLS, k_BKSH)
+    return dq_BKGLH, jnp.einsum("bkgls,bkglh->bksh", dscores_BKGLS, q_BKGLH), dv_BKSH, None, None
+
+
+_average.defvjp(_average_forward, _average_backward)
+
+
+def _drop(weights_BKGLS: jax.Array, kept_BKGLS: jax.Array | None) -> jax.Array:
+    return weights_BKGLS if kept_BKGLS is None else weights_BKGLS * kept_BKGLS
 
 
 def attend_causally(

@@ -68,6 +68,26 @@ def fan_in_std(d_in: int) -> float:
     return 1.0 / math.sqrt(d_in)
 
 
+@jax.custom_vjp
+def _product_on_cpu(x_MD: Float[Array, "M D"], weight_DF: Float[Array, "D F"]) -> Float[Array, "M F"]:
+    """`x W`, whose weight's gradient turns x before it multiplies: XLA's CPU backend leaves products along two first
+    dimensions to a slower library. Products that share x share the turned one."""
+    return x_MD @ weight_DF
+
+
+def _product_forward(x_MD: jax.Array, weight_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x_MD @ weight_DF, (x_MD, weight_DF)
+
+
+def _product_backward(saved: tuple[jax.Array, jax.Array], dy_MF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_MD, weight_DF = saved
+    x_DM = jax.lax.optimization_barrier(x_MD.T)  # else the compiler puts the turn back into the product
+    return dy_MF @ weight_DF.T, x_DM @ dy_MF
+
+
+_product_on_cpu.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nnx.Module):
     """`y = x W (+ b)` over the last axis, with W stored as [in, out]."""
 
@@ -96,7 +116,8 @@ class Linear(nnx.Module):
         if sharding.platform() == "cpu":
             # As one matrix: else the weight's gradient, a sum over two dimensions, is copied before it is multiplied,
             # which costs a third of a SwiGLU's time.
-            y = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
+            product: Any = _product_on_cpu
+            y = product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
         else:
             y = x @ weight
         return y if self.bias is None else y + sharding.on_first(self.bias[...], self.weight.axes[0]).astype(self.dtype)

@@ -67,6 +67,43 @@ def test_blocks_of_queries_equal_one(length):
     assert text.count("exp ") == min(4, length // 64)
 
 
+def naive(q, k, v, mask, rate=0.0, key=None):
+    """Attention by its definition, differentiated by JAX."""
+    heads, head_dim = q.shape[2:]
+    k, v = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (k, v))
+    scores = jnp.einsum("blnh,bnsh->bnls", q, k, preferred_element_type=jnp.float32) / np.sqrt(head_dim)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, attention.MASKED), axis=-1)
+    if rate:
+        grouped = weights.reshape(*key.shape, -1, *weights.shape[2:])
+        weights = attention.layers.dropout(grouped, rate, key).reshape(weights.shape)
+    return jnp.einsum("bnls,bnsh->blnh", weights.astype(v.dtype), v)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 0.03)])
+def test_the_gradient_of_attention_is_that_of_its_definition(dtype, tolerance, rate):
+    q, k, v, segments = arrays(24, 4, 2, 16)
+    q, k, v = (x.astype(dtype) for x in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
+    mask = attention.causal_mask(segments).at[0, 5].set(False)  # one query sees nothing
+    keys = jax.random.split(jax.random.key(0), (2, 2)) if rate else None
+    weights = jnp.asarray(RNG.normal(size=q.shape), dtype)
+
+    def run(function):
+        def value(*qkv):
+            y = function(*qkv)
+            return jnp.sum((y * weights).astype(jnp.float32)), y
+
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, y), grads = run(lambda q, k, v: attention.attend(q, k, v, mask, dropout=rate, key=keys))
+    (_, expected_y), expected = run(lambda q, k, v: naive(q, k, v, mask, rate, keys))
+    for found, wanted in zip((y, *grads), (expected_y, *expected), strict=True):
+        assert found.dtype == wanted.dtype
+        wanted = np.asarray(wanted, np.float32)
+        np.testing.assert_allclose(np.asarray(found, np.float32), wanted, atol=tolerance * np.abs(wanted).max())
+    assert not np.any(grads[0][0, 5])
+
+
 def test_cudnn_gets_the_same_definition():
     """There is no cuDNN here: its arguments, given to XLA's implementation of the same function, mean the same."""
     q, k, v, segments = arrays(24, 4, 2, 16)

@@ -22,6 +22,36 @@ def test_linear_is_x_w_plus_b():
     assert linear.bias.axes == ("mlp",)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear_has_the_gradient_of_the_product(dtype):
+    linear = layers.Linear(24, 40, key=key(), axes=("embed", "mlp"), dtype=dtype)
+    x_BLD, dy_BLF = jax.random.normal(key(1), (2, 8, 24)), jax.random.normal(key(2), (2, 8, 40))
+
+    def plain(x_BLD, weight_DF):
+        return jnp.einsum("bld,df->blf", x_BLD.astype(dtype), weight_DF.astype(dtype))
+
+    def gradients(function, weight):
+        return jax.grad(lambda *a: jnp.sum(function(*a) * dy_BLF.astype(dtype)), argnums=(0, 1))(x_BLD, weight)
+
+    dx_BLD, d_linear = gradients(lambda x_BLD, linear: linear(x_BLD), linear)
+    ours = dx_BLD, d_linear.weight[...]
+    for found, expected in zip(ours, gradients(plain, linear.weight[...]), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected, rtol=1e-5 if dtype == "float32" else 0.05, atol=1e-5)
+
+
+def test_on_cpu_no_gradient_is_a_product_along_two_first_dimensions():
+    weight_DF, x_MD = jnp.ones((96, 192)), jnp.ones((128, 96))
+
+    def compiled(product):
+        gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.square(product(x, w)))))
+        return gradient.lower(weight_DF, x_MD).compile().as_text()
+
+    along_two = "lhs_contracting_dims={0}, rhs_contracting_dims={0}"
+    assert along_two in compiled(jnp.matmul)  # what XLA makes of autodiff's
+    assert along_two not in compiled(layers._product_on_cpu)
+
+
 def test_linear_computes_in_dtype_and_keeps_param_dtype():
     linear = layers.Linear(3, 5, key=key(), axes=("embed", "mlp"), dtype="bfloat16", param_dtype="float32")
     assert linear.weight.dtype == jnp.float32

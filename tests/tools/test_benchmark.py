@@ -75,6 +75,42 @@ def test_table(tool, readings):
     assert ratio == ("decoder: 4.0 GFLOP a step, GEMM 8 GFLOP/s; ours / PyTorch 2.00 (from 2.00 to 2.00 pair by pair).")
 
 
+def test_floor_is_the_sum_of_the_fastest_parts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmark_floor
+
+    facts = {"parameters": 30, "model_flops": 1000}
+    readings = {
+        "ours": [
+            {**facts, "product_seconds": [1, 9, 3, 10, 10, 10], "stream_seconds": 6},
+            {**facts, "product_seconds": [3, 9, 3, 10, 10, 10], "stream_seconds": 6},
+        ],
+        "torch": [{**facts, "product_seconds": [4, 4, 4, 20, 20, 1], "stream_seconds": 12}],
+    }
+    # Two matrices of 2 x 3 and one of 3 x 1, with five tokens: 2 * 3 * 5 * (12 + 3) FLOPs. Ten numbers an array.
+    found = benchmark_floor.floor(readings, 110.0, 5, [(2, 3, 2), (3, 1, 1)], 10)
+    assert found["products"] == 2 * (2 + 4 + 3) + (10 + 10 + 1)
+    assert found["attention"] == (1000 - 450) / 110
+    assert found["optimizer"] == 7 * 30 * 6 / (3 * 10)
+    assert found["seconds"] == 39 + 5 + 42
+    text = benchmark_floor.text("decoder", {"floor": found, "torch": {"seconds": 129}})
+    assert text == (
+        "Floor of the decoder's step: 86.000 s (products 39.000, attention 5.000, optimizer 42.000);"
+        " PyTorch / floor 1.50."
+    )
+
+
+def test_the_floor_knows_all_matrices_of_the_full_decoder(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmark_floor
+    import benchmark_workloads as workloads
+
+    sizes = benchmark_floor.matrices(workloads.decoder_config("full"))
+    assert sum(inputs * outputs * count for inputs, outputs, count in sizes) == (
+        12 * (4 * 768**2 + 3 * 768 * 2048) + 768 * 16384
+    )
+
+
 def test_every_side_has_its_process(tool, monkeypatch):
     from absl import flags
 
@@ -108,13 +144,17 @@ def test_both_workloads_of_ours_run(tmp_path):
     assert found["versions"].keys() >= {"jax", "jaxlib", "python"}
     assert found["cores"] >= 1
     assert list(found["workloads"]) == ["decoder", "tokenizer"]
-    for summary in found["workloads"].values():
-        assert list(summary) == ["model_flops", "gemm_flops_per_second", "ours"]
+    for workload, summary in found["workloads"].items():
+        floor = ["floor"] if workload == "decoder" else []
+        assert list(summary) == ["model_flops", "gemm_flops_per_second", "ours", *floor]
         ours = summary["ours"]
         assert ours["last_loss"] < ours["first_loss"]  # it does train
         assert ours["seconds"] > 0
         assert len(ours["readings"][0]["gemm_seconds"]) == 10
     assert "decoder: 0.0 GFLOP a step" in done.stdout
+    parts = found["workloads"]["decoder"]["floor"]
+    assert min(parts.values()) > 0
+    assert parts["seconds"] == pytest.approx(parts["products"] + parts["attention"] + parts["optimizer"])
     assert ("Other programs are running" in done.stderr) == (found["load_average"] > 0.5)
 
 

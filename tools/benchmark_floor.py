@@ -1,0 +1,65 @@
+"""How fast a decoder's step can be that takes its products from the libraries which `benchmark.py train` compares.
+
+Its products with matrices, each timed alone, forward and for both gradients, in the faster library; those of attention,
+at the rate of the GEMM; and one pass of AdamW over memory, which reads parameters, gradients and two moments and writes
+all but the gradients, at the rate of adding two arrays into a third. Nothing for norms, activations, softmax or loss.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PRODUCTS = 3  # of a matrix: forward, and the gradients of its input and of itself
+PASSES = 7  # over arrays of the parameters' size, of AdamW
+
+
+def matrices(config: Any) -> list[tuple[int, int, int]]:
+    """(inputs, outputs, how many of them) of a decoder's matrices: those of its blocks, and its head."""
+    model, codes = config.model, config.untrained_tokenizer.model.quantizer.num_codes
+    width, hidden, depth = model.width, model.mlp_width, model.depth
+    return [(width, width, 4 * depth), (width, hidden, 2 * depth), (hidden, width, depth), (width, codes, 1)]
+
+
+def floor(
+    readings: Mapping[str, Sequence[Mapping[str, Any]]],
+    rate: float,
+    tokens: int,
+    sizes: Sequence[tuple[int, int, int]],
+    numbers: int,
+) -> dict[str, float]:
+    """The least seconds of a step, by its parts.
+
+    Args:
+      readings: side -> what each of its processes printed. Each has "product_seconds", three for each of `sizes`, and
+        "stream_seconds".
+      rate: FLOP/s of products, for attention's.
+      tokens: of a step.
+      sizes: `matrices`.
+      numbers: of each array in "stream_seconds".
+
+    Returns:
+      {"products", "attention", "optimizer", "seconds" of all}
+    """
+    runs = [run for found in readings.values() for run in found]
+    sides = [
+        [statistics.median(times) for times in zip(*(run["product_seconds"] for run in found), strict=True)]
+        for found in readings.values()
+    ]
+    fastest = map(min, zip(*sides, strict=True))
+    counts = [count for _, _, count in sizes for _ in range(PRODUCTS)]
+    flops = 2 * PRODUCTS * tokens * sum(inputs * outputs * count for inputs, outputs, count in sizes)
+    stream = min(statistics.median(run["stream_seconds"] for run in found) for found in readings.values())
+    parts = {
+        "products": sum(count * seconds for count, seconds in zip(counts, fastest, strict=True)),
+        "attention": (runs[0]["model_flops"] - flops) / rate,
+        "optimizer": PASSES * runs[0]["parameters"] * stream / (3 * numbers),
+    }
+    return {**parts, "seconds": sum(parts.values())}
+
+
+def text(workload: str, summary: Mapping[str, Any]) -> str:
+    """The "floor" of a summary in a sentence."""
+    found = summary["floor"]
+    parts = ", ".join(f"{name} {found[name]:.3f}" for name in ("products", "attention", "optimizer"))
+    times = f"; PyTorch / floor {summary['torch']['seconds'] / found['seconds']:.2f}" if "torch" in summary else ""
+    return f"Floor of the {workload}'s step: {found['seconds']:.3f} s ({parts}){times}."

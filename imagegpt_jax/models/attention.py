@@ -140,13 +140,13 @@ def attend(
     if dropout and key is not None:
         shape = (*q_BKGLH.shape[:-1], k_BKSH.shape[2])
         kept_BKGLS = layers.dropout(jnp.ones(shape, layers.wide(k_BKSH.dtype)), dropout, key)
-    average: Any = _average
-    y_BKGLH = average(q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS)
+    attention: Any = _attention
+    y_BKGLH = attention(q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS)
     return y_BKGLH.transpose(0, 3, 1, 2, 4).reshape(q_BLNH.shape)
 
 
 @jax.custom_vjp
-def _average(
+def _attention(
     q_BKGLH: Float[Array, "B K G L H"],
     k_BKSH: Float[Array, "B K S H"],
     v_BKSH: Float[Array, "B K S H"],
@@ -158,10 +158,10 @@ def _average(
 
     `kept` multiplies the weights: 0 where dropped out, else 1 / (1 - rate).
     """
-    return _average_forward(q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS)[0]
+    return _attention_forward(q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS)[0]
 
 
-def _average_forward(
+def _attention_forward(
     q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BLS: jax.Array, kept_BKGLS: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     scores_BKGLS = jnp.einsum("bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=layers.wide(k_BKSH.dtype))
@@ -171,7 +171,7 @@ def _average_forward(
     return y_BKGLH, (q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS, weights_BKGLS, y_BKGLH)
 
 
-def _average_backward(saved: Any, dy_BKGLH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+def _attention_backward(saved: Any, dy_BKGLH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS, weights_BKGLS, y_BKGLH = saved
     kind = weights_BKGLS.dtype
     left_BKGLS = _drop(weights_BKGLS, kept_BKGLS).astype(dy_BKGLH.dtype)
@@ -185,7 +185,7 @@ def _average_backward(saved: Any, dy_BKGLH: jax.Array) -> tuple[jax.Array, jax.A
     return dq_BKGLH, jnp.einsum("bkgls,bkglh->bksh", dscores_BKGLS, q_BKGLH), dv_BKSH, None, None
 
 
-_average.defvjp(_average_forward, _average_backward)
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _drop(weights_BKGLS: jax.Array, kept_BKGLS: jax.Array | None) -> jax.Array:

@@ -70,8 +70,8 @@ def fan_in_std(d_in: int) -> float:
 
 @jax.custom_vjp
 def _product_on_cpu(x_MD: Float[Array, "M D"], weight_DF: Float[Array, "D F"]) -> Float[Array, "M F"]:
-    """`x W`, whose weight's gradient turns x before it multiplies: XLA's CPU backend leaves products along two first
-    dimensions to a slower library. Products that share x share the turned one."""
+    """`x W`, whose weight's gradient transposes x before it multiplies: XLA's CPU backend leaves products that contract
+    two first dimensions to a slower library. Products that share x share its transpose."""
     return x_MD @ weight_DF
 
 
@@ -81,7 +81,7 @@ def _product_forward(x_MD: jax.Array, weight_DF: jax.Array) -> tuple[jax.Array, 
 
 def _product_backward(saved: tuple[jax.Array, jax.Array], dy_MF: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_MD, weight_DF = saved
-    x_DM = jax.lax.optimization_barrier(x_MD.T)  # else the compiler puts the turn back into the product
+    x_DM = jax.lax.optimization_barrier(x_MD.T)  # else the compiler folds the transpose into the product
     return dy_MF @ weight_DF.T, x_DM @ dy_MF
 
 

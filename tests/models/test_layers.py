@@ -41,7 +41,7 @@ def test_linear_has_the_gradient_of_the_product(dtype):
         np.testing.assert_allclose(found, expected, atol=close)
 
 
-def test_on_cpu_no_gradient_is_a_product_along_two_first_dimensions():
+def test_on_cpu_no_gradient_contracts_two_first_dimensions():
     weight_DF, x_MD = jnp.ones((96, 192)), jnp.ones((128, 96))
 
     def compiled(product):

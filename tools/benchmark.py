@@ -60,13 +60,8 @@ SIDES = {
 }
 VARIABLES = {"returning": {host_memory.KEEP: "0"}}
 UNITS = {"decoder": "tokens", "tokenizer": "images"}
+READINGS = ("seconds", "processor_seconds", "gemm_seconds", "product_seconds", "stream_seconds")
 BUSY = 0.5  # load average above which other programs are said to be running
-
-
-def units_per_step(workload: str, config: Any) -> int:
-    """Tokens or images of a step."""
-    length = config.data.grid[0] * config.data.grid[1] if workload == "decoder" else 1
-    return config.batch_size * length
 
 
 def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, side: int) -> dict[str, Any]:
@@ -97,7 +92,7 @@ def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, s
             "first_loss": runs[0]["losses"][0],
             "last_loss": runs[0]["losses"][-1],
             "medians": medians,
-            "readings": [{key: run[key] for key in ("seconds", "processor_seconds", "gemm_seconds")} for run in runs],
+            "readings": [{key: run[key] for key in READINGS if key in run} for run in runs],
         }
     rate = max(found["gemm_flops_per_second"] for found in sides.values())
     for found in sides.values():
@@ -179,7 +174,7 @@ def train() -> None:
                 seconds = statistics.median(found[-1]["seconds"])
                 print(f"{workload} {repeat + 1}/{REPEATS.value} {name}: {seconds:.3f} s a step", file=sys.stderr)
         config = workloads.make_config(workload, SIZE.value)
-        units = units_per_step(workload, config)
+        units = workloads.units_per_step(workload, config)
         summary = summaries[workload] = summarise(readings, units, workloads.GEMM_SIDE[SIZE.value])
         if workload == "decoder":
             rate, numbers = summary["gemm_flops_per_second"], workloads.STREAM[SIZE.value]

@@ -122,7 +122,7 @@ def main() -> None:
     found = workloads.timed(call, SECONDS.value)
     gemm += gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
     if config.task == "decoder":
-        tokens = config.batch_size * config.data.grid[0] * config.data.grid[1]
+        tokens = workloads.units_per_step("decoder", config)
         found["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
         found["stream_seconds"] = stream_seconds(workloads.STREAM[SIZE.value])
     losses = found.pop("results")

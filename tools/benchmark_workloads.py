@@ -59,6 +59,12 @@ def make_config(workload: str, size: str) -> Any:
     return {"decoder": decoder_config, "tokenizer": tokenizer_config}[workload](size)
 
 
+def units_per_step(workload: str, config: Any) -> int:
+    """Tokens or images of a step."""
+    length = config.data.grid[0] * config.data.grid[1] if workload == "decoder" else 1
+    return config.batch_size * length
+
+
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -151,6 +151,7 @@ def test_both_workloads_of_ours_run(tmp_path):
         assert ours["last_loss"] < ours["first_loss"]  # it does train
         assert ours["seconds"] > 0
         assert len(ours["readings"][0]["gemm_seconds"]) == 10
+        assert len(ours["readings"][0].get("product_seconds", ())) == (12 if floor else 0)
     assert "decoder: 0.0 GFLOP a step" in done.stdout
     parts = found["workloads"]["decoder"]["floor"]
     assert min(parts.values()) > 0

@@ -97,8 +97,7 @@ def write(old: jax.Array, new: jax.Array, length: Int[Array, "*B"]) -> jax.Array
 
 def visible(segments_BL: Int[Array, "B L"], config: "GPTConfig") -> Visible:
     """What the attention of whole sequences needs to know of who attends to whom."""
-    xla = resolve(config.attention, config.attention_dropout) == "xla"
-    return causal_mask(segments_BL) if xla else segments_BL
+    return causal_mask(segments_BL) if resolve(config) == "xla" else segments_BL
 
 
 def causal_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
@@ -279,9 +278,7 @@ class Attention(nnx.Module):
             scale = config.attention_scale * math.sqrt(config.head_width) if config.attention_scale else 1.0
             q_BLNH = q_BLNH * jnp.asarray(scale / (layer + 1 if config.attention_scale_by_layer else 1), q_BLNH.dtype)
         if cache is None and visible.ndim == 2:
-            y_BLNH = flash_attention(
-                q_BLNH, k_BLKH, v_BLKH, visible, resolve(config.attention, config.attention_dropout)
-            )
+            y_BLNH = flash_attention(q_BLNH, k_BLKH, v_BLKH, visible, resolve(config))
         elif cache is None:
             keys_BK = None if key is None else _head_keys(key, k_BLKH.shape[2])
             y_BLNH = attend_causally(q_BLNH, k_BLKH, v_BLKH, visible, dropout=config.attention_dropout, key=keys_BK)

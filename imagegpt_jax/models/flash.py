@@ -1,4 +1,4 @@
-"""Causal self-attention that never holds an L x L array: splash attention on TPU, cuDNN's on GPU.
+"""Causal self-attention that never holds the scores of all heads: splash attention on TPU, cuDNN's on GPU.
 
 Which one runs is `GPTConfig.attention`; "auto" follows the platform of the mesh in force. All give what
 `attention.attend` with `attention.causal_mask` gives.
@@ -7,6 +7,7 @@ Shapes: B batch, L length, N query heads, K key/value heads, H head dim.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,27 @@ from jaxtyping import Array, Float, Int
 
 from imagegpt_jax import sharding
 
+if TYPE_CHECKING:
+    from imagegpt_jax.models.gpt_config import GPTConfig
+
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 # The kernel's tiles are multiples of the TPU's 128 lanes, and at most so long: larger ones do not fit its memory.
 _LANES, _MAX_BLOCK = 128, 1024
+# What cuDNN computes: these dtypes, and heads up to this size (from Hopper on, twice that).
+CUDNN_DTYPES, CUDNN_HEAD = ("bfloat16", "float16"), 128
 
 
-def resolve(implementation: str, dropout: float) -> str:
-    """What "auto" stands for: "splash" on TPU, "cudnn" on GPU; elsewhere, and with dropout, "xla"."""
-    if implementation != "auto":
-        return implementation
-    return "xla" if dropout else {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(sharding.platform(), "xla")
+def resolve(config: "GPTConfig") -> str:
+    """What `config.attention` stands for: "auto" is "splash" on TPU, and "cudnn" on GPU if that computes the dtype and
+    the size of heads; elsewhere, and with dropout, "xla"."""
+    if config.attention != "auto":
+        return config.attention
+    platform = sharding.platform()
+    if config.attention_dropout:
+        return "xla"
+    if platform in ("gpu", "cuda"):
+        return "cudnn" if config.dtype in CUDNN_DTYPES and config.head_width <= CUDNN_HEAD else "xla"
+    return "splash" if platform == "tpu" else "xla"
 
 
 def flash_attention(
@@ -47,8 +59,21 @@ def flash_attention(
 
 
 def _cudnn(q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segments_BL: jax.Array) -> jax.Array:
+    length, head_dim = q_BLNH.shape[1], q_BLNH.shape[3]
+
+    def whole(x_BLNH):  # under a mask, cuDNN's gradient wants an even length; always, heads of a multiple of eight
+        return jnp.pad(x_BLNH, ((0, 0), (0, length % 2), (0, 0), (0, -head_dim % 8)))
+
+    segments_BL = jnp.pad(segments_BL, ((0, 0), (0, length % 2)), constant_values=-1)
     same_B1LL = (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, mask=same_B1LL, is_causal=True, implementation="cudnn")
+    y_BLNH = jax.nn.dot_product_attention(
+        *map(whole, (q_BLNH, k_BLKH, v_BLKH)),
+        mask=same_B1LL,
+        scale=1 / math.sqrt(head_dim),
+        is_causal=True,
+        implementation="cudnn",
+    )
+    return y_BLNH[:, :length, :, :head_dim]
 
 
 def block_size(length: int) -> int:

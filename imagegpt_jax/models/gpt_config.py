@@ -151,6 +151,11 @@ class GPTConfig:
             f"attention_dropout={self.attention_dropout} needs attention='xla': flash kernels have no dropout",
         )
         check(
+            self.attention != "cudnn" or (self.dtype in flash.CUDNN_DTYPES and self.head_width <= flash.CUDNN_HEAD),
+            f"attention='cudnn' computes in {' or '.join(flash.CUDNN_DTYPES)} with heads of at most {flash.CUDNN_HEAD},"
+            f" and dtype is {self.dtype!r} with heads of {self.head_width}: change those, or set attention='auto'",
+        )
+        check(
             0 <= self.head_size <= self.vocab_size and not (self.head_size and self.tie_embeddings),
             f"head_size={self.head_size} must be 0 to vocab_size={self.vocab_size}, and 0 with tied embeddings",
         )

@@ -1,13 +1,20 @@
 """Flash attention gives what plain attention gives; the TPU's kernel runs in interpret mode here."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagegpt_jax import config as config_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.models import attention, flash, gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.tasks import decoder
+from imagegpt_jax.tasks.decoder.examples import used_length
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 RNG = np.random.default_rng(0)
 
@@ -104,9 +111,10 @@ def test_the_gradient_of_attention_is_that_of_its_definition(dtype, tolerance, r
     assert not np.any(grads[0][0, 5])
 
 
-def test_cudnn_gets_the_same_definition():
+@pytest.mark.parametrize(("length", "head_dim"), [(24, 16), (25, 12)])  # as it wants them, and filled up
+def test_cudnn_gets_the_same_definition(length, head_dim):
     """There is no cuDNN here: its arguments, given to XLA's implementation of the same function, mean the same."""
-    q, k, v, segments = arrays(24, 4, 2, 16)
+    q, k, v, segments = arrays(length, 4, 2, head_dim)
     with pytest.MonkeyPatch.context() as patch:
         original = jax.nn.dot_product_attention
         patch.setattr(
@@ -116,13 +124,51 @@ def test_cudnn_gets_the_same_definition():
     np.testing.assert_allclose(y, plain(q, k, v, segments), atol=1e-5)
 
 
-def test_auto_follows_the_platform_and_dropout():
-    assert flash.resolve("auto", 0.0) == "xla"  # these tests run on CPU
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash.sharding, "platform", lambda: "tpu")
-        assert flash.resolve("auto", 0.0) == "splash"
-        assert flash.resolve("auto", 0.1) == "xla"
-    assert flash.resolve("cudnn", 0.0) == "cudnn"
+@pytest.mark.parametrize("name", ["size=test", "size=B", "size=XL", "size=3B", "size=20B", "recipe=llamagen_t2i_XL"])
+def test_the_gradient_of_every_shape_can_be_compiled_for_a_gpu(name, monkeypatch):
+    """JAX looks at what cuDNN computes when it traces: without a GPU it can do all but run."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: capability == "8.0")
+    monkeypatch.setattr(flash.sharding, "platform", lambda: "gpu")
+    config = config_lib.sibling(str(ROOT / "configs" / "x.py"), "decoder.py").get_config(name)
+    setup = decoder.setup_abstract(config)
+    model, length = setup.model, used_length(setup) + setup.model.feature_length
+    implementation = flash.resolve(model)
+    assert implementation == ("xla" if name == "size=test" else "cudnn")
+    if implementation == "xla":
+        return
+    shape = 2, length, model.heads, model.head_width
+    q = jax.ShapeDtypeStruct(shape, model.dtype)
+    k = jax.ShapeDtypeStruct((*shape[:2], model.num_kv_heads, model.head_width), model.dtype)
+    segments = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+
+    def total(q, k, v, segments):
+        return flash.flash_attention(q, k, v, segments, implementation).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(q, k, k, segments)
+    assert "fmha" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+SMALL = {"vocab_size": 8, "width": 16, "depth": 1, "heads": 2, "mlp_width": 8}
+
+
+def test_auto_follows_the_platform_and_what_it_computes(monkeypatch):
+    def resolve(**settings):
+        return flash.resolve(GPTConfig(**SMALL, **settings))
+
+    assert resolve() == "xla"  # these tests run on CPU
+    assert resolve(attention="cudnn", dtype="bfloat16") == "cudnn"
+    monkeypatch.setattr(flash.sharding, "platform", lambda: "tpu")
+    assert resolve() == "splash"
+    assert resolve(attention_dropout=0.1) == "xla"
+    monkeypatch.setattr(flash.sharding, "platform", lambda: "gpu")
+    assert resolve() == "xla"  # float32
+    assert resolve(dtype="bfloat16") == "cudnn"
+    assert resolve(dtype="bfloat16", head_dim=136) == "xla"
+    with pytest.raises(UserError, match="dtype is 'float32' with heads of 8: change those"):
+        resolve(attention="cudnn")
 
 
 @pytest.mark.parametrize(("length", "block"), [(128, 128), (1280, 640), (2048, 1024), (1152, 384)])

@@ -30,6 +30,13 @@ count() {
   [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "--$1=$2 is not a number from 1."
 }
 
+# The name of the bucket in --mount=NAME or --mount=gs://NAME.
+bucket() {
+  [[ $1 =~ ^(gs://)?([a-z0-9][a-z0-9_.-]*[a-z0-9])$ ]] ||
+    fail "--mount=$1 is no bucket: give its name alone, such as my-data or gs://my-data."
+  echo "${BASH_REMATCH[2]}"
+}
+
 # Checks --binary.
 known_binary() {
   case $1 in

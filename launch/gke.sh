@@ -13,7 +13,7 @@ Trains on a GKE cluster that has the JobSet controller, by kubectl.
   launch/gke.sh logs   --name=NAME
   launch/gke.sh delete --name=NAME
 
-  --name=NAME            of the JobSet
+  --name=NAME            of the JobSet; to submit one again, even if it has ended, delete it first
   --image=IMAGE          made by launch/Dockerfile, in a registry that the cluster reads
   --accelerator=LABEL    value of the node label cloud.google.com/gke-tpu-accelerator, or gke-accelerator with --gpu
   --topology=AxB[xC]     chips of a slice, as in the node label cloud.google.com/gke-tpu-topology
@@ -22,7 +22,8 @@ Trains on a GKE cluster that has the JobSet controller, by kubectl.
   --slices=N             so many slices, which train together (default 1)
   --gpu                  GPU nodes instead of TPU slices
   --restarts=N           starts again so often after a failure, from the newest checkpoint (default 3)
-  --service_account=SA   Kubernetes service account that may use the buckets (default: default)
+  --service_account=SA   Kubernetes service account that may use the buckets (default: default). TPU slices use the
+                         network of their nodes: what reads and writes gs:// there is the node pool's own account
   --mount=BUCKET         mount the bucket at /data, read-only, by the cluster's Cloud Storage FUSE driver
   --namespace=NS         default: kubectl's own
   --binary=NAME          train (default), encode or evaluate
@@ -63,19 +64,30 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name='$name' is no name: lower-case letters, digits and '-'."
+# Pods are called NAME-slice-12-345-abcde, and may have 63 characters.
+[[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+  fail "--name='$name' is no name: give at most 40 lower-case letters, digits and '-', a letter first and no '-' last."
+[ "$action" = submit ] || [ $# = 0 ] || fail "'$action' takes no arguments after --."
 known_binary "$binary"
+[ -z "$mount" ] || mount=$(bucket "$mount")
 $dry_run || command -v kubectl > /dev/null || fail "kubectl is not installed: install it, and connect it to the cluster."
 
 kubectl=(kubectl)
 [ -z "$namespace" ] || kubectl+=("--namespace=$namespace")
 
-# Arguments as a JSON array, which is YAML too. Kubernetes would replace $(NAME).
-json() {
+# Text as it stands between the double quotes of YAML.
+escape() {
+  local text=${1//\\/\\\\}
+  text=${text//\"/\\\"} text=${text//$'\n'/\\n}
+  printf '%s\n' "${text//$'\r'/\\r}"
+}
+
+# Arguments as an array in YAML. Kubernetes makes $ of $$, and replaces $(NAME).
+array() {
   local word line=''
   for word in "$@"; do
-    word=${word//\\/\\\\} word=${word//"\$("/"\$\$("}
-    line+=", \"${word//\"/\\\"}\""
+    word=${word//\$/\$\$}
+    line+=", \"$(escape "$word")\""
   done
   echo "[${line#, }]"
 }
@@ -99,33 +111,35 @@ case $action in
     something_to_run "$binary" "$@"
     [ -n "$image" ] || fail "--image is missing: give the container image, see launch/README.md."
     [ -n "$accelerator" ] || fail "--accelerator is missing: give the value of the node label, such as tpu-v5-lite-podslice."
+    $gpu && chips=${chips:-8} || chips=${chips:-4}
+    count slices "$slices"
+    count chips "$chips"
+    [[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || fail "--restarts=$restarts is not a number from 0."
     template=jobset.yaml
     if $gpu; then
-      template=jobset_gpu.yaml chips=${chips:-8}
+      template=jobset_gpu.yaml
       [[ $hosts =~ ^[1-9][0-9]*$ ]] || fail "--hosts='$hosts' is not a number from 1: say how many GPU nodes."
-      [ "$slices" = 1 ] || fail "--slices is for TPUs: give more --hosts."
+      [ "$slices" = 1 ] || fail "--slices=$slices is for TPUs: give more --hosts."
+      [ -z "$topology" ] || fail "--topology is for TPUs: with --gpu give --hosts."
     else
-      chips=${chips:-4}
       [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "--topology='$topology' is none: write it like 16x16 or 4x4x8."
-      count chips "$chips"
       all=$((${topology//x/*}))
       [ $((all % chips)) = 0 ] || fail "--topology=$topology has $all chips, which do not divide over hosts of $chips."
       [ -z "$hosts" ] || [ "$hosts" = $((all / chips)) ] || fail "--topology=$topology has $((all / chips)) hosts of $chips chips, not $hosts."
       hosts=$((all / chips))
     fi
-    for number in "$slices" "$restarts" "$chips"; do
-      [[ $number =~ ^[0-9]+$ ]] || fail "'$number' is not a number."
-    done
     # shellcheck disable=SC2034 # read by `render`
-    value_NAME=$name value_IMAGE=$image value_ACCELERATOR=$accelerator value_TOPOLOGY=$topology value_CHIPS=$chips \
-      value_HOSTS=$hosts value_SLICES=$slices value_RESTARTS=$restarts value_SERVICE_ACCOUNT=$service_account \
-      value_BUCKET=${mount#gs://} value_ARGS=$(json "imagegpt_jax.$binary" "$@")
+    value_NAME=$name value_IMAGE=$(escape "$image") value_ACCELERATOR=$(escape "$accelerator") \
+      value_TOPOLOGY=$topology value_CHIPS=$chips value_HOSTS=$hosts value_SLICES=$slices value_RESTARTS=$restarts \
+      value_SERVICE_ACCOUNT=$(escape "$service_account") value_BUCKET=$mount \
+      value_ARGS=$(array "imagegpt_jax.$binary" "$@")
     jobset=$(render "$(dirname "${BASH_SOURCE[0]}")/gke/$template")
-    quote "${kubectl[@]}" apply --filename=-
+    quote "${kubectl[@]}" create --filename=-
     if $dry_run; then
       echo "$jobset"
     else
-      "${kubectl[@]}" apply --filename=- <<< "$jobset"
+      # Where a JobSet of that name has ended, `apply` would find it unchanged, and start nothing.
+      "${kubectl[@]}" create --filename=- <<< "$jobset"
     fi
     ;;
   status)

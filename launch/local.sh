@@ -16,7 +16,8 @@ Runs one training in several processes on this machine's CPU.
   -- ARGS         arguments of the program
 
 Lines of process 0 are shown as they are, those of the others after "[number] ". When a process fails, the others end
-too, and the exit status is that of the first that failed. PYTHON chooses the interpreter (default: .venv/bin/python).
+too, and the exit status is that of the first that failed. A signal ends all: the status is 75 if they saved, else 130.
+PYTHON chooses the interpreter (default: .venv/bin/python, or else python3).
 EOF
 }
 
@@ -43,7 +44,10 @@ something_to_run "$binary" "$@"
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$(command -v "$python")" ] || python=python3
+if [ ! -x "$(command -v "$python")" ]; then
+  [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is no program: give the path of a Python interpreter, or unset it."
+  python=python3
+fi
 
 if $dry_run; then
   port=PORT
@@ -70,8 +74,9 @@ if $dry_run; then
 fi
 
 # Passes lines on: as they are for process 0, else after its number. The lines in which gloo, the library of the
-# collectives, reports who is connected are left out.
+# collectives, reports who is connected are left out. A signal to all processes ends the filters only with their input.
 show() {
+  trap '' INT TERM HUP
   if [ "$1" = 0 ]; then
     grep --line-buffered --invert-match '^\[Gloo\]\|^[0-9]* is connected to\|peer ranks' || true
   else
@@ -89,7 +94,7 @@ stop_all() {
 # Seconds that processes get to end by themselves when one has failed, before they are killed.
 patience=20
 stopped=
-trap 'stopped=130; stop_all TERM' INT TERM
+trap 'stopped=130; stop_all TERM' INT TERM HUP
 
 for ((i = 0; i < processes; i++)); do
   # shellcheck disable=SC2046
@@ -128,4 +133,5 @@ while [ ${#running[@]} -gt 0 ]; do
   fi
   [ ${#running[@]} = 0 ] || sleep 0.2 || true
 done
-exit "${stopped:-$status}"
+[ "$status" = 75 ] || status=${stopped:-$status}
+exit "$status"

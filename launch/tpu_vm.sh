@@ -63,6 +63,7 @@ count slices "$slices"
 [ "$action" = run ] || [ $# = 0 ] || fail "'$action' takes no arguments after --."
 [ "$slices" = 1 ] || queued=true
 known_binary "$binary"
+[ -z "$mount" ] || mount=$(bucket "$mount")
 $dry_run || command -v gcloud > /dev/null || fail "gcloud is not installed: install the Google Cloud CLI."
 
 where=("--zone=$zone")
@@ -75,12 +76,19 @@ if [ "$slices" -gt 1 ]; then
   for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
 fi
 
-# Runs a shell command on the workers of every slice.
+# Runs a shell command on the workers of every slice, of those after one that fails as well; the first failure counts.
 on_workers() {
+  local node code status=0
   for node in "${nodes[@]}"; do
-    run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" "--worker=$1" "--command=$2"
+    code=0
+    run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" "--worker=$1" "--command=$2" || code=$?
+    [ "$status" != 0 ] || status=$code
   done
+  return "$status"
 }
+
+# On a worker: whether the program runs. The number in run.pid may be that of another one by now.
+running="grep -qs 'imagegpt_jax[.]' /proc/\$(cat ~/run.pid 2> /dev/null)/cmdline"
 
 runtime() {
   case $1 in
@@ -117,7 +125,12 @@ case $action in
   setup)
     # What is committed here goes to every worker; uv brings a Python that is new enough.
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    archive=${TMPDIR:-/tmp}/imagegpt_jax.tar.gz
+    folder=${TMPDIR:-/tmp}/imagegpt_jax.XXXXXX
+    if ! $dry_run; then
+      folder=$(mktemp -d "$folder")
+      trap 'rm -r "$folder"' EXIT
+    fi
+    archive=$folder/imagegpt_jax.tar.gz
     run git -C "$root" archive --prefix=imagegpt_jax/ "--output=$archive" HEAD
     for node in "${nodes[@]}"; do
       run gcloud compute tpus tpu-vm scp "$archive" "$node:imagegpt_jax.tar.gz" "${where[@]}" --worker=all
@@ -125,10 +138,12 @@ case $action in
     on_workers all "tar xzf imagegpt_jax.tar.gz && python3 -m pip install --quiet --user uv \
 && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/venv \
 && ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python -e './imagegpt_jax[tpu,gcs]'"
-    [ -z "$mount" ] || on_workers all "mkdir -p ~/data && gcsfuse --implicit-dirs -o ro ${mount#gs://} ~/data"
+    [ -z "$mount" ] || on_workers all "mkdir -p ~/data \
+&& (mountpoint -q ~/data || gcsfuse --implicit-dirs -o ro $mount ~/data)"
     ;;
   run)
     something_to_run "$binary" "$@"
+    on_workers all "! $running || { echo 'error: already running: stop it first, by launch/tpu_vm.sh stop.' >&2; exit 1; }"
     # Every worker runs the same command, in a session of its own that outlives the connection.
     on_workers all "cd ~/imagegpt_jax && (setsid nohup ~/venv/bin/python -m imagegpt_jax.$binary $(quote "$@") \
 > ~/run.log 2>&1 < /dev/null & echo \$! > ~/run.pid)"
@@ -138,7 +153,7 @@ case $action in
     nodes=("${nodes[0]}")
     on_workers 0 "tail -n 100 -f ~/run.log"
     ;;
-  stop) on_workers all "kill -TERM -- -\$(cat ~/run.pid)" ;;
+  stop) on_workers all "! $running || kill -TERM -- -\$(cat ~/run.pid)" ;;
   delete)
     if $queued; then
       run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet

@@ -11,15 +11,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def launch(tmp_path):
     """Runs a script of launch/ with stand-ins on PATH that record what they are asked, and their input.
 
-    `launch("tpu_vm.sh", "create", ...)` returns its output, its exit status and the recorded commands.
+    `launch("tpu_vm.sh", "create", ...)` returns its output, its exit status and the recorded commands. What a stand-in
+    does besides is given in bash: `launch(..., AS_SRUN="exit 75")`.
     """
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
     record = tmp_path / "record"
-    for name in ("gcloud", "kubectl", "srun", "git"):
+    for name in ("gcloud", "kubectl", "srun", "squeue", "scontrol", "git"):
         (stand_ins / name).write_text(
             f'#!/usr/bin/env bash\nprintf "%s\\0" {name} "$@" >> "{record}.argv"\nprintf "\\n" >> "{record}.argv"\n'
             f'if [ "$2" = --filename=- ] || [ "$3" = --filename=- ]; then cat >> "{record}.input"; fi\n'
+            f'eval "${{AS_{name.upper()}:-}}"\n'
         )
         (stand_ins / name).chmod(0o755)
 

@@ -1,6 +1,7 @@
 """What the recipes describe in YAML, against the real schemas of Kubernetes and JobSet; and what it runs."""
 
 import pathlib
+import re
 import subprocess
 
 import kubernetes_validate
@@ -14,6 +15,10 @@ ARGS = (
     "--config=configs/decoder.py:size=B",
     "--config.sample_prompts=('a \"b\" \\\\c',)",
     "--workdir=gs://b/${X} $(Y)",
+    "a$$b $$(HOME) c$",
+    "two\nlines\tand\ra tab \n",
+    "-n",
+    "",
 )
 TPU = ("--name=gpt", "--image=i", "--accelerator=tpu-v5p-slice", "--topology=4x4x8", "--slices=2")
 GPU = ("--gpu", "--name=gpt", "--image=i", "--accelerator=nvidia-h100-80gb", "--hosts=2")
@@ -37,10 +42,15 @@ def check(document):
         kubernetes_validate.validate(template, KUBERNETES, strict=True)
 
 
+def as_kubernetes(argument, variables):
+    """What a container gets for an argument: $$ is $, and $(NAME) the value of a variable, if there is one."""
+    return re.sub(r"\$(\$|\((\w+)\))", lambda m: "$" if m[1] == "$" else variables.get(m[2], m[0]), argument)
+
+
 def jobset(launch, *options):
     done = launch("gke.sh", "submit", *options, "--", *ARGS)
     assert done.status == 0, done.error
-    assert done.commands == [["kubectl", "apply", "--filename=-"]]
+    assert done.commands == [["kubectl", "create", "--filename=-"]]
     return yaml.safe_load(done.input)
 
 
@@ -54,8 +64,7 @@ def test_jobsets_fit_the_schemas(options, mount, launch):
         ["data"] if mount else []
     )
     assert ("metadata" in pod) == bool(mount)
-    # Kubernetes writes $$( for $(.
-    arguments = [a.replace("$$(", "$(") for a in pod["spec"]["containers"][0]["args"]]
+    arguments = [as_kubernetes(a, {"Y": "y", "HOME": "h"}) for a in pod["spec"]["containers"][0]["args"]]
     assert arguments == ["imagegpt_jax.train", *ARGS]
 
 
@@ -77,6 +86,37 @@ def test_the_schemas_would_notice(path, value, launch):
     parent[path[-1]] = value
     with pytest.raises((ValueError, AssertionError, kubernetes_validate.ValidationError)):
         check(document)
+
+
+def test_words_that_yaml_takes_for_something_else_stay_words(launch):
+    options = ("--name=no", "--image=1.5", "--accelerator=on", "--topology=2x2", "--service_account=12", "--mount=0x10")
+    document = jobset(launch, *options)
+    check(document)
+    assert document["metadata"]["name"] == "no"
+    gpu = ("--gpu", "--hosts=2", *(o for o in options if not o.startswith("--topology")))
+    check(jobset(launch, *gpu))
+
+
+def test_a_name_is_short_enough_for_those_that_follow_from_it(launch):
+    name = "n" * 40
+    document = jobset(launch, *TPU, f"--name={name}", "--slices=256")
+    (job,) = document["spec"]["replicatedJobs"]
+    last = f"{name}-{job['name']}-255-{job['template']['spec']['completions'] - 1}-abcde"  # the pod's name
+    assert len(last) <= 63
+
+
+def test_pods_on_the_network_of_the_node_mount_as_their_own_service_account(launch):
+    for options in (TPU, GPU):
+        (job,) = jobset(launch, *options, "--mount=data")["spec"]["replicatedJobs"]
+        pod = job["template"]["spec"]["template"]["spec"]
+        (volume,) = [v["csi"]["volumeAttributes"] for v in pod["volumes"] if "csi" in v]
+        assert ("hostNetworkPodKSA" in volume) == pod.get("hostNetwork", False)
+        assert volume.get("hostNetworkPodKSA", "true") == "true"
+
+
+def test_a_jobset_of_the_same_name_is_an_error(launch):
+    done = launch("gke.sh", "submit", *TPU, "--", *ARGS, AS_KUBECTL='[ "$1" != create ]')
+    assert done.status == 1
 
 
 def test_a_slice_has_a_pod_for_each_host_and_all_of_its_chips(launch):
@@ -102,7 +142,7 @@ def test_a_dry_run_prints_the_jobset_that_a_real_one_submits(launch):
     dry = launch("gke.sh", "submit", "--dry_run", *TPU, "--", *ARGS)
     assert not dry.commands
     first, _, rest = dry.output.partition("\n")
-    assert first == "kubectl apply --filename=-"
+    assert first == "kubectl create --filename=-"
     assert rest == real.input
 
 

@@ -76,6 +76,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise SystemExit(0)
     try:
         rest = flags.FLAGS(list(argv))
+        _expand_home()
         if "config" in flags.FLAGS and not isinstance(flags.FLAGS.config, ConfigDict):
             flags.FLAGS.config.to_dict()  # a config that could not be made stands for its error until it is used
         return rest
@@ -97,6 +98,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (ValueError, TypeError) as e:
         fail(e, EXIT_USAGE)
     raise AssertionError("unreachable")
+
+
+def _expand_home() -> None:
+    """Does for --name=~/folder what shells do for words that begin so."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if isinstance(flag.value, str) and flag.value.startswith("~/"):
+            flag.value = os.path.expanduser(flag.value)
+        elif isinstance(flag.value, list):
+            flag.value = [os.path.expanduser(v) if str(v).startswith("~/") else v for v in flag.value]
 
 
 def prepare_cache() -> None:
@@ -135,8 +146,13 @@ def _terminate(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a binary: parses flags, calls `main`, exits 0, or non-zero with one sentence as the last words."""
+def run(main: Callable[[], None], *, joins: bool = False) -> None:
+    """Runs a binary: parses flags, calls `main`, exits 0, or non-zero with one sentence as the last words.
+
+    Args:
+      main: the program.
+      joins: whether it runs in many processes. One that fails before it has joined the others then still tells them.
+    """
     quiet_logs()
     signal.signal(signal.SIGTERM, _terminate)
 
@@ -148,10 +164,17 @@ def run(main: Callable[[], None]) -> None:
             logging.get_absl_logger().addFilter(_is_news)
             python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)  # the same errors once more
             sys.unraisablehook = _tell_unraisable
+        from imagegpt_jax import storage
+
         try:
             prepare_cache()
+            storage.check_flags()
             main()
         except UserError as e:
+            if joins:
+                from imagegpt_jax import distributed
+
+                distributed.tell(e)
             fail(e)
         except KeyboardInterrupt:
             fail("stopped by a signal before the end.", 130)

@@ -196,8 +196,7 @@ def load(workdir: epath.PathLike) -> Config:
     Raises:
       UserError: if the folder is not a workdir of ours, and holds no weights.
     """
-    folder = epath.Path(workdir)
-    local = pathlib.Path(workdir).expanduser()
+    folder, local = epath.Path(workdir).expanduser(), pathlib.Path(workdir).expanduser()
     if files.holds_weights(local):
         about = local / "config.json"
         run = json.loads(about.read_text()).get("run") if about.is_file() else None

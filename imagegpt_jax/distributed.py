@@ -9,8 +9,10 @@ IMAGEGPT_JAX_START_SECONDS is how long to wait for all processes at the start; `
 
 import contextlib
 import json
+import math
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -25,7 +27,7 @@ from etils import epath
 from imagegpt_jax import host_memory, last_words
 from imagegpt_jax.cli import EXIT_FAILURE, UserError
 from imagegpt_jax.cluster import INDEX, Cluster, find, first_line, start_seconds
-from imagegpt_jax.watchdog import EXIT_HANG, Watchdog, silence_seconds
+from imagegpt_jax.watchdog import EXIT_HANG, Watchdog, check_settings, silence_seconds
 
 _SHUTDOWN_SECONDS = 300
 _KEY = "imagegpt_jax"
@@ -33,10 +35,11 @@ _POLL_SECONDS = 1.0
 _DAY_MS = 24 * 3600 * 1000
 # What a collective says when a peer is gone: a consequence, of which the cause may yet arrive.
 _LOST = re.compile(
-    r"gloo|nccl|connection (reset|closed|refused)|socket closed|coordination ?service|distributed service",
+    r"\bgloo|\bnccl|connection (reset|closed|refused)|socket closed|coordination ?service|distributed service",
     re.IGNORECASE,
 )
 _PATIENCE_SECONDS = 3.0
+_TELLING_SECONDS = 60  # how long a process that cannot work waits for the others, to let them know
 
 
 # ------------------------------------------------------------------------------------------------------------- joining
@@ -132,6 +135,8 @@ class _Group:
         self.meet()
         self.stop_watching()
         jax.distributed.shutdown()
+        # All is done: a launcher that ends the rest at the first exit may not turn this one's status into a signal's.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Signs:
@@ -152,19 +157,21 @@ _group: _Group | None = None
 _alone: Watchdog | None = None
 
 
-def initialize(preemptible: bool = False) -> None:
+def initialize(preemptible: bool = False, patience: float = math.inf) -> None:
     """Joins the other processes, if there are any, and keeps host memory; before anything touches a device.
 
     Processes other than the first are silent from here on, except when they fail.
 
     Args:
       preemptible: whether the program looks out for `preemption.Notice`; else SIGTERM ends it.
+      patience: seconds to wait for the others, where IMAGEGPT_JAX_START_SECONDS are more.
 
     Raises:
-      UserError: if the others are not found within IMAGEGPT_JAX_START_SECONDS.
+      UserError: if the others are not found in time.
     """
     global _group
     host_memory.keep()
+    check_settings()
     cluster = find()
     if cluster is None or _group is not None:
         return
@@ -174,7 +181,7 @@ def initialize(preemptible: bool = False) -> None:
     import jax
     from jax._src import distributed  # the key-value store of the coordinator has no public name
 
-    seconds = start_seconds()
+    seconds, silence = min(start_seconds(), patience), silence_seconds()
     # With it JAX takes SIGTERM for itself, as the notice of a preemption that somebody has to ask about.
     jax.config.update("jax_enable_preemption_service", preemptible)
     started = time.monotonic()
@@ -191,8 +198,8 @@ def initialize(preemptible: bool = False) -> None:
             cluster.index,
             cluster.local_devices,
             cluster_detection_method="deactivate",
-            initialization_timeout=seconds + 60,
-            heartbeat_timeout_seconds=2 * silence_seconds() + 30,  # past it JAX aborts: the watchdog comes first
+            initialization_timeout=int(seconds) + 60,
+            heartbeat_timeout_seconds=2 * silence + 30,  # past it JAX aborts: the watchdog comes first
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except Exception as e:
@@ -235,6 +242,26 @@ def _not_all_came(cluster: Cluster, seconds: float) -> None:
 # ---------------------------------------------------------------------------------------------------- failing together
 
 
+def tell(error: UserError) -> None:
+    """Lets the others end with this process, which fails before it has joined them: what is wrong here alone, such as
+    a disk that is not mounted, would else leave them waiting. Returns in a process that runs alone.
+    """
+    try:
+        if find() is None:
+            return
+    except UserError:  # where the others are
+        return
+    cause = " ".join(str(error).split())
+    last_words.say(cause)  # now: the others may take a while to come
+    with contextlib.suppress(UserError):  # they do not come
+        initialize(patience=_TELLING_SECONDS)
+    if _group is not None:
+        _group.stop_watching()
+        _group.fail(cause)
+        _group.leave()
+    os._exit(EXIT_FAILURE)
+
+
 @contextlib.contextmanager
 def together(preemptible: bool = False) -> Iterator[None]:
     """Around a program's work: joins the other processes before, parts from them after, and ends all if one fails."""
@@ -267,7 +294,9 @@ def failing_together() -> Iterator[None]:
 
 def is_loss_of_peer(error: BaseException) -> bool:
     """Whether an error says that another process is gone, as collectives and barriers do."""
-    return _group is not None and isinstance(error, Exception) and bool(_LOST.search(first_line(error)))
+    if _group is None or not isinstance(error, Exception) or isinstance(error, OSError | UserError):
+        return False  # of those the first is of files and connections of this process's own
+    return bool(_LOST.search(first_line(error)))
 
 
 def _fail(group: _Group, error: BaseException) -> None:

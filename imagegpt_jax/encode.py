@@ -140,9 +140,8 @@ def _counted(stream: Iterator[dict[str, Any]], bar: Any, grids: set[tuple[int, i
 def main() -> None:
     """Encodes the data set that the flags describe."""
     from imagegpt_jax import config as config_lib
-    from imagegpt_jax import distributed, storage
+    from imagegpt_jax import distributed
 
-    storage.check(TOKENIZER.value, DATA.value, OUTPUT.value)
     config_lib.load(TOKENIZER.value)  # a wrong folder is told before JAX starts
     with distributed.together():
         encode()
@@ -223,4 +222,4 @@ def encode() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, joins=True)

@@ -183,7 +183,7 @@ def ask_people() -> None:
 
 def score_checkpoints() -> None:
     """Scores what --checkpoint names."""
-    from imagegpt_jax import distributed, storage
+    from imagegpt_jax import distributed
     from imagegpt_jax.evals import prompted
 
     settings = stages.Settings(
@@ -205,7 +205,6 @@ def score_checkpoints() -> None:
         metrics=METRICS.value,
         weights=image_sets.parse_weights(FEATURE_WEIGHTS.value, protocols.find(PROTOCOL.value).features),
     )
-    storage.check(vars(settings))
     for path in settings.checkpoints:  # a wrong folder is told before JAX starts
         stage_data.task_of(path)
     with distributed.together():
@@ -214,9 +213,8 @@ def score_checkpoints() -> None:
 
 def score_images() -> None:
     """Scores what --images names."""
-    from imagegpt_jax import distributed, storage
+    from imagegpt_jax import distributed
 
-    storage.check(IMAGES.value, REFERENCE.value, OUTPUT.value, STATISTICS_OUTPUT.value, FEATURE_WEIGHTS.value)
     request = request_of(IMAGES.value)
     opened = image_sets.open_sets(request)
     with distributed.together():
@@ -225,11 +223,10 @@ def score_images() -> None:
 
 def score_prompts() -> None:
     """Draws pictures of --prompts by the decoder that --checkpoint names, and scores them."""
-    from imagegpt_jax import distributed, storage
+    from imagegpt_jax import distributed
     from imagegpt_jax.evals import prompted
 
     folder = SAMPLES_DIR.value or str(epath.Path(OUTPUT.value or "").with_suffix("")) + "_samples"
-    storage.check(CHECKPOINT.value, PROMPTS.value, REFERENCE.value, OUTPUT.value, folder, FEATURE_WEIGHTS.value)
     paths = CHECKPOINT.value or []
     if len(paths) != 1 or stage_data.task_of(paths[0]) != "decoder":
         raise cli.UserError("--prompts are drawn by one decoder: give one --checkpoint, and its --tokenizer if needed.")
@@ -297,4 +294,4 @@ def joined(argv: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv = joined(sys.argv)
-    cli.run(main)
+    cli.run(main, joins=True)

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from absl import flags
+
 from imagegpt_jax.cli import UserError
 
 # How long a bucket may take to answer: reading credentials and one listing take less than two seconds. The program is
@@ -22,6 +24,8 @@ _LONGEST, _SHORTEST, _ALL = 4.0, 2.0, 6.0
 _STARTED = time.monotonic()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATH = re.compile(r"gs://[^\s,'\"+]+")
+# Variables by which libraries are told of folders: TFDS and JAX.
+_FOLDERS = ("TFDS_DATA_DIR", "JAX_COMPILATION_CACHE_DIR")
 _CHECK = (
     "check the bucket's name, the network, and the credentials (`gcloud auth application-default login`, or the service"
     " account of the machine)."
@@ -46,18 +50,36 @@ def paths(*values: Any) -> list[str]:
     return list(found.values())
 
 
-def check(*values: Any, workdir: str = "") -> None:
-    """Checks that the buckets of all `gs://` paths in `values` and `workdir` answer.
+def check(*values: Any) -> None:
+    """Checks that the buckets of all `gs://` paths in `values` are there and answer.
 
     Args:
       values: flags and configs, see `paths`.
-      workdir: a folder that checkpoints will be written into.
 
     Raises:
-      UserError: if one does not answer within seconds, or the packages to write there are missing.
+      UserError: if one is not there, or does not answer within seconds.
     """
-    for path in paths(workdir, *values):
+    for path in paths(*values):
         _probe(path)
+
+
+def check_flags() -> None:
+    """`check` of everything that the program was told by its flags, its config, and the libraries' variables.
+
+    Raises:
+      UserError: as `check` does.
+    """
+    values = flags.FLAGS.flag_values_dict().values()
+    told = [value.to_dict() if hasattr(value, "to_dict") else value for value in values]
+    check(told, [os.environ.get(name, "") for name in _FOLDERS])
+
+
+def check_client(workdir: str) -> None:
+    """Checks that checkpoints can be written into a workdir as far as packages go.
+
+    Raises:
+      UserError: if it is on `gs://` and Google's client is missing.
+    """
     if workdir.startswith("gs://"):
         for module in ("google.cloud.storage", "google.cloud.storage_control_v2"):
             if not _is_installed(module):
@@ -76,11 +98,16 @@ def _probe(path: str) -> None:
     from etils import epath
 
     errors: list[Exception] = []
+    found: list[bool] = []
     answered = threading.Event()
+    bucket = "/".join(path.split("/")[:3])
 
     def ask() -> None:
         try:
-            epath.Path(path).exists()
+            found.append(epath.Path(path).exists())
+            if not found[0]:  # neither, where there is no such bucket
+                with contextlib.suppress(tf.errors.PermissionDeniedError):  # some may see a bucket's objects alone
+                    found.append(epath.Path(bucket).exists())
         except (OSError, tf.errors.OpError) as e:
             errors.append(e)
         answered.set()
@@ -91,6 +118,8 @@ def _probe(path: str) -> None:
         raise UserError(f"{path} did not answer within {seconds:.0f} s: {_CHECK}")
     if errors:
         raise UserError(f"{path} cannot be reached ({reason(errors[0])}): {_CHECK}")
+    if found == [False, False]:
+        raise UserError(f"there is no bucket {bucket}: check its name, or make it (`gcloud storage buckets create`).")
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def main() -> None:
     # JAX and the rest start only once the flags are right.
     from imagegpt_jax import distributed, storage
 
-    storage.check(config.to_dict(), workdir=WORKDIR.value)
+    storage.check_client(WORKDIR.value)
     with distributed.together(preemptible=True):
         from imagegpt_jax import loop, preemption
 
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, joins=True)

@@ -33,6 +33,16 @@ def _stall_seconds() -> int:
     return number("IMAGEGPT_JAX_STALL_SECONDS") or 3600
 
 
+def check_settings() -> None:
+    """Checks the settings, before a thread reads them.
+
+    Raises:
+      UserError: if one is not a number.
+    """
+    silence_seconds()
+    _stall_seconds()
+
+
 class Watchdog:
     """Watches this process and its peers until `stop`.
 

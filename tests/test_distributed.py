@@ -197,10 +197,10 @@ def test_a_signal_to_the_launcher_ends_all(how, tmp_path):
     assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def alone(*arguments, **more):
+def alone(*arguments, module="train", **more):
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "imagegpt_jax.train", *arguments],
+        [sys.executable, "-m", f"imagegpt_jax.{module}", *arguments],
         cwd=ROOT,
         env=environment(**more),
         capture_output=True,
@@ -262,10 +262,73 @@ def test_a_bucket_that_is_refused_is_told_with_the_reason(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+CHECKED = {
+    "TFDS's folder": ("train", *TOKENIZER, "--workdir=/no/such/folder/run"),
+    "a decoder": ("sample", "--decoder=gs://no-such-bucket/x", "--prompt=cat", "--output=/no/such/folder/o"),
+    "pictures trained on": ("evaluate", "--images=i", "--train_images=gs://no-such-bucket/x", "--output=o.json"),
+    "checkpoints": ("checkpoint", "ls", "gs://no-such-bucket/x"),
+}
+
+
+@pytest.mark.parametrize("what", CHECKED)
+def test_whatever_a_program_is_told_is_checked_before_it_works(what):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{free.getsockname()[1]}"
+    module, *arguments = CHECKED[what]
+    more = {"TFDS_DATA_DIR": "gs://no-such-bucket/x"} if what.startswith("TFDS") else {}
+    done, _ = alone(*arguments, module=module, https_proxy=proxy, http_proxy=proxy, **more)
+    assert done.returncode == 1
+    (last,) = done.stderr.splitlines()
+    assert last.startswith("error: gs://no-such-bucket/x ")
+    assert "check the bucket's name" in last
+
+
+def test_a_process_that_fails_before_it_has_joined_tells_the_others(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Only process 1 is sent to where nobody answers.
+    proxy = f"https_proxy=http://127.0.0.1:{port} no_proxy=127.0.0.1"
+    body = f'[ "${{JAX_PROCESS_ID:-0}}" = 0 ] || export {proxy} TFDS_DATA_DIR=gs://none/x'
+    started = time.monotonic()
+    launched = start(*TOKENIZER, f"--workdir={tmp_path / 'run'}", PYTHON=stand_in(tmp_path, body))
+    status, _, error = end(launched, timeout=60)
+    said = [line for line in error.splitlines() if "error: " in line]
+    assert status == 1
+    assert len(said) == 2
+    assert any(line.startswith("[1] error: gs://none/x ") for line in said)
+    host = socket.gethostname()
+    assert any(
+        line.startswith(f"error: process 0 of 2 on {host} ends, because of process 1 of 2 on {host}: gs://none/x ")
+        for line in said
+    )
+    assert time.monotonic() - started < 20  # the launcher's patience with those that do not end
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["HEARTBEAT", "STALL"])
+def test_settings_that_are_no_numbers_are_told_before_anything_is_written(name, tmp_path):
+    variable = f"IMAGEGPT_JAX_{name}_SECONDS"
+    done, _ = alone(*TOKENIZER, f"--workdir={tmp_path / 'run'}", **{variable: "abc"})
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [f"error: {variable}='abc' is not a number."]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_ones_own_is_no_lost_process(monkeypatch):
+    monkeypatch.setattr(distributed, "_group", object())
+    assert distributed.is_loss_of_peer(RuntimeError("[Gloo] Connection closed by peer"))
+    assert not distributed.is_loss_of_peer(RuntimeError("no igloo here"))
+    assert not distributed.is_loss_of_peer(FileNotFoundError(2, "No such file or directory", "/data/gloo/a.png"))
+    assert not distributed.is_loss_of_peer(ConnectionResetError(104, "Connection reset by peer"))
+
+
 def test_buckets_are_found_in_flags_and_configs():
     config = {"data": {"train": "0.7*folder:gs://a/x + array_record:gs://b/y,split=train"}, "list": ["gs://a/z", 3]}
     assert storage.paths("gs://c/run", "/local", config) == ["gs://c/run", "gs://a/x", "gs://b/y"]
-    storage.check("/local", config["list"][1:], workdir="runs/x")
+    storage.check("/local", config["list"][1:])
+    storage.check_client("runs/x")
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from imagegpt_jax import checkpoint, events, loop
+from imagegpt_jax import checkpoint, events, loop, storage
 from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.checkpoint.__main__ import main
+from imagegpt_jax.cli import UserError
 
 
 def _load(name):
@@ -80,6 +81,12 @@ def test_a_run_in_a_bucket_stops_goes_on_and_falls_back(bucket, tmp_path, capsys
     assert main(["verify", workdir]) == 0
     assert main(["diff", workdir]) == 0
     assert "position: 40 -> 48" in capsys.readouterr().out
+
+
+def test_a_bucket_that_is_not_there_is_told(bucket):
+    storage.check("gs://bucket/nothing/yet")
+    with pytest.raises(UserError, match=r"there is no bucket gs://another: check its name"):
+        storage.check("gs://another/run")
 
 
 def test_a_save_that_was_cut_off_in_a_bucket_is_no_checkpoint(bucket, capsys):

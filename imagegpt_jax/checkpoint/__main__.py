@@ -108,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     workdir = epath.Path(args.workdir).expanduser()
     try:
+        storage.check(args.workdir)
         if args.steps and args.command != "diff":
             raise cli.UserError(f"{args.command} takes no steps: it goes through all.")
         if not folders.root(workdir).is_dir():

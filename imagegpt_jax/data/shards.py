@@ -229,7 +229,7 @@ class ShardSource:
             ArrayRecord file, or the data set is of another kind.
         """
         spec = {"images": "array_record", "tokens": "tokens"}[kind]
-        folder = epath.Path(pattern)
+        folder = epath.Path(pattern).expanduser()
         self.info: dict[str, Any] = {}
         if folder.is_dir():
             self.info = _read_info(folder, kind)

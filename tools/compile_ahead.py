@@ -3,6 +3,10 @@
 The *actual* training step is compiled by the TPU compiler on this CPU machine (`pip install -e '.[tpu]'`), and for a
 decoder also prefill and decode step of sampling. Nothing of it is measured on a TPU.
 
+A decoder's step is the one for token shards (`--config.data.train=tokens:...`, of pictures encoded once by `encode`),
+whatever `data.train` says: where `train` is given pictures, it encodes them within its step with the frozen tokenizer,
+which takes time and memory that are not in these figures.
+
   python tools/compile_ahead.py --config=configs/decoder.py:size=3B --topology=v5e-256
   python tools/compile_ahead.py --config=configs/decoder.py:size=B --topology=v5e-256 --slices=2 --output=B.json
   python tools/compile_ahead.py --config=configs/tokenizer.py:size=vq16 --topology=v5e-16 --programs=adversarial
@@ -12,6 +16,7 @@ import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -23,8 +28,13 @@ TOPOLOGY = flags.DEFINE_string(
 )
 SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices; `data` spans them.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Global batch; 0 = the config's, rounded up to the devices.")
-PROGRAMS = flags.DEFINE_list("programs", [], "Which to compile: train, prefill, decode; default all.")
-OUTPUT = flags.DEFINE_string("output", None, "JSON file of one object per program.")
+PROGRAMS = flags.DEFINE_list(
+    "programs",
+    [],
+    "Which to compile: train, prefill, decode of a decoder; reconstruction, adversarial of an image tokenizer; default"
+    " all.",
+)
+OUTPUT = flags.DEFINE_string("output", None, "JSON file of one object per program, written after each.")
 XLA = flags.DEFINE_string("xla", "", "Options of the TPU compiler to try besides the config's: name=value,name=value.")
 EFFORT = flags.DEFINE_float(
     "effort",
@@ -73,9 +83,13 @@ def describe(report: dict) -> str:
 
 
 def main() -> None:
-    """Compiles what the flags describe."""
+    """Compiles what the flags describe.
+
+    Raises:
+      UserError: if that is not possible; at the end, if programs did not fit: the others are reported and saved.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device, and must not take one
-    from imagegpt_jax import ahead, hardware
+    from imagegpt_jax import ahead, hardware, storage
     from imagegpt_jax.steps import compiler_options
 
     config = CONFIG.value
@@ -88,18 +102,54 @@ def main() -> None:
         if name not in programs:
             raise cli.UserError(f"unknown program {name!r}.{cli.suggest(name, programs)}")
     options = compiler_options(XLA.value, "tpu")
-    reports = []
+    reports: list[dict] = []
+
+    def save() -> None:
+        if OUTPUT.value:
+            with storage.writing(OUTPUT.value):
+                path = pathlib.Path(OUTPUT.value)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(reports, indent=1) + "\n")
+
+    save()  # what cannot be written is told now, not after minutes of compiling
+    if HLO.value:
+        with storage.writing(HLO.value):
+            pathlib.Path(HLO.value).mkdir(parents=True, exist_ok=True)
+    too_large = []
     for name in PROGRAMS.value or programs:
-        report, text = plan.compile(programs[name], options, EFFORT.value)
+        try:
+            report, text = plan.compile(programs[name], options, EFFORT.value)
+        except ahead.OutOfMemory as e:
+            print(f"{name} does not fit: {e}", file=sys.stderr)
+            too_large.append(name)
+            continue
         reports.append(report)
+        save()
         print(describe(report), flush=True)
         if HLO.value:
-            folder = pathlib.Path(HLO.value)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.txt").write_text(text)
+            with storage.writing(HLO.value):
+                (pathlib.Path(HLO.value) / f"{name}.txt").write_text(text)
     if OUTPUT.value:
-        pathlib.Path(OUTPUT.value).write_text(json.dumps(reports, indent=1) + "\n")
         print(f"Wrote {OUTPUT.value}", file=sys.stderr)
+    if too_large:
+        raise cli.UserError(does_not_fit(too_large, plan.config, topology))
+
+
+def does_not_fit(names: list[str], config: Any, topology: Any) -> str:
+    """What to say of programs that the compiler cannot fit into memory: one sentence, with the rows a device has."""
+    from imagegpt_jax import sharding
+
+    sizes = sharding.mesh_shape(config.mesh, topology.chips)
+    parts = sizes["data"] * sizes["fsdp"]
+    sampling = all(name in ("prefill", "decode") for name in names)
+    # Guided sampling has two rows a sample; training takes the parts of a batch one after another.
+    rows = 2 * config.batch_size // parts if sampling else config.batch_size // (parts * config.accumulate)
+    slices = f"{topology.slices} x " if topology.slices > 1 else ""
+    remedy = "a smaller --batch_size" + ("" if sampling else " or a larger --config.accumulate")
+    return (
+        f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} not fit {slices}{topology.name} at batch"
+        f" {config.batch_size} ({rows} rows a device{'' if sampling else ' at a time'}): give {remedy}."
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Finds the largest batch that fits a TPU slice, and the cheapest recomputation at it; shows that the next do not fit.
 
-Every answer is a compilation by the TPU compiler (`tools/compile_ahead.py`), never a measurement.
+Every answer is a compilation by the TPU compiler (`tools/compile_ahead.py`), never a measurement. As there, a decoder's
+step is the one for token shards: where `train` is given pictures, the tokenizer that encodes them takes memory besides.
 
   python tools/plan.py --config=configs/decoder.py:size=3B --topology=v5e-256
 """
 
+import itertools
 import json
 import os
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import plan_search
@@ -20,7 +23,14 @@ CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5e-256; default: the config's own.")
 SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices.", lower_bound=1)
 SHARE = flags.DEFINE_float("share", 0.9, "Share of a chip's memory that may be planned.", 0.1, 1.0)
-OUTPUT = flags.DEFINE_string("output", None, "JSON file with everything that was compiled.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file with the answer and everything that was compiled.")
+EFFORT = flags.DEFINE_float(
+    "effort",
+    0.0,
+    "Effort of the compiler for the speed of the program; at -1 an image tokenizer compiles in a tenth of the time.",
+    lower_bound=-1.0,
+    upper_bound=1.0,
+)
 
 GIB = 1 << 30
 # From cheapest in time to cheapest in memory.
@@ -28,48 +38,97 @@ REMATS = ("none", "dots", "attention", "full")
 
 
 class Search:
-    """Compiles the training step at batches and remats, once each."""
+    """Compiles the training step at batches and remats, once each.
 
-    def __init__(self, config: Any, topology: Any, share: float):
+    Batches are told by the examples that a device has at a time: with `accumulate` it has as many again in every part.
+
+    Attributes:
+      sizes: of the mesh, as `config.mesh` has them once -1 is filled.
+      rows: examples of a batch for each that a device has at a time.
+      limit: bytes of a chip that may be planned.
+      tried: (examples a device has at a time, remat) -> compiled peak bytes; None where the compiler itself finds no
+        way to fit.
+    """
+
+    def __init__(self, config: Any, topology: Any, share: float, effort: float = 0.0):
         from imagegpt_jax import sharding
 
-        self.config, self.topology = config, topology
+        self.config, self.topology, self.effort = config, topology, effort
         self.limit = share * topology.chip.hbm_bytes
-        sizes = sharding.mesh_shape(config.mesh, topology.chips)
-        self.rows = sizes["data"] * sizes["fsdp"] * config.accumulate  # examples in a batch of one a device
-        self.tried: dict[tuple[int, str], int | None] = {}
+        self.sizes = sharding.mesh_shape(config.mesh, topology.chips)
+        self.rows = self.sizes["data"] * self.sizes["fsdp"] * config.accumulate
+        self.tried: dict[tuple[int, Any], int | None] = {}
         self.plan: Any = None
 
-    def peak(self, per_device: int, remat: str) -> int | None:
+    def peak(self, at_once: int, remat: Any) -> int | None:
         """Compiled peak bytes; None where the compiler itself finds no way to fit."""
-        if (per_device, remat) not in self.tried:
+        if (at_once, remat) not in self.tried:
             from imagegpt_jax import ahead
 
-            config = self.config.copy_and_resolve_references()
-            config.batch_size = per_device * self.rows
-            config.model.remat = remat
-            self.plan = ahead.Plan(config, self.topology)
+            self.plan = ahead.Plan(self.configured(at_once, remat), self.topology)
             try:
-                report, _ = self.plan.compile(list(self.plan.programs())[self._program()])
+                report, _ = self.plan.compile(self._program(), effort=self.effort)
                 peak = report["peak_bytes"]
             except ahead.OutOfMemory:
                 peak = None
-            self.tried[per_device, remat] = peak
+            self.tried[at_once, remat] = peak
             text = "does not compile into memory" if peak is None else f"peak {peak / GIB:.2f} GiB"
-            print(f"batch {config.batch_size} ({per_device} a device), remat {remat}: {text}", file=sys.stderr)
-        return self.tried[per_device, remat]
+            print(f"batch {self.describe(at_once)}, remat {remat}: {text}", file=sys.stderr)
+        return self.tried[at_once, remat]
 
-    def _program(self) -> int:
-        return len(self.plan.task.phases(self.plan.setup)) - 1  # the last phase needs most
+    def configured(self, at_once: int, remat: Any) -> Any:
+        """A copy of the config at a batch and a remat."""
+        config = self.config.copy_and_resolve_references()
+        config.batch_size, config.model.remat = at_once * self.rows, remat
+        return config
 
-    def fits(self, per_device: int, remat: str) -> bool:
+    def describe(self, at_once: int) -> str:
+        """A batch, and what a device has of it."""
+        parts = self.config.accumulate
+        share = f"{at_once * parts} a device" + (f", {at_once} in each of {parts} parts" if parts > 1 else "")
+        return f"{at_once * self.rows} ({share})"
+
+    def _program(self) -> Any:
+        phases = self.plan.task.phases(self.plan.setup)
+        return next(itertools.islice(self.plan.programs(), len(phases) - 1, None))  # the last phase needs most
+
+    def fits(self, at_once: int, remat: Any) -> bool:
         """Whether a step does."""
-        peak = self.peak(per_device, remat)
+        peak = self.peak(at_once, remat)
         return peak is not None and peak <= self.limit
 
-    def largest(self, remat: str) -> int:
-        """The largest batch a device at a remat; 0 if not even one example fits."""
-        return plan_search.largest(lambda per_device: self.peak(per_device, remat), self.limit)
+    def largest(self, remat: Any) -> int:
+        """The most examples that a device can have at a time at a remat; 0 if not even one fits."""
+        return plan_search.largest(lambda at_once: self.peak(at_once, remat), self.limit)
+
+    def flags(self, at_once: int, remat: Any) -> str:
+        """What to add to `train`'s command for a batch and a remat: all that was compiled with besides the config."""
+        settings = {"batch_size": at_once * self.rows, "accumulate": self.config.accumulate, "model.remat": remat}
+        settings |= {f"mesh.{axis}": size for axis, size in self.sizes.items()}
+        return " ".join(f"--config.{key}={value}" for key, value in settings.items())
+
+    def found(self, at_once: int, remat: Any) -> dict[str, Any]:
+        """The answer and what was compiled, as JSON values."""
+        from imagegpt_jax import ahead
+
+        parts = self.config.accumulate
+        return {
+            "config": self.configured(at_once, remat).to_dict(),
+            "topology": self.topology.name,
+            "slices": self.topology.slices,
+            "mesh": self.sizes,
+            "accumulate": parts,
+            "batch_size": at_once * self.rows,
+            "per_device": at_once * parts,
+            "remat": remat,
+            "limit_bytes": self.limit,
+            "compiler_effort": self.effort,
+            "versions": ahead.versions(),
+            "tried": [
+                {"batch_size": b * self.rows, "per_device": b * parts, "remat": r, "peak_bytes": p}
+                for (b, r), p in self.tried.items()
+            ],
+        }
 
 
 def remats(config: Any) -> tuple[Any, ...]:
@@ -102,40 +161,42 @@ def table(plan: Any, peak: int) -> str:
 def main() -> None:
     """Plans what the flags describe."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from imagegpt_jax import ahead, hardware
+    from imagegpt_jax import ahead, hardware, storage
 
     config = CONFIG.value
     if not (TOPOLOGY.value or config.topology):
         raise cli.UserError("this config is not written for a TPU slice: give --topology, such as --topology=v5e-16.")
     topology = hardware.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
-    search = Search(ahead.fit(config, topology), topology, SHARE.value)
+    search = Search(ahead.fit(config, topology), topology, SHARE.value, EFFORT.value)
+    if OUTPUT.value:
+        with storage.writing(OUTPUT.value):  # what cannot be written is told now, not after minutes of compiling
+            folder = pathlib.Path(OUTPUT.value).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     choices = remats(config)
     least = choices[-1]
-    per_device = search.largest(least)
-    if not per_device:
+    at_once = search.largest(least)
+    if not at_once:
         raise cli.UserError(
             f"not even one example a device fits {topology.name} with remat={least!r}: use a larger slice."
         )
-    remat = next(r for r in choices if r == least or search.fits(per_device, r))
-    peak = search.peak(per_device, remat)
+    remat = next(r for r in choices if r == least or search.fits(at_once, r))
+    peak = search.peak(at_once, remat)
     assert peak is not None
-    plan_config = search.config.copy_and_resolve_references()
-    plan_config.batch_size, plan_config.model.remat = per_device * search.rows, remat
     limit = search.limit / GIB
-    print(f"largest batch: {per_device * search.rows} ({per_device} a device); cheapest remat at it: {remat!r}")
-    print(table(ahead.Plan(plan_config, topology), peak))
-    over = search.peak(per_device + 1, least)
+    print(f"largest batch: {search.describe(at_once)}; cheapest remat at it: {remat!r}")
+    print(table(ahead.Plan(search.configured(at_once, remat), topology), peak))
+    over = search.peak(at_once + 1, least)
     shown = "does not compile into memory" if over is None else f"peaks at {over / GIB:.3f} GiB"
-    print(f"  {per_device + 1} a device with remat {least!r} {shown}: over {limit:.2f} GiB")
+    print(f"  {search.describe(at_once + 1)} with remat {least!r} {shown}: over {limit:.2f} GiB")
     for cheaper in choices[: choices.index(remat)]:
-        over = search.peak(per_device, cheaper)
+        over = search.peak(at_once, cheaper)
         shown = "does not compile into memory" if over is None else f"peaks at {over / GIB:.3f} GiB"
-        print(f"  remat {cheaper!r} at {per_device} a device {shown}: over {limit:.2f} GiB")
-    print(f"set: --config.batch_size={per_device * search.rows} --config.model.remat={remat}")
+        print(f"  remat {cheaper!r} at the largest batch {shown}: over {limit:.2f} GiB")
+    print(f"set: {search.flags(at_once, remat)}")
     if OUTPUT.value:
-        tried = [{"per_device": b, "remat": r, "peak_bytes": p} for (b, r), p in search.tried.items()]
-        found = {"batch_size": per_device * search.rows, "remat": remat, "limit_bytes": search.limit, "tried": tried}
-        pathlib.Path(OUTPUT.value).write_text(json.dumps(found, indent=1) + "\n")
+        with storage.writing(OUTPUT.value):
+            pathlib.Path(OUTPUT.value).write_text(json.dumps(search.found(at_once, remat), indent=1) + "\n")
 
 
 if __name__ == "__main__":

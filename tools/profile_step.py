@@ -10,6 +10,7 @@ import functools
 import importlib
 import pathlib
 import sys
+import tempfile
 import time
 
 from absl import flags
@@ -24,8 +25,15 @@ PHASE = flags.DEFINE_string("phase", None, "Phase of the task, such as adversari
 
 def main() -> None:
     """Traces what the flags describe."""
-    from imagegpt_jax import distributed
+    from imagegpt_jax import distributed, storage
 
+    if OUTPUT.value.startswith("gs://"):
+        raise cli.UserError(
+            "--output is a folder of this machine, for JAX's profiler: copy the trace to gs:// from there."
+        )
+    with storage.writing(OUTPUT.value):  # what cannot be written is told now, not after the traced steps
+        pathlib.Path(OUTPUT.value).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=OUTPUT.value).close()
     distributed.initialize()
     import jax
 

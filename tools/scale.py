@@ -126,6 +126,20 @@ def keep(reports: dict[str, dict[str, Any]]) -> None:
     KEPT.write_text("[\n" + ",\n".join(json.dumps(cell, sort_keys=True) for cell in ordered) + "\n]\n")
 
 
+def choose(pattern: str, reports: dict[str, dict[str, Any]], versions: dict[str, str]) -> list[str]:
+    """Names of the cells to compile: those that match a pattern, or without one those not kept at these versions.
+
+    Raises:
+      UserError: if none matches.
+    """
+    if not pattern:
+        return [name for name in cells() if reports.get(name, {}).get("versions") != versions]
+    found = [name for name in cells() if fnmatch.fnmatch(name, pattern)]
+    if not found:
+        raise cli.UserError(f"no cell is named {pattern!r}.{cli.suggest(pattern, cells())}")
+    return found
+
+
 def check() -> None:
     """Compares one small cell, compiled now, with what is kept.
 
@@ -239,12 +253,7 @@ def main() -> None:
         from imagegpt_jax import ahead
 
         reports, plan = kept(), cells()
-        wanted = [
-            name
-            for name in plan
-            if (fnmatch.fnmatch(name, CELLS.value) if CELLS.value else name not in reports)
-            or reports.get(name, {}).get("versions", ahead.versions()) != ahead.versions()
-        ]
+        wanted = choose(CELLS.value, reports, ahead.versions())
         for i, name in enumerate(wanted, 1):
             print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)
             reports[name] = compile_cell(name, plan[name])

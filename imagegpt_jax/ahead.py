@@ -4,7 +4,6 @@ The TPU compiler (libtpu) runs on any CPU machine. What it gives is *compiled*, 
 own plan, communication is read from its HLO text, FLOPs are counted from shapes, times are estimates from peak rates.
 """
 
-import dataclasses
 import functools
 import importlib
 import math
@@ -15,53 +14,43 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
 
 from imagegpt_jax import collectives, hardware, sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax import traffic as traffic_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
-from imagegpt_jax.generate import prefill, prepare, step
-from imagegpt_jax.models import gpt
-from imagegpt_jax.sampling.prepare import score
+from imagegpt_jax.programs import Program, Sampling, largest_replicated, with_shardings
 from imagegpt_jax.steps import Steps, compiler_options, options_told
 
 COMPUTE_BYTES = 2  # of parameters and activations on the way: bf16
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One compiled program of a config on a slice, abstract up to its compilation.
-
-    Attributes:
-      name: "train" (decoder), "reconstruction", "adversarial" (tokenizer), "prefill", "decode" (sampling).
-      lower: traces it: () -> jax.stages.Lowered.
-      model_flops: FLOPs that the model needs, all devices together.
-      reads: for "decode", bytes of the weights and of the cache on one device, which it reads once.
-    """
-
-    name: str
-    lower: Any
-    model_flops: float
-    reads: Mapping[str, int] = dataclasses.field(default_factory=dict)
+# Bytes/s of one chip to other slices: "data center network bandwidth per Pod" of the Cloud TPU pages of v5e and v6e
+# (6.4 and 25.6 Tbps), over 256 chips. Those of v4 and v5p give none, so there is no estimate for them.
+DCN_BANDWIDTH = {"v5e": 6.4e12 / 8 / 256, "v6e": 25.6e12 / 8 / 256}
 
 
 def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Config:
     """A copy of a config for a slice. On one it was not written for, `fsdp` fills, and `accumulate` doubles until the
-    inputs of blocks that the backward pass keeps should take no more than a third of the memory.
+    inputs of blocks that the backward pass keeps should take no more than a third of the memory. Sizes of the mesh that
+    the command line gave (`--config.mesh.tensor=2`) stay.
 
     Args:
       config: of either task.
       topology: the slice.
       batch_size: global batch; 0 takes the config's, rounded up to a multiple of the devices.
+
+    Raises:
+      UserError: for an `accumulate` below 1, or a mesh of the command line that does not fit the slice.
     """
     config = ConfigDict(config.to_dict())
+    if config.accumulate < 1:
+        raise UserError(f"accumulate={config.accumulate} is not possible: use 1 or more.")
     own = config.topology == topology.name and topology.slices == 1
     if not own:
-        config.mesh = {"data": topology.slices, "fsdp": -1, "tensor": 1}
+        config.mesh = filled(_given_mesh(), topology.slices)
     sizes = sharding.mesh_shape(config.mesh, topology.chips)
     parts = sizes["data"] * sizes["fsdp"]
     config.batch_size = batch_size or -(-config.batch_size // (parts * config.accumulate)) * parts * config.accumulate
@@ -73,6 +62,24 @@ def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Con
                 break
             config.accumulate *= 2
     return config
+
+
+def filled(given: Mapping[str, int], slices: int = 1) -> dict[str, int]:
+    """Sizes of a mesh of which some are given: `data` spans the slices, and `fsdp` takes what is left.
+
+    Where `fsdp` is given, `data` takes it instead; where a -1 is given, that axis does.
+    """
+    sizes = {"data": slices, "fsdp": 1, "tensor": 1, **given}
+    filling = next((axis for axis in ("fsdp", "data") if axis not in given), None)
+    if filling and -1 not in sizes.values():
+        sizes[filling] = -1
+    return sizes
+
+
+def _given_mesh() -> dict[str, int]:
+    """The sizes that --config.mesh.AXIS=SIZE gave this program; none where it has no such flag."""
+    given = config_flags.get_override_values(flags.FLAGS["config"]) if "config" in flags.FLAGS else {}
+    return {axis: given[f"mesh.{axis}"] for axis in sharding.CONFIG_AXES if f"mesh.{axis}" in given}
 
 
 class Plan:
@@ -97,76 +104,34 @@ class Plan:
             make = functools.partial(self.task.init_state, self.setup)
             abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
         self.layout = state_lib.shardings(abstract, self.setup.networks, self.mesh)
-        self.state = _with_shardings(abstract, self.layout)
+        self.state = with_shardings(abstract, self.layout)
 
     def programs(self) -> Iterator[Program]:
-        """The training steps, and for a decoder the two programs of sampling."""
+        """The training steps, and for a decoder the two programs of sampling, which are traced where they are used."""
         batch = self.task.abstract_batch(self.setup, self.config.batch_size)
-        batch = _with_shardings(batch, dict.fromkeys(batch, sharding.batch_sharding(self.mesh)))
+        batch = with_shardings(batch, dict.fromkeys(batch, sharding.batch_sharding(self.mesh)))
         steps = Steps(self.task, self.setup, self.mesh, self.layout)
         for phase in self.task.phases(self.setup):
             lower = functools.partial(steps.lower, phase, self.state, batch)
-            yield Program(phase, lower, self.task.step_flops(self.setup, phase, batch))
+            flops = self.task.step_flops(self.setup, phase, batch)
+            yield Program(phase, lower, flops, lambda: (self.state.trainable, self.state.frozen))
         if self.config.task == "decoder":
-            yield from self._sampling()
-
-    def _sampling(self) -> Iterator[Program]:
-        """Prefill and one guided step; rows are twice the samples, and each device has its own, with all weights.
-
-        Weights are laid out as `generate.place` does: cut over `tensor` alone, in the compute dtype.
-        """
-        layout, rows = self.setup.layout, 2 * self.config.batch_size
-        cut = sharding.batch_sharding(self.mesh)
-
-        def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
-            return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=cut)
-
-        def make(params: Any) -> Any:
-            return prepare(self.setup.networks["decoder"].module(params))
-
-        with jax.set_mesh(self.mesh):
-            abstract = jax.eval_shape(make, self.state.params("decoder"))
-            weights = _with_shardings(abstract, sharding.tensor_shardings(abstract, self.mesh))
-            table_VD = jax.eval_shape(lambda weights: weights.output_table(*layout.image_ids), weights)
-            cut_V = NamedSharding(self.mesh, sharding.activation_spec(("vocab", None), self.mesh))
-            table_VD = jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype, sharding=cut_V)
-        length = layout.prompt_length
-        capacity = length + layout.num_codes - 1
-        prompt = gpt.Sequence(array((length,)), array((length, 3)), array((length,)))
-
-        def begin(weights: Any, prompt: gpt.Sequence) -> Any:
-            return prefill(weights, prompt, capacity)
-
-        def decode(weights: Any, table_VD: Any, state: Any) -> Any:  # the table is cut out before the loop
-            cache, tokens_R, positions_R3 = state
-            hidden_RD, cache = step(weights, cache, tokens_R, positions_R3)
-            return score(hidden_RD, table_VD), cache
-
-        start_rows = jax.jit(lambda *args: sharding.map_rows(begin, (False, True))(*args))
-        add_token = jax.jit(lambda *args: sharding.map_rows(decode, (False, False, True))(*args), donate_argnums=2)
-        count = functools.partial(self.task.forward_flops, self.setup, rows)
-        yield Program("prefill", lambda: start_rows.lower(weights, prompt), count(length, 1))
-        with jax.set_mesh(self.mesh):
-            cache = jax.eval_shape(start_rows, weights, prompt)[1]
-        heads = NamedSharding(self.mesh, sharding.activation_spec(("batch", "kv_heads", None, None), self.mesh))
-        whole = sharding.replicated(self.mesh)
-        cache = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding={4: heads, 2: cut}.get(x.ndim, whole)), cache
-        )
-        state = cache, array(()), array((3,))
-        reads = {"weights": _bytes(weights), "cache": _bytes((cache.keys, cache.values))}
-        yield Program("decode", lambda: add_token.lower(weights, table_VD, state), count(1, 1, capacity), reads)
+            params = self.state.params("decoder")
+            sampling = Sampling(self.setup, self.mesh, params, self.config.batch_size)
+            yield from sampling.programs()
 
     def bound(self) -> dict[str, int]:
         """Least communication of a training step, bytes sent by a device: kind -> bytes.
 
         Parameters are gathered for the forward and for the backward pass (the token table for the first alone) and
-        their gradients scattered, once each, in the compute dtype; `data` sums the gradients of each part; `tensor`
-        sums activations twice in a block forward, twice backward, and once more where the block is recomputed.
+        their gradients scattered, once each, in the compute dtype; `data` sums the gradients of each part, first within
+        a slice and then what a device has of that sum between slices; `tensor` sums activations twice in a block
+        forward, twice backward, and once more where the block is recomputed.
         """
         shape = self.mesh.shape
         fsdp, data, tensor = shape["fsdp"] * shape["fsdp_minor"], shape["data"], shape["tensor"]
-        gathered = scattered = summed = 0.0
+        slices = self.topology.slices
+        gathered = scattered = summed = crossing = 0.0
         leaves = jax.tree_util.tree_leaves_with_path(self.state.trainable)
         for (path, leaf), where in zip(leaves, jax.tree.leaves(self.layout.trainable), strict=True):
             times = 1 if any(getattr(key, "key", None) == "embed" for key in path) else 2  # looked up, not multiplied
@@ -175,9 +140,13 @@ class Plan:
             parts = fsdp if set(sharding.FSDP) & names else 1
             gathered += times * size * (parts - 1) / parts
             scattered += size * (parts - 1) / parts
-            summed += 2 * size / parts * (data * fsdp / parts - 1) / (data * fsdp / parts)
+            copies = data * fsdp / parts / slices  # in one slice
+            summed += 2 * size / parts * (copies - 1) / copies
+            crossing += 2 * size / parts / copies * (slices - 1) / slices
         accumulate = self.config.accumulate
         bound = {"all-gather": gathered * accumulate, "reduce-scatter": scattered * accumulate, "all-reduce": summed}
+        if slices > 1:
+            bound[collectives.BETWEEN_SLICES] = crossing
         if tensor > 1 and self.config.task == "decoder":
             model = self.setup.model
             rows = self.config.batch_size // (data * fsdp)
@@ -185,13 +154,6 @@ class Plan:
             sums = 4 + (model.remat != "none")
             bound["all-reduce"] += sums * model.depth * 2 * stream * (tensor - 1) / tensor
         return {kind: round(value) for kind, value in bound.items()}
-
-    def largest_replicated_parameter(self) -> int:
-        """Bytes of the largest parameter that every device holds whole; 0 on a mesh that cuts none."""
-        pairs = zip(jax.tree.leaves(self.state.trainable), jax.tree.leaves(self.layout.trainable), strict=True)
-        if not sharding.cuts_parameters(self.mesh):
-            return 0
-        return max((x.size * x.dtype.itemsize for x, where in pairs if where.is_fully_replicated), default=0)
 
     def _widest(self, text: str) -> dict[str, int]:
         """Bytes of the largest arrays that a decoder's step must not have: scores of attention, float32 logits."""
@@ -238,12 +200,19 @@ class Plan:
         bound = self.bound() if training else {}
         flops = program.model_flops / devices
         sent = sum(total.bytes for total in moved.values())
-        traffic = 2 * memory.argument_size_in_bytes + 2 * memory.temp_size_in_bytes
+        crossing = moved[collectives.BETWEEN_SLICES].bytes if collectives.BETWEEN_SLICES in moved else 0
+        accessed = traffic_lib.hbm_bytes(text) if program.reads else 0
+        if training:
+            traffic = 2 * memory.argument_size_in_bytes + 2 * memory.temp_size_in_bytes
+        else:
+            traffic = accessed or memory.argument_size_in_bytes + memory.output_size_in_bytes
         estimate = {
             "compute": flops / chip.flops,
             "hbm": traffic / chip.hbm_bandwidth,
-            "ici": sent / chip.ici_bandwidth,
+            "ici": (sent - crossing) / chip.ici_bandwidth,
         }
+        if self.topology.slices > 1 and self.topology.generation in DCN_BANDWIDTH:
+            estimate["dcn"] = crossing / DCN_BANDWIDTH[self.topology.generation]
         report = {
             "config": self.config.to_dict(),
             "program": program.name,
@@ -272,7 +241,7 @@ class Plan:
             },
             "collective_bytes": sent,
             "collective_bound_bytes": sum(bound.values()),
-            "largest_replicated_parameter_bytes": self.largest_replicated_parameter(),
+            "largest_replicated_parameter_bytes": largest_replicated(program.parameters()),
             "roofline_estimate_seconds": {name: round(value, 6) for name, value in estimate.items()},
             "roofline_estimate_mfu": round(estimate["compute"] / max(max(estimate.values()), 1e-12), 4),
             "host_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -283,9 +252,10 @@ class Plan:
         if training and self.config.task == "decoder":
             report |= self._widest(text)
         if program.reads:
-            report |= {f"{name}_bytes": size for name, size in program.reads.items()}
-            report["bytes_accessed"] = traffic_lib.hbm_bytes(text)
-            report["accessed_over_read"] = round(report["bytes_accessed"] / sum(program.reads.values()), 4)
+            reads = program.reads()
+            report |= {f"{name}_bytes": size for name, size in reads.items()}
+            report["bytes_accessed"] = accessed
+            report["accessed_over_read"] = round(accessed / sum(reads.values()), 4)
         return report, text
 
 
@@ -302,12 +272,3 @@ def versions() -> dict[str, str]:
         "jaxlib": importlib.metadata.version("jaxlib"),
         "libtpu": importlib.metadata.version("libtpu"),
     }
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -3,6 +3,9 @@
 Bytes are what one device sends, on a ring: with n devices in a group, an all-gather of a result of R bytes and a
 reduce-scatter of an operand of R bytes send R (n - 1) / n, an all-reduce twice that. On TPUs a reduce-scatter may stand
 in the text as a fusion named all-reduce-scatter, and an asynchronous collective as several fusions that share its work.
+
+What crosses slices goes through the hosts and is no collective in the text, but a `send` and a `recv` that name their
+operation (`_xla_megascale_transfer_type`): a kind of its own, BETWEEN_SLICES, on a ring of the slices.
 """
 
 import collections
@@ -10,7 +13,8 @@ import dataclasses
 import math
 import re
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between-slices"
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", BETWEEN_SLICES)
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z\-]+)\((.*)$")
@@ -18,6 +22,10 @@ _ARRAY = re.compile(r"\b(pred|[subf]\d+|bf16|f8\w*)\[([\d,]*)\]")
 _WIDTHS = {"pred": 1, "bf16": 2}
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?(%?[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+# How a transfer between slices names its operation and its slices: "{1,2}x{0:15}" is each of 16 chips of two slices,
+# {{100000,200000},{100001,200001}} two groups of a chip on each of two.
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_SLICES = re.compile(r'_xla_megascale_target="?\{\{?([\d,]+)\}')
 # A computation with one of these goes on with, or ends, what another one started.
 _CONTINUES = re.compile(r'custom_call_target="AsyncCollective(?!Start")')
 
@@ -96,6 +104,9 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str | None]:
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter-fusion"
             current.collectives.append(_sent(kind, size, _group(line)))
+        elif operation == "send" and (transfer := _TRANSFER.search(line)):
+            # The result is (payload, context, token).
+            current.collectives.append((BETWEEN_SLICES, _crossing(transfer[1], _sizes(result)[0], line)))
         current.continues |= bool(_CONTINUES.search(line))
         if operation == "constant" and result.startswith("s32[]"):
             current.bound = int(rest.split(")")[0])
@@ -116,6 +127,17 @@ def _sent(kind: str, size: int, group: int) -> tuple[str, int]:
     if kind == "collective-permute":
         return kind, size
     return kind, round(size * share * (2 if kind == "all-reduce" else 1))
+
+
+def _crossing(transfer: str, size: int, line: str) -> int:
+    """Bytes that one device sends to other slices, of a payload of `size` bytes."""
+    named = _SLICES.search(line)
+    slices = named[1].count(",") + 1 if named else 2
+    if transfer == "ALL_GATHER":  # of the payloads of all
+        return size * (slices - 1)
+    if transfer == "ONE_TO_ONE":
+        return size
+    return round(size * (slices - 1) / slices * (2 if transfer == "ALL_REDUCE" else 1))
 
 
 def _sizes(text: str) -> list[int]:

@@ -17,21 +17,24 @@ from imagegpt_jax.models.gpt_config import GPTConfig
 def decoder_forward(
     config: GPTConfig, batch: int, length: int, scored: Sequence[tuple[int, int]], context: int = 0
 ) -> float:
-    """FLOPs of a forward pass with its loss.
+    """FLOPs of a forward pass with its loss, or of a call that adds tokens to a cache.
 
     Args:
       config: the decoder.
       batch: sequences.
-      length: tokens of each that go through the blocks (prefix features come on top).
+      length: tokens of each that go through the blocks (prefix features come on top, where there is no context).
       scored: (number of ids, positions of each sequence that are scored against so many), for each kind of target.
-      context: tokens in a cache that each token attends to as well.
+      context: tokens in a cache that each token attends to as well, prefix features included. They went through the
+        blocks before, so only features that modulate the blocks (`adaptive_norm`) are projected again.
     """
     D, N, K, H, F = config.width, config.heads, config.num_kv_heads, config.head_width, config.mlp_width
-    prefix = config.feature_length if config.conditioning == "prefix" else 0
+    prefixed = config.conditioning == "prefix"
+    prefix = config.feature_length - config.feature_begins if prefixed and not context else 0
     tokens = length + prefix
     matrices = D * (N + 2 * K) * H + N * H * D + (3 if config.mlp == "swiglu" else 2) * D * F
     per_block = 2 * tokens * matrices + (2 * tokens + 4 * context) * tokens * N * H  # causal: half of 4 L^2 N H
-    once = 2 * config.feature_length * (config.feature_width * D + D * D) if config.feature_width else 0
+    projected = config.feature_length if not (prefixed and context) else 0
+    once = 2 * projected * (config.feature_width * D + D * D)
     once += 2 * length * D * D if config.target_positions else 0
     if config.conditioning == "adaptive_norm":
         per_block += 2 * D * 6 * D

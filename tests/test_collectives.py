@@ -71,3 +71,46 @@ def test_every_form_is_counted_as_often_as_it_runs():
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives.count("HloModule x")
+
+
+def crossing(rendezvous, transfer="ALL_REDUCE", target='"{1,2}x{0:15}"'):
+    """What the compiler writes at the `send` and the `recv` of a transfer between slices."""
+    return (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        f'_xla_host_transfer_rendezvous="{rendezvous}",_xla_megascale_reduce_operation="SUM",'
+        f'_xla_megascale_target={target},_xla_megascale_transfer_type="{transfer}"}}'
+    )
+
+
+# From a training step of B, 4 layers, on two slices of v5e-16.
+TWO_SLICES = f"""HloModule jit_step
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %send = (f32[1,1,128]{{2,1,0:T(1,128)}}, u32[], token[]) send(%x, %after-all), {crossing("all-reduce.30")}
+  %recv = (f32[1,1,128]{{2,1,0:T(1,128)}}, u32[], token[]) recv(%after-all), {crossing("all-reduce.30")}
+  %send-done = token[] send-done(%send), channel_id=3, is_host_transfer=true
+  %recv-done = (f32[1,1,128]{{2,1,0:T(1,128)}}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true
+  %send.11 = (bf16[864,8,128]{{2,1,0:T(8,128)(2,1)}}, u32[], token[]) send(%y, %after-all.11), {crossing("psum.68_0")}
+  %log = (f32[4]{{0}}, u32[], token[]) send(%z, %after-all.12), channel_id=9, is_host_transfer=true
+  ROOT %out = f32[8] copy(%sum)
+}}
+"""
+
+
+def test_what_crosses_slices_is_a_kind_of_its_own():
+    assert collectives.count(TWO_SLICES) == {"between-slices": Total(2, 4 * 128 + 2 * 864 * 8 * 128)}
+
+
+@pytest.mark.parametrize(
+    ("transfer", "target", "times"),
+    [
+        ("ALL_REDUCE", '"{1,2,3,4}x{0:3}"', 2 * 3 / 4),
+        ("REDUCE_SCATTER", '"{1,2,3,4}x{0:3}"', 3 / 4),
+        ("ALL_GATHER", '"{1,2,3,4}x{0:3}"', 3),  # the payload is one slice's part
+        ("ALL_TO_ALL", "{{100000,200000},{100001,200001}}", 1 / 2),
+        ("ONE_TO_ONE", "{{100000->200000},{200000->100000}}", 1),
+    ],
+)
+def test_slices_make_a_ring(transfer, target, times):
+    text = TWO_SLICES.replace(crossing("psum.68_0"), crossing("psum.68_0", transfer, target))
+    assert collectives.count(text)["between-slices"].bytes == 4 * 128 + times * 2 * 864 * 8 * 128

@@ -185,6 +185,7 @@ def row(cell: dict[str, Any]) -> str:
     bound = cell["collective_bound_bytes"]
     ratio = f"{cell['collective_bytes'] / bound:.2f}" if bound else ""
     estimate = cell["roofline_estimate_seconds"]
+    times = [f"{1e3 * estimate[name]:.0f}" for name in ("compute", "hbm", "ici", "dcn") if name in estimate]
     accumulate = cell["config"]["accumulate"]
     batch = f"{cell['batch_size']:,}" + (f" in {accumulate}" if accumulate > 1 else "")
     label = cell["name"].split(" v")[0].replace(f" {cell['slices']} x", "")
@@ -193,13 +194,13 @@ def row(cell: dict[str, Any]) -> str:
         f" {cell['argument_bytes'] / GIB:.2f} / {cell['temp_bytes'] / GIB:.2f} |"
         f" {cell['peak_bytes'] / GIB:.2f} ({cell['peak_bytes'] / cell['hbm_bytes']:.0%}) |"
         f" {cell['collective_bytes'] / 1e9:.2f} | {ratio} |"
-        f" {1e3 * estimate['compute']:.0f} / {1e3 * estimate['hbm']:.0f} / {1e3 * estimate['ici']:.0f} |"
+        f" {' / '.join(times)} |"
     )
 
 
 HEADER = (
     "| config | slice | mesh | batch | compile s | argument / temp GiB | peak GiB (of memory) | sent GB | / bound |"
-    " estimate ms: compute / HBM / ICI |\n|---|---|---|---|---|---|---|---|---|---|"
+    " estimate ms: compute / HBM / ICI (/ DCN) |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 

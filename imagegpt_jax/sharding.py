@@ -53,7 +53,7 @@ def mesh_shape(shape: Mapping[str, int], count: int) -> dict[str, int]:
     """The sizes of a config's mesh such as `{"data": -1, "fsdp": 1, "tensor": 1}`; one -1 takes what is left.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices.
+      UserError: if the sizes do not multiply to the number of devices; it names the two nearest meshes that do.
     """
     sizes = [int(shape[a]) for a in CONFIG_AXES]
     text = " x ".join(f"{a}={s}" for a, s in zip(CONFIG_AXES, sizes, strict=True))
@@ -61,10 +61,19 @@ def mesh_shape(shape: Mapping[str, int], count: int) -> dict[str, int]:
         raise UserError(f"mesh {text} is not possible: sizes are positive, and one of them may be -1.")
     known = math.prod(s for s in sizes if s != -1)
     if count % known or (-1 not in sizes and known != count):
+        legal = [(d, f, count // d // f) for d in _divisors(count) for f in _divisors(count // d)][::-1]
+        given = [(axis, at, sizes[at]) for at, axis in enumerate(CONFIG_AXES) if sizes[at] != -1]
+        # Sizes are as far apart as their ratio; of meshes as near as each other, first the one with the larger `data`.
+        near = sorted(legal, key=lambda m: round(sum(abs(math.log(m[at] / s)) for _, at, s in given), 9))[:2]
+        use = " or ".join(" ".join(f"mesh.{axis}={m[at]}" for axis, at, s in given if m[at] != s) for m in near)
         raise UserError(
-            f"mesh {text} does not fit {count} devices: the sizes must multiply to {count} (config.mesh.data=-1 fills)."
+            f"mesh {text} does not fit {count} devices: the sizes must multiply to {count} (-1 fills): use {use}."
         )
     return {a: count // known if s == -1 else s for a, s in zip(CONFIG_AXES, sizes, strict=True)}
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def minor_sizes(fsdp: int) -> list[int]:
@@ -132,10 +141,11 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str 
             raise UserError(f"{name}={value} is not possible: use 1 or more.")
     if batch_size % parts:
         near = sorted({max(1, batch_size // parts) * parts, (batch_size // parts + 1) * parts})
+        fewer = [n for n in _divisors(mesh.size) if n < batch_shards(mesh) and batch_size % (n * accumulate) == 0]
         what = f"data x fsdp = {batch_shards(mesh)} devices" + (f" x accumulate={accumulate}" if accumulate > 1 else "")
         raise UserError(
             f"{key}={batch_size} does not divide over {what}: use {' or '.join(map(str, near))}"
-            + (f", or at most {batch_size} devices for data x fsdp." if batch_size < batch_shards(mesh) else ".")
+            + (f", or data x fsdp = {fewer[-1]} devices." if batch_size < batch_shards(mesh) and fewer else ".")
         )
 
 
@@ -148,12 +158,13 @@ def check_divides(sizes: Mapping[str, int], axis: str, mesh: Any) -> None:
       mesh: the mesh.
 
     Raises:
-      UserError: for the first that does not; it names the sizes of that axis that would do.
+      UserError: for the first that does not; it names sizes of that axis that all of them and the devices divide by,
+        with `data` taking what is left.
     """
     parts = _parts(FSDP if axis == "fsdp" else (axis,), mesh)
     for key, size in sizes.items():
         if size % parts:
-            legal = [n for n in range(1, size + 1) if size % n == 0]
+            legal = _divisors(math.gcd(parts * _parts("data", mesh), *sizes.values()))
             below, above = [n for n in legal if n < parts][-2:], [n for n in legal if n > parts][:2]
             raise UserError(
                 f"{key}={size} does not divide over mesh.{axis}={parts}: use mesh.{axis}="

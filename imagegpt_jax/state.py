@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagegpt_jax import guard, sharding
@@ -101,8 +101,12 @@ def count_params(params: Any) -> int:
 
 
 def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """Splits a pure dict into (trainable, frozen): frozen are paths ("blocks/attention/query") that match a pattern."""
-    compiled = [re.compile(p) for p in patterns]
+    """Splits a pure dict into (trainable, frozen): frozen are paths ("blocks/attention/query") that match a pattern.
+
+    Raises:
+      UserError: for a pattern that is no regular expression.
+    """
+    compiled = [_compile(p) for p in patterns]
 
     def walk(tree: Params, path: tuple[str, ...]) -> tuple[Params, Params]:
         kept: Params = {}
@@ -122,6 +126,16 @@ def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
         return kept, held
 
     return walk(params, ())
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise UserError(
+            f"config.frozen has {pattern!r}, which is no regular expression ({e}): write a part of a parameter's path,"
+            " such as decoder/conv_out, or ^encoder/ for all that begins so."
+        ) from e
 
 
 def join(a: Params, b: Params) -> Params:
@@ -221,8 +235,25 @@ def check_layout(networks: Mapping[str, Network], mesh: Mesh) -> None:
     """Checks that every parameter of more than 1 MiB is cut into as many parts as `fsdp` has.
 
     Raises:
-      UserError: for the first that is not.
+      UserError: for the first that is not; it names the largest part of `fsdp` that cuts them all.
     """
+    if whole := _not_cut(networks, mesh):
+        name, key, shape = whole
+        parts, tensor = mesh.shape["fsdp"] * mesh.shape["fsdp_minor"], mesh.shape["tensor"]
+
+        def works(fsdp: int) -> bool:
+            """Whether a size would do as one axis, which then does however `make_mesh` cuts it into two."""
+            return not _not_cut(networks, AbstractMesh((1, fsdp, 1, tensor), sharding.MESH_AXES))
+
+        largest = next(n for n in range(parts - 1, 0, -1) if parts % n == 0 and works(n))
+        raise UserError(
+            f"{key} of the {name}, of shape {shape}, does not divide over mesh.fsdp={parts}: use"
+            f" mesh.fsdp={largest} and put the rest of the devices into mesh.data."
+        )
+
+
+def _not_cut(networks: Mapping[str, Network], mesh: Any) -> tuple[str, str, tuple[int, ...]] | None:
+    """Network, path and shape of the first parameter of more than 1 MiB not cut into as many parts as `fsdp` has."""
     parts = mesh.shape["fsdp"] * mesh.shape["fsdp_minor"]
     for name, net in networks.items():
         specs = sharding.module_specs(net.abstract, mesh)
@@ -235,12 +266,8 @@ def check_layout(networks: Mapping[str, Network], mesh: Mesh) -> None:
         for (path, leaf), spec in pairs:
             held = NamedSharding(mesh, spec).shard_shape(leaf.shape)
             if leaf.size * leaf.dtype.itemsize > MIB and math.prod(leaf.shape) < math.prod(held) * parts:
-                key = "/".join(str(getattr(p, "key", p)) for p in path)
-                largest = max(n for n in range(1, parts) if parts % n == 0 and any(s % n == 0 for s in leaf.shape))
-                raise UserError(
-                    f"{key} of the {name}, of shape {leaf.shape}, does not divide over mesh.fsdp={parts}: use"
-                    f" mesh.fsdp={largest} and put the rest of the devices into mesh.data."
-                )
+                return name, "/".join(str(getattr(p, "key", p)) for p in path), leaf.shape
+    return None
 
 
 def init_sharded(

@@ -5,11 +5,14 @@ import sys
 import textwrap
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from imagegpt_jax import sharding
 from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import sibling
+from imagegpt_jax.tasks import decoder
 
 
 def on_eight_devices(code):
@@ -53,6 +56,25 @@ def test_sizes_that_do_not_fit_are_named():
     sharding.check_batch_size(16, mesh_of(data=4, fsdp=2, tensor=1))
 
 
+@pytest.mark.parametrize(
+    ("count", "sizes", "use"),
+    [
+        (8, (-1, 3, 1), "mesh.fsdp=4 or mesh.fsdp=2"),
+        (8, (2, 2, 1), "mesh.data=4 or mesh.fsdp=4"),
+        (8, (-1, 3, 3), "mesh.fsdp=4 mesh.tensor=2 or mesh.fsdp=2 mesh.tensor=4"),
+        (12, (2, -1, 5), "mesh.tensor=6 or mesh.tensor=3"),
+        (1, (1, 3, 1), "mesh.fsdp=1"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_told_with_the_nearest_that_do(count, sizes, use):
+    mesh = dict(zip(sharding.CONFIG_AXES, sizes, strict=True))
+    with pytest.raises(UserError, match=rf"does not fit {count} devices: .*: use {use}\.$"):
+        sharding.mesh_shape(mesh, count)
+    for choice in use.split(" or "):
+        changes = dict(item.removeprefix("mesh.").split("=") for item in choice.split())
+        assert np.prod(list(sharding.mesh_shape(mesh | changes, count).values())) == count
+
+
 def test_state_is_born_sharded_and_steps_alike_on_eight_devices(tmp_path):
     """One step of the decoder: same loss on one device and on 2 x 2 x 2, with parameters and moments cut in pieces."""
     out = on_eight_devices("""
@@ -94,14 +116,45 @@ def test_heads_that_do_not_divide_are_told_with_what_would():
     mesh = mesh_of(data=1, fsdp=1, tensor=8)
     sharding.check_divides({"model.heads": 16}, "tensor", mesh)
     with pytest.raises(
-        UserError, match="model.heads=12 does not divide over mesh.tensor=8: use mesh.tensor=4 or 6 or 12"
+        UserError, match="model.heads=12 does not divide over mesh.tensor=8: use mesh.tensor=2 or 4, or a model.heads"
     ):
         sharding.check_divides({"model.kv_heads": 8, "model.heads": 12}, "tensor", mesh)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "mesh", "use"),
+    [
+        ({"mlp_width": 65}, (4, 1, 2), "1"),  # 5 and 13 divide it, and not 8 devices
+        ({"num_codes": 60}, (1, 1, 8), "2 or 4"),
+        ({"heads": 12, "kv_heads": 2}, (1, 1, 8), "1 or 2"),  # 4 divides the heads alone
+        ({"heads": 12}, (2, 3, 8), "2 or 4"),  # with 3 as `fsdp`, 6 and 12 do not divide 48 devices
+        ({"heads": 12}, (3, 1, 8), "4 or 6 or 12"),
+    ],
+)
+def test_sizes_of_an_axis_that_are_named_divide_everything(sizes, mesh, use):
+    with pytest.raises(UserError, match=f": use mesh.tensor={use}, or a"):
+        sharding.check_divides(sizes, "tensor", mesh_of(**dict(zip(sharding.CONFIG_AXES, mesh, strict=True))))
+
+
+@pytest.mark.parametrize(("vocab_multiple", "tensor", "use"), [(1, 3, 3), (128, 3, 384), (128, 12, 384)])
+def test_a_vocabulary_is_filled_up_to_a_multiple_of_tensor(vocab_multiple, tensor, use):
+    config = sibling("configs/x.py", "decoder.py").get_config("size=test")
+    config.model.update(width=48, heads=12, kv_heads=12, mlp_width=96)
+    config.data.update(text_vocab_size=500, vocab_multiple=vocab_multiple)  # 568 ids, or 640
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, tensor), sharding.MESH_AXES)
+    with pytest.raises(UserError, match=rf"set --config.data.vocab_multiple={use}, which fills it up"):
+        decoder.check_mesh(decoder.setup_abstract(config), mesh)
+    config.data.vocab_multiple = use
+    decoder.check_mesh(decoder.setup_abstract(config), mesh)
+
+
 def test_more_devices_than_batch_is_told_with_what_would():
-    with pytest.raises(UserError, match="batch_size=8 .* 16 devices: use 16, or at most 8 devices"):
+    with pytest.raises(UserError, match="batch_size=8 .* 16 devices: use 16, or data x fsdp = 8 devices"):
         sharding.check_batch_size(8, mesh_of(data=4, fsdp=4, tensor=1))
+    with pytest.raises(UserError, match="batch_size=6 .* 8 devices: use 8, or data x fsdp = 2 devices"):
+        sharding.check_batch_size(6, mesh_of(data=8, fsdp=1, tensor=1))  # 6 and 3 do not divide 8 devices
+    with pytest.raises(UserError, match="batch_size=6 .* accumulate=4: use 32\\.$"):
+        sharding.check_batch_size(6, mesh_of(data=8, fsdp=1, tensor=1), accumulate=4)
     with pytest.raises(UserError, match="batch_size=24 .* 8 devices x accumulate=2: use 16 or 32"):
         sharding.check_batch_size(24, mesh_of(data=8, fsdp=1, tensor=1), accumulate=2)
     with pytest.raises(UserError, match="accumulate=0"):

@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
-from imagegpt_jax import state
+from imagegpt_jax import sharding, state
+from imagegpt_jax.cli import UserError
 
 
 class Tiny(nnx.Module):
@@ -56,6 +58,11 @@ def test_partition_and_join_are_inverse():
     assert state.join(kept, held) == params
 
 
+def test_a_pattern_that_is_none_is_told():
+    with pytest.raises(UserError, match=r"config.frozen has '\(', which is no regular expression"):
+        state.partition({"a": 1}, ["("])
+
+
 def test_evaluation_takes_the_average():
     _, made = make()
     other = {**made.ema, "a": jax.tree.map(lambda x: x + 1, made.ema["a"])}
@@ -64,3 +71,35 @@ def test_evaluation_takes_the_average():
     changed = dataclasses.replace(made, ema=other)
     np.testing.assert_allclose(changed.eval_params("a")["first"], made.params("a")["first"] + 1)
     np.testing.assert_allclose(changed.params("a")["first"], made.params("a")["first"])
+
+
+class Stacked(nnx.Module):
+    """Two matrices of more than 1 MiB, the first of 24 stacked layers."""
+
+    def __init__(self, *, key):
+        del key
+        self.layers = nnx.Param(jnp.zeros((24, 256, 256)), axes=("embed", "mlp"))
+        self.table = nnx.Param(jnp.zeros((840, 520)), axes=("vocab", "embed"))
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "minor", "tensor", "use"),
+    [
+        (48, 6, 1, 8),  # the layers' 24 are never cut, and 16 divides 256 and neither 840 nor 520
+        (24, 4, 1, 8),
+        (3, 1, 1, 1),
+        (48, 6, 2, 8),
+        (128, 8, 1, 8),  # 64 does as 8 x 8, of which 840 takes one and 520 the other, and not as 64 x 1
+    ],
+)
+def test_a_size_of_fsdp_that_is_named_cuts_every_large_parameter(fsdp, minor, tensor, use):
+    networks = {"a": state.network(lambda key: Stacked(key=key))}
+
+    def check(fsdp, minor):
+        mesh = jax.sharding.AbstractMesh((1, fsdp // minor, minor, tensor), sharding.MESH_AXES)
+        state.check_layout(networks, mesh)
+
+    with pytest.raises(UserError, match=f" of the a, .* mesh.fsdp={fsdp}: use mesh.fsdp={use} and put the rest"):
+        check(fsdp, minor)
+    for split in sharding.minor_sizes(use):
+        check(use, split)

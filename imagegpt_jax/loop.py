@@ -21,7 +21,18 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from imagegpt_jax import checkpoint, distributed, events, guard, hardware, metrics, preemption, sharding, storage
+from imagegpt_jax import (
+    checkpoint,
+    checks,
+    distributed,
+    events,
+    guard,
+    hardware,
+    metrics,
+    preemption,
+    sharding,
+    storage,
+)
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
@@ -53,11 +64,13 @@ def run(
     """
     # --- Everything a person can get wrong, before devices and files.
     changes = config_lib.check_workdir(config, workdir, allow_changes=allow_changes)
+    checks.check_counts(config)
     setup = task.setup(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     sharding.check_batch_size(config.eval_batch_size, mesh, key="eval_batch_size")
     task.check_mesh(setup, mesh)
+    checks.check_start(config, workdir, mesh)
     distributed.agree(config=config_lib.to_dict(config), workdir=str(workdir), **_made_of(setup))
 
     with jax.set_mesh(mesh):
@@ -220,7 +233,6 @@ class _Training:
                     self.log.write("compile", step=step, phase=phase, seconds=time.perf_counter() - started)
                 tokens = batch["tokens"].size if "tokens" in batch else 0
                 flops = self.steps.flops(phase, batch) if self.chip is not None else 0.0
-                self.clock.count(config.batch_size, tokens, flops)
                 bar.update()
                 self.checkpoints.poll()
                 distributed.progress(step)
@@ -229,6 +241,7 @@ class _Training:
                 if pending is not None:
                     self._write(*pending, bar)
                     pending = None
+                self.clock.count(config.batch_size, tokens, flops)  # this step is of the interval after
                 if step % config.log_every == 0 or step == last or task.phase(setup, step) != phase:
                     pending, totals = (step, totals), None
 

@@ -18,6 +18,7 @@
     clip_norm       clip the gradient to this global L2 norm; 0 = off
 """
 
+import math
 from typing import Any
 
 import jax
@@ -73,18 +74,40 @@ def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple)
 
 
-def make(config: Config, steps: int, axes: Any) -> optax.GradientTransformation:
+# Key of an optimizer -> (what its value must be below, from 0 on; a usual value).
+_BELOW = {
+    "lr": (math.inf, 1e-4),
+    "b1": (1, 0.9),
+    "b2": (1, 0.95),
+    "weight_decay": (math.inf, 0.05),
+    "clip_norm": (math.inf, 1.0),
+}
+
+
+def check_average(decay: float) -> None:
+    """Raises UserError if `config.ema_decay` is no decay of an average."""
+    if not 0 <= decay < 1:
+        raise UserError(f"ema_decay={decay} must be in [0, 1): set --config.ema_decay=0.999, or 0 for no average.")
+
+
+def make(config: Config, steps: int, axes: Any, key: str = "optim") -> optax.GradientTransformation:
     """Builds the optimizer of one network.
 
     Args:
       config: keys as above.
       steps: length of the run, for the schedule.
-      axes: tree like the parameters, with each parameter's logical axes without the stacked `layers` axis (a tuple of
-        names; its length is the parameter's number of dimensions within a layer).
+      axes: tree like the trained parameters, with each parameter's logical axes without the stacked `layers` axis (a
+        tuple of names; its length is the parameter's number of dimensions within a layer).
+      key: where the keys are in the run's config, for errors.
 
     Raises:
-      UserError: for an unknown optimizer or schedule.
+      UserError: for an unknown optimizer or schedule, or a number that is not possible.
     """
+    for name, (below, usual) in _BELOW.items():
+        if not 0 <= config[name] < below:
+            raise UserError(
+                f"{key}.{name}={config[name]} must be in [0, {below}): set --config.{key}.{name}={usual}, for example."
+            )
     lr = schedule(config, steps)
     decay_mask = jax.tree.map(lambda a: len(a) >= 2, axes, is_leaf=_is_axes)
     mu_dtype, nu_dtype = as_dtype(config.mu_dtype), as_dtype(config.nu_dtype)

@@ -38,6 +38,17 @@ def compiler_options(text: str, platform: str) -> dict[str, str | bool]:
     return {name: {"true": True, "false": False}.get(value, value) for name, value in kept.items()}
 
 
+def check_options(text: str, platform: str) -> None:
+    """Has the compiler read the options of `config.compiler_options`, with a program of nothing.
+
+    Raises:
+      UserError: if the text is not of its form, or the compiler refuses an option.
+    """
+    if options := compiler_options(text, platform):
+        with options_told(options):
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
+
+
 @contextlib.contextmanager
 def options_told(options: Mapping[str, str | bool]) -> Iterator[None]:
     """Turns the compiler's complaint about an option, unknown or of another kind, into a UserError."""
@@ -47,7 +58,10 @@ def options_told(options: Mapping[str, str | bool]) -> Iterator[None]:
         if not any(name in str(e) for name in options):
             raise
         text = ",".join(f"{name}={value}" for name, value in options.items())
-        raise UserError(f"the compiler refuses an option of {text!r}: {str(e).splitlines()[0]}") from e
+        raise UserError(
+            f"the compiler refuses an option of {text!r} ({str(e).splitlines()[0]}): correct it in"
+            " --config.compiler_options, or leave it out."
+        ) from e
 
 
 class Steps:

@@ -1,5 +1,6 @@
 """The loop over both tasks at `size=test`: deterministic, resumable to the same bits, compiled once, one sync a log."""
 
+import importlib.util
 import json
 import pathlib
 
@@ -13,6 +14,10 @@ from imagegpt_jax.tasks import decoder, tokenizer
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 TASKS = {"tokenizer": tokenizer, "decoder": decoder}
+
+_spec = importlib.util.spec_from_file_location("tiny_task", pathlib.Path(__file__).with_name("tiny_task.py"))
+tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
 
 
 def make_config(task, **changes):
@@ -101,3 +106,12 @@ def test_another_seed_gives_other_bits(finished, tmp_path):
     task, _, state, _, _ = finished
     other = loop.run(TASKS[task], make_config(task, seed=1, steps=2), tmp_path / "other")
     assert not np.array_equal(jax.tree.leaves(state.trainable)[0], jax.tree.leaves(other.trainable)[0])
+
+
+@pytest.mark.parametrize(("every", "counted"), [(1, [1] * 12), (2, [2] * 6), (5, [5, 5, 2])])
+def test_throughput_is_of_the_steps_of_its_interval(every, counted, tmp_path, monkeypatch):
+    """Also where evaluations have an interval read before the next step, and at the end."""
+    read, steps = metrics.Throughput.read, []
+    monkeypatch.setattr(metrics.Throughput, "read", lambda self: steps.append(self._done["examples"] / 4) or read(self))
+    loop.run(tiny.Task(), tiny.make_config(log_every=every, eval_every=4), tmp_path)
+    assert steps == counted

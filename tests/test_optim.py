@@ -111,6 +111,15 @@ def test_wrong_values_are_named():
         optim.schedule(config(warmup_steps=12), 12)
 
 
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"b1": 1.5}, {"b2": 1.0}, {"clip_norm": -1.0}])
+def test_numbers_that_no_optimizer_has_are_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(
+        UserError, match=rf"discriminator_optim\.{name}={value} must be in .*--config\.discriminator_optim"
+    ):
+        optim.make(config(**wrong), 12, AXES, key="discriminator_optim")
+
+
 def test_only_matrices_decay():
     tx = optim.make(config(weight_decay=0.5, schedule="constant", warmup_steps=0), 12, AXES)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)

@@ -354,12 +354,13 @@ def test_a_checkpoint_of_other_networks_is_told_with_what_differs(tmp_path):
 
 def test_warm_start_lists_what_does_not_fit(tmp_path, capsys):
     loop.run(tiny.Task(), tiny.make_config(steps=2), tmp_path / "first")
-    config = tiny.make_config(init_from=str(tmp_path / "first"), steps=0)
+    config = tiny.make_config(init_from=str(tmp_path / "first"), steps=2)
     with pytest.raises(UserError, match=r"line/more: not in .*line/slope: \(4,\) here, \(3,\) there.*init_partial"):
         loop.run(_Wider(), config, tmp_path / "second")
     config = tiny.make_config(init_from=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="holds no checkpoint"):
         loop.run(tiny.Task(), config, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
 
 
 def test_events_tell_the_story(undisturbed):

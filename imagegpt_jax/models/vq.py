@@ -7,6 +7,7 @@ Shapes: B batch, H W pixels, h w grid of codes, C channels, Z code dimension, K 
 
 import dataclasses
 import functools
+import math
 from typing import TypeVar
 
 import jax
@@ -91,6 +92,14 @@ class VQConfig:
         outside = [i for i in self.attention_levels if not 0 <= i < levels]
         if not levels or outside:
             raise UserError(f"attention_levels={outside} do not exist: width_mults has levels 0 to {levels - 1}.")
+        attended = [self.widths[i] for i in self.attention_levels] + [self.widths[-1]] * self.mid_attention
+        channels, heads = math.gcd(*attended), self.attention_heads  # 0 without attention, which any number divides
+        if channels and (heads < 1 or channels % heads):
+            legal = [n for n in range(1, channels + 1) if channels % n == 0]
+            raise UserError(
+                f"attention_heads={heads} does not divide the {' and '.join(map(str, sorted(set(attended))))} channels"
+                f" of the layers with attention: give one of {', '.join(map(str, legal))}."
+            )
         if self.stem_patch < 1:
             raise UserError(f"stem_patch={self.stem_patch} is not possible: give 1 (no patches) or more.")
         if self.mid_attention and self.mid_blocks != 2:

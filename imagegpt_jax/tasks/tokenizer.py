@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imagegpt_jax import flops, gan, metrics, optim, sharding
+from imagegpt_jax import checks, flops, gan, metrics, optim, sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.accumulate import accumulate
 from imagegpt_jax.cli import UserError
@@ -70,12 +70,15 @@ def _build(
             " loss is of the distributions that the decoder then gives."
         )
     networks = {"generator": state_lib.network(lambda key: vq.VQModel(model, key=key))}
-    optimizers = {"generator": optim.make(config.optim, config.steps, networks["generator"].axes)}
+    optim.check_average(config.ema_decay)
+    trained = checks.trained_axes("generator", networks["generator"].axes, config.frozen)
+    optimizers = {"generator": optim.make(config.optim, config.steps, trained)}
     if loss.gan_start >= 0:
         critic = to_dataclass(discriminator.DiscriminatorConfig, config.discriminator)
         networks["discriminator"] = state_lib.network(lambda key: discriminator.make(critic, key=key))
+        trained, _ = state_lib.partition(networks["discriminator"].axes, config.frozen)  # it may be frozen whole
         optimizers["discriminator"] = optim.make(
-            config.discriminator_optim, config.steps, networks["discriminator"].axes
+            config.discriminator_optim, config.steps, trained, key="discriminator_optim"
         )
     if perceptual:
         dtype = layers.wide(config.model.dtype)
@@ -160,6 +163,8 @@ def step_flops(setup: Setup, phase: str, batch: Mapping[str, Any]) -> float:
     """Model FLOPs of a training step, counted in its trace with plain convolutions and without recomputation."""
     config: Any = ConfigDict(setup.config.to_dict())
     config.model.conv_impl, config.model.remat, config.accumulate = "xla", False, 1
+    # Products of Muon's and Shampoo's matrices are none of the model's, and made once a step whatever the batch.
+    config.optim.name = config.discriminator_optim.name = "sgd"
     plain = _build(config, {}, "vgg16" if "perceptual" in setup.networks else "")
     state = jax.eval_shape(functools.partial(init_state, plain), jax.eval_shape(jax.random.key, 0))
     step = functools.partial(train_step, plain, phase)
@@ -216,8 +221,8 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
             grads = jax.tree.map(lambda x: x / config.accumulate, total)
             updates, opts[name] = setup.optimizers[name].update(grads, state.opt[name], state.trainable[name])
             trainable[name] = optax.apply_updates(state.trainable[name], updates)
-            if name == "generator":
-                values["gradient_norm"] = metrics.mean(optax.global_norm(grads))
+            norm = "gradient_norm" if name == "generator" else f"{name}_gradient_norm"
+            values[norm] = metrics.mean(optax.global_norm(grads))
 
     # --- Gradients and optimizers.
     judging = state

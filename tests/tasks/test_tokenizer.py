@@ -1,6 +1,7 @@
 """The tokenizer's step against its definition, written out with plain gradients."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import losses, state
+from imagegpt_jax import flops, guard, losses, state
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.tasks import tokenizer
 
@@ -109,7 +110,35 @@ def test_discriminator_sees_real_and_fake_apart():
 
     value, expected = jax.value_and_grad(loss)(made.trainable["discriminator"])
     np.testing.assert_allclose(values["gan_discriminator"].compute(), value, rtol=1e-5)
+    np.testing.assert_allclose(values["discriminator_gradient_norm"].compute(), optax.global_norm(expected), rtol=1e-4)
     assert_trees_close(update["discriminator"], expected)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_guard_sees_a_gradient_of_the_discriminator_that_is_not_finite(first, monkeypatch):
+    """As of an R1 penalty that overflows: the losses that are told are finite."""
+    config, setup = make(**{"loss.discriminator_first": first})
+    made = jax.eval_shape(lambda key: tokenizer.init_state(setup, key), jax.random.key(0))
+    made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
+
+    @jax.jit
+    def judged(slope):
+        def differentiated(function, images, parts):
+            shapes = jax.eval_shape(function, images)
+            sums, *rest = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+            if "discriminator" in sums.gradients:
+                critic = jax.tree.map(lambda x: x * slope, sums.gradients["discriminator"])
+                sums = sums._replace(gradients={**sums.gradients, "discriminator": critic})
+            return sums, *rest
+
+        monkeypatch.setattr(tokenizer, "accumulate", differentiated)
+        after, values = tokenizer.train_step(setup, "adversarial", made, {"image": IMAGES})
+        good, _ = guard.judge(config.guard, made.guard["adversarial"], made.step, values)
+        return good, jax.tree.leaves(after.trainable["discriminator"])
+
+    for slope in (1.0, np.nan):
+        good, parameters = judged(slope)
+        assert good == all(np.isfinite(x).all() for x in parameters) == np.isfinite(slope)
 
 
 def test_logit_laplace_is_the_likelihood_of_what_the_decoder_gives():
@@ -165,6 +194,18 @@ def test_frozen_parts_do_not_move():
     )
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "shampoo"])
+def test_every_optimizer_trains_what_is_not_frozen(name):
+    changes = {"frozen": ("^encoder/", "^convs/1/"), "optim.name": name, "discriminator_optim.name": name}
+    _, setup = make(**changes)
+    made = jax.eval_shape(lambda key: tokenizer.init_state(setup, key), jax.random.key(0))
+    for network, optimizer in setup.optimizers.items():
+        assert state.count_params(made.frozen[network])
+        params = made.trainable[network]
+        updates, _ = jax.eval_shape(optimizer.update, params, made.opt[network], params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
 def test_average_lags_behind():
     _, setup = make(**{"ema_decay": 0.9})
     made, after, _ = step(setup, "reconstruction")
@@ -214,6 +255,21 @@ def test_perceptual_weights_are_state_and_no_constants(tmp_path):
     np.testing.assert_array_equal(made.frozen["perceptual"]["convs"][0]["kernel"], network.convs[0].kernel[...])
     traced = jax.make_jaxpr(lambda s, b: tokenizer.train_step(setup, "reconstruction", s, b))(made, {"image": IMAGES})
     assert max((np.size(c) for c in traced.consts), default=0) < 1000
+
+
+@pytest.mark.parametrize("phase", ["reconstruction", "adversarial"])
+def test_flops_are_the_model_s_and_no_optimizer_s(phase):
+    """Products of Muon's and Shampoo's matrices are made once a step, and a batch has as many as it has images."""
+
+    def count(name):
+        config, _ = make(**{"optim.name": name, "discriminator_optim.name": name, "optim.b1": 0.9})
+        setup = tokenizer.setup_abstract(config)
+        return tokenizer.step_flops(setup, phase, tokenizer.abstract_batch(setup, 4))
+
+    _, setup = make()
+    made = jax.eval_shape(lambda key: tokenizer.init_state(setup, key), jax.random.key(0))
+    plain = flops.traced(functools.partial(tokenizer.train_step, setup, phase), made, {"image": IMAGES})
+    assert [count(name) for name in ("adam", "muon", "shampoo")] == [plain] * 3
 
 
 # ------------------------------------------------------------------------------------- the discriminator's choices

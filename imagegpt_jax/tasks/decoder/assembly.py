@@ -13,17 +13,18 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imagegpt_jax import checkpoint, optim, sharding, text_encoder
+from imagegpt_jax import checkpoint, checks, optim, sharding, text_encoder
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.convert import reading
+from imagegpt_jax.data import images, packing, quarantine, sources
 from imagegpt_jax.data import ops as ops_lib
-from imagegpt_jax.data import packing, quarantine, sources
 from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.models import gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.sampling import settings
 from imagegpt_jax.state import Network
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
 
@@ -111,10 +112,14 @@ def _build(
             f"data.order is random until step {data.order.random_until} and raster from {data.order.raster_from}: the"
             " second must not be before the first, and random orders need model.target_positions=True."
         )
+    checks.at_least("data.vocab_multiple", data.vocab_multiple, 1, "adds no rows")
+    checks.at_least("logit_chunk", config.logit_chunk, 1)
     rows = math.ceil(space.vocab_size / data.vocab_multiple) * data.vocab_multiple
     model = to_dataclass(GPTConfig, {**config.model.to_dict(), **sizes, "vocab_size": rows})
     networks = {"decoder": state_lib.network(lambda key: gpt.GPT(model, key=key))}
-    optimizers = {"decoder": optim.make(config.optim, config.steps, networks["decoder"].axes)}
+    optim.check_average(config.ema_decay)
+    trained = checks.trained_axes("decoder", networks["decoder"].axes, config.frozen)
+    optimizers = {"decoder": optim.make(config.optim, config.steps, trained)}
     if encode:
         networks["tokenizer"] = image_tokenizer.networks["generator"]
     if encoder is not None and train:
@@ -178,11 +183,26 @@ def setup(config: Config) -> Setup:
     built = _build(config, text, labels, opened, encode, len(labels))
     for split, source in opened.items():
         _check_codes(built, split, source)
+        if encode:
+            _check_images(built, split, source)
+    sampling_of(config)
     if config.eval_samples:
         from imagegpt_jax.evals import sampled  # and with it all networks
 
         sampled.check(config)
     return built
+
+
+def sampling_of(config: Config) -> settings.Sampling:
+    """How evaluations draw: `config.sampling`.
+
+    Raises:
+      UserError: for a value that is not possible.
+    """
+    try:
+        return to_dataclass(settings.Sampling, config.sampling)
+    except UserError as e:
+        raise UserError(f"config.sampling cannot be used: {e}") from e
 
 
 def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
@@ -244,15 +264,51 @@ def _check_codes(setup: Setup, split: str, source: Any) -> None:
         )
 
 
+def _check_images(setup: Setup, split: str, source: Any) -> None:
+    """Raises UserError if the first image of a split does not give the codes of the config's grid.
+
+    Else that would be found in the trace of the first step.
+    """
+    record, ops = sources.first_record(source), "train_ops" if split == "train" else "eval_ops"
+    tf = ops_lib.import_tf()
+    process = ops_lib.build(ops_lib.parse(setup.config.data[ops]))
+    try:
+        image_HWC = process(record["image"], tf.constant(images.sniff(record["image"])), tf.zeros(2, tf.int64))
+    except (tf.errors.OpError, ValueError):  # a bad record, which is for the quarantine to tell
+        return
+    (height, width, _), tokenizer = image_HWC.shape, setup.tokenizer.model
+    pixels, codes = tokenizer.downsample, tokenizer.quantizer.codes_per_vector
+    grid = (height // pixels, width // pixels * codes)
+    if height % pixels or width % pixels:
+        raise UserError(
+            f"config.data.{ops} gives images of {height} x {width} pixels, and the tokenizer takes sides that are"
+            f" multiples of {pixels}: change the size there."
+        )
+    if grid != tuple(setup.layout.grid):
+        raise UserError(
+            f"config.data.{ops} gives images of {height} x {width} pixels, which are {grid[0]} x {grid[1]} codes, and"
+            f" config.data.grid is {tuple(setup.layout.grid)}: set --config.data.grid={grid}, or change the size there."
+        )
+
+
 def check_mesh(setup: Setup, mesh: Mesh) -> None:
     """Raises UserError if the network cannot be cut over the mesh: it names the numbers and what would do."""
     model = setup.model
+    if model.attention == "cudnn":
+        with jax.set_mesh(mesh):
+            platform = sharding.platform()
+        if platform not in ("gpu", "cuda"):
+            raise UserError(
+                f"model.attention='cudnn' needs a GPU, and the mesh is of {platform} devices: set"
+                " --config.model.attention=auto, which takes what there is."
+            )
     sizes = {"heads": model.heads, "kv_heads": model.num_kv_heads, "mlp_width": model.mlp_width, "width": model.width}
     sharding.check_divides({f"model.{name}": size for name, size in sizes.items()}, "tensor", mesh)
-    if model.vocab_size % mesh.shape["tensor"]:
+    tensor = mesh.shape["tensor"]
+    if model.vocab_size % tensor:
         raise UserError(
-            f"a vocabulary of {model.vocab_size} ids does not divide over mesh.tensor={mesh.shape['tensor']}: set"
-            " --config.data.vocab_multiple=128, which fills it up."
+            f"a vocabulary of {model.vocab_size} ids does not divide over mesh.tensor={tensor}: set"
+            f" --config.data.vocab_multiple={math.lcm(setup.config.data.vocab_multiple, tensor)}, which fills it up."
         )
     state_lib.check_layout(setup.networks, mesh)
 

@@ -15,11 +15,11 @@ from imagegpt_jax import sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.data import sources
 from imagegpt_jax.evals import common, likelihood
-from imagegpt_jax.generate import TILE, Sampling, generate_codes
+from imagegpt_jax.generate import TILE, generate_codes
 from imagegpt_jax.images import Tile, grid, to_uint8
 from imagegpt_jax.state import TrainState
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
-from imagegpt_jax.tasks.decoder.assembly import Setup, tokenizer_params
+from imagegpt_jax.tasks.decoder.assembly import Setup, sampling_of, tokenizer_params
 from imagegpt_jax.tasks.decoder.examples import PROMPTS, batches, encode
 from imagegpt_jax.tasks.decoder.training import token_nll
 
@@ -76,7 +76,7 @@ def _sample_grid(setup: Setup, params: state_lib.Params) -> np.ndarray:
             setup.layout,
             setup.text.encode_batch(prompts),
             features=features,
-            sampling=Sampling(**config.sampling.to_dict()),
+            sampling=sampling_of(config),
             seed=config.seed,
             tile=len(prompts),
         )
@@ -109,7 +109,7 @@ def _score_samples(setup: Setup, params: state_lib.Params, mesh: Mesh) -> dict[s
         setup.text.encode_batch(texts) if not config.data.use_labels or any(texts) else None,
         labels,
         features=None if setup.encoder is None else setup.encoder.read(texts),
-        sampling=Sampling(**config.sampling.to_dict()),
+        sampling=sampling_of(config),
         seed=config.seed,
         mesh=mesh,
     )

@@ -10,10 +10,13 @@ import re
 import warnings
 from typing import Any
 
+from imagegpt_jax import host_memory
 from imagegpt_jax.cli import UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _START_SECONDS = 300
+# What variables of launchers begin with. TPU slices are known by their chips: JAX sets TPU_ variables on any machine.
+_LAUNCHERS = (ADDRESS, COUNT, INDEX, "SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_INDEX")
 # Variables of launchers that start many processes, by which a launch that JAX does not recognise is noticed.
 _PEERS = {"OMPI_COMM_WORLD_SIZE": "Open MPI", "JOB_COMPLETION_INDEX": "an indexed Kubernetes job"}
 
@@ -33,6 +36,13 @@ class Cluster:
     count: int
     index: int
     local_devices: tuple[int, ...] | None = None
+
+
+def may_have_others() -> bool:
+    """Whether anything says that this may be one of many processes; at once, where `find` takes seconds."""
+    if os.environ.get(COUNT) == "1":
+        return False
+    return not host_memory.on_processor() or any(name.startswith(_LAUNCHERS) for name in os.environ)
 
 
 def find() -> Cluster | None:

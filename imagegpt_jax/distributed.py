@@ -26,7 +26,7 @@ from etils import epath
 
 from imagegpt_jax import host_memory, last_words
 from imagegpt_jax.cli import EXIT_FAILURE, UserError
-from imagegpt_jax.cluster import INDEX, Cluster, find, first_line, start_seconds
+from imagegpt_jax.cluster import INDEX, Cluster, find, first_line, may_have_others, start_seconds
 from imagegpt_jax.watchdog import EXIT_HANG, Watchdog, check_settings, silence_seconds
 
 _SHUTDOWN_SECONDS = 300
@@ -246,6 +246,8 @@ def tell(error: UserError) -> None:
     """Lets the others end with this process, which fails before it has joined them: what is wrong here alone, such as
     a disk that is not mounted, would else leave them waiting. Returns in a process that runs alone.
     """
+    if not may_have_others():
+        return  # without the seconds that `find` takes
     try:
         if find() is None:
             return

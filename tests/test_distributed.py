@@ -423,6 +423,19 @@ def test_half_an_environment_is_an_error_that_says_what_to_set(values, words, va
     assert "JAX_" in str(error.value)
 
 
+def test_a_process_that_may_have_others_is_known_at_once(variables, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not cluster.may_have_others()
+    variables(TPU_ML_PLATFORM="JAX")  # of JAX itself
+    assert not cluster.may_have_others()
+    variables(SLURM_JOB_ID="7")
+    assert cluster.may_have_others()
+    variables(JAX_NUM_PROCESSES="1")
+    assert not cluster.may_have_others()
+    variables(JAX_NUM_PROCESSES="2")
+    assert cluster.may_have_others()
+
+
 def test_alone_nothing_happens(variables, tmp_path):
     with distributed.together(), distributed.failing_together():
         distributed.agree(config={"a": 1})

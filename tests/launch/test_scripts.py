@@ -332,6 +332,8 @@ def start_local(tmp_path, body):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # What runs the tests in the background may have it ignored, which a shell cannot change.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     while len([f for f in tmp_path.glob("ready.*") if f.read_text()]) < 2:
         assert launched.poll() is None, launched.communicate()

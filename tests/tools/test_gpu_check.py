@@ -71,6 +71,7 @@ def test_the_modest_size_is_one_that_training_takes(stage, tool, tmp_path):
     assert config.batch_size == 32
     # Drawing the built-in set at its resolution would take a minute.
     config.data.train = config.data.validation = "emoji:validation,res=16,styles=noto"
+    config.data.train_ops = config.data.eval_ops = "decode|resize(128)|value_range(-1,1)"
     if stage == "decoder":
         config.tokenizer = ""
     task = importlib.import_module(f"imagegpt_jax.tasks.{stage}")

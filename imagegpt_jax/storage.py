@@ -8,7 +8,9 @@ import contextlib
 import errno
 import importlib.util
 import os
+import pathlib
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,6 +147,21 @@ def writing(path: Any) -> Iterator[None]:
         else:
             remedy = "choose another folder, or change its permissions."
         raise UserError(f"{path} cannot be written ({why}): {remedy}") from e
+
+
+def prepare_folder(folder: str | os.PathLike[str], file: str = "") -> None:
+    """Makes a folder of this machine that results will be written into, before the work that makes them.
+
+    Args:
+      folder: to be made.
+      file: that will be written there; the error then names it.
+
+    Raises:
+      UserError: if it cannot be made, or nothing can be written there.
+    """
+    with writing(file or folder):
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -322,6 +323,17 @@ def test_a_file_of_ones_own_is_no_lost_process(monkeypatch):
     assert not distributed.is_loss_of_peer(RuntimeError("no igloo here"))
     assert not distributed.is_loss_of_peer(FileNotFoundError(2, "No such file or directory", "/data/gloo/a.png"))
     assert not distributed.is_loss_of_peer(ConnectionResetError(104, "Connection reset by peer"))
+
+
+def test_a_signal_after_the_end_does_not_change_the_status(monkeypatch):
+    group = types.SimpleNamespace(meet=lambda: None, stop_watching=lambda: None)
+    monkeypatch.setattr("jax.distributed.shutdown", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        distributed._Group.end(group)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_buckets_are_found_in_flags_and_configs():

@@ -61,6 +61,14 @@ def test_configs_that_cannot_work_leave_nothing_behind(override, words, tmp_path
     assert not (tmp_path / "w").exists()
 
 
+def test_a_home_folder_in_a_flag_is_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "other").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done, _ = train(GOOD, "--workdir=~/run")  # no shell is in between
+    assert done.stderr.startswith(f"error: {tmp_path / 'run'} exists and is no workdir of a run"), done.stderr
+
+
 def test_help_is_quick_and_starts_nothing_heavy():
     code = (
         "import sys; sys.argv = ['train', '--help']; import runpy\n"

@@ -107,14 +107,12 @@ def main() -> None:
     def save() -> None:
         if OUTPUT.value:
             with storage.writing(OUTPUT.value):
-                path = pathlib.Path(OUTPUT.value)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(reports, indent=1) + "\n")
+                pathlib.Path(OUTPUT.value).write_text(json.dumps(reports, indent=1) + "\n")
 
-    save()  # what cannot be written is told now, not after minutes of compiling
+    if OUTPUT.value:  # what cannot be written is told now, not after minutes of compiling
+        storage.prepare_folder(pathlib.Path(OUTPUT.value).parent, OUTPUT.value)
     if HLO.value:
-        with storage.writing(HLO.value):
-            pathlib.Path(HLO.value).mkdir(parents=True, exist_ok=True)
+        storage.prepare_folder(HLO.value)
     too_large = []
     for name in PROGRAMS.value or programs:
         try:

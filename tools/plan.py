@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 from typing import Any
 
 import plan_search
@@ -169,10 +168,8 @@ def main() -> None:
     topology = hardware.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
     search = Search(ahead.fit(config, topology), topology, SHARE.value, EFFORT.value)
     if OUTPUT.value:
-        with storage.writing(OUTPUT.value):  # what cannot be written is told now, not after minutes of compiling
-            folder = pathlib.Path(OUTPUT.value).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+        # What cannot be written is told now, not after minutes of compiling.
+        storage.prepare_folder(pathlib.Path(OUTPUT.value).parent, OUTPUT.value)
     choices = remats(config)
     least = choices[-1]
     at_once = search.largest(least)

@@ -10,7 +10,6 @@ import functools
 import importlib
 import pathlib
 import sys
-import tempfile
 import time
 
 from absl import flags
@@ -31,9 +30,7 @@ def main() -> None:
         raise cli.UserError(
             "--output is a folder of this machine, for JAX's profiler: copy the trace to gs:// from there."
         )
-    with storage.writing(OUTPUT.value):  # what cannot be written is told now, not after the traced steps
-        pathlib.Path(OUTPUT.value).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=OUTPUT.value).close()
+    storage.prepare_folder(OUTPUT.value)  # what cannot be written is told now, not after the traced steps
     distributed.initialize()
     import jax
 

@@ -225,6 +225,12 @@ def test_a_shard_of_the_wrong_length_is_not_kept(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_shards_in_the_home_folder(tmp_path, monkeypatch):
+    write_shards(tmp_path / "d").finish()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(ShardSource("~/d")) == len(ShardSource(str(tmp_path / "d"))) > 0
+
+
 def test_damaged_shards(tmp_path):
     write_shards(tmp_path / "d").finish()
     shard = tmp_path / "d" / "train-00000-of-00003.array_record"

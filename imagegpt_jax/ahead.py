@@ -23,7 +23,7 @@ from imagegpt_jax import state as state_lib
 from imagegpt_jax import traffic as traffic_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
-from imagegpt_jax.programs import Program, Sampling, largest_replicated, with_shardings
+from imagegpt_jax.programs import Encoding, Program, Sampling, inputs_of, largest_replicated, with_shardings
 from imagegpt_jax.steps import Steps, compiler_options, options_told
 
 COMPUTE_BYTES = 2  # of parameters and activations on the way: bf16
@@ -34,8 +34,8 @@ DCN_BANDWIDTH = {"v5e": 6.4e12 / 8 / 256, "v6e": 25.6e12 / 8 / 256}
 
 def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Config:
     """A copy of a config for a slice. On one it was not written for, `fsdp` fills, and `accumulate` doubles until the
-    inputs of blocks that the backward pass keeps should take no more than a third of the memory. Sizes of the mesh that
-    the command line gave (`--config.mesh.tensor=2`) stay.
+    inputs of blocks that the backward pass keeps should take no more than a third of the memory. What the command line
+    gave of these (`--config.mesh.tensor=2`, `--config.accumulate=1`) stays.
 
     Args:
       config: of either task.
@@ -48,13 +48,14 @@ def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Con
     config = ConfigDict(config.to_dict())
     if config.accumulate < 1:
         raise UserError(f"accumulate={config.accumulate} is not possible: use 1 or more.")
-    own = config.topology == topology.name and topology.slices == 1
+    own, given = config.topology == topology.name and topology.slices == 1, _given()
     if not own:
-        config.mesh = filled(_given_mesh(), topology.slices)
+        mesh = {axis: given[f"mesh.{axis}"] for axis in sharding.CONFIG_AXES if f"mesh.{axis}" in given}
+        config.mesh = filled(mesh, topology.slices)
     sizes = sharding.mesh_shape(config.mesh, topology.chips)
     parts = sizes["data"] * sizes["fsdp"]
     config.batch_size = batch_size or -(-config.batch_size // (parts * config.accumulate)) * parts * config.accumulate
-    if config.task == "decoder" and not own:
+    if config.task == "decoder" and not own and "accumulate" not in given:
         tokens = math.prod(config.data.grid) + config.data.text_length
         saved = tokens * config.model.width * config.model.depth * COMPUTE_BYTES
         while config.batch_size // (parts * config.accumulate) * saved > topology.chip.hbm_bytes / 3:
@@ -76,10 +77,9 @@ def filled(given: Mapping[str, int], slices: int = 1) -> dict[str, int]:
     return sizes
 
 
-def _given_mesh() -> dict[str, int]:
-    """The sizes that --config.mesh.AXIS=SIZE gave this program; none where it has no such flag."""
-    given = config_flags.get_override_values(flags.FLAGS["config"]) if "config" in flags.FLAGS else {}
-    return {axis: given[f"mesh.{axis}"] for axis in sharding.CONFIG_AXES if f"mesh.{axis}" in given}
+def _given() -> Mapping[str, Any]:
+    """What --config.KEY=VALUE gave this program; nothing where it has no such flag."""
+    return config_flags.get_override_values(flags.FLAGS["config"]) if "config" in flags.FLAGS else {}
 
 
 class Plan:
@@ -94,10 +94,13 @@ class Plan:
     """
 
     def __init__(self, config: Config, topology: hardware.Topology):
-        self.config, self.topology = config, topology
+        self.config, self.topology, self.inputs = config, topology, inputs_of(config)
         self.task: ModuleType = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
         self.mesh: Mesh = sharding.make_mesh(config.mesh, topology.devices())
         self.setup = self.task.setup_abstract(config)
+        self.encoding = Encoding(self.setup) if config.task == "decoder" and self.inputs == "images" else None
+        if self.encoding is not None:
+            self.setup = self.encoding.setup
         sharding.check_batch_size(config.batch_size, self.mesh, config.accumulate)
         self.task.check_mesh(self.setup, self.mesh)
         with jax.set_mesh(self.mesh):
@@ -109,11 +112,15 @@ class Plan:
     def programs(self) -> Iterator[Program]:
         """The training steps, and for a decoder the two programs of sampling, which are traced where they are used."""
         batch = self.task.abstract_batch(self.setup, self.config.batch_size)
+        if self.encoding is not None:
+            batch |= self.encoding.batch(self.config.batch_size)
         batch = with_shardings(batch, dict.fromkeys(batch, sharding.batch_sharding(self.mesh)))
         steps = Steps(self.task, self.setup, self.mesh, self.layout)
         for phase in self.task.phases(self.setup):
             lower = functools.partial(steps.lower, phase, self.state, batch)
             flops = self.task.step_flops(self.setup, phase, batch)
+            if self.encoding is not None:
+                flops += self.config.batch_size * self.encoding.flops
             yield Program(phase, lower, flops, lambda: (self.state.trainable, self.state.frozen))
         if self.config.task == "decoder":
             params = self.state.params("decoder")
@@ -124,27 +131,38 @@ class Plan:
         """Least communication of a training step, bytes sent by a device: kind -> bytes.
 
         Parameters are gathered for the forward and for the backward pass (the token table for the first alone) and
-        their gradients scattered, once each, in the compute dtype; `data` sums the gradients of each part, first within
-        a slice and then what a device has of that sum between slices; `tensor` sums activations twice in a block
-        forward, twice backward, and once more where the block is recomputed.
+        their gradients scattered, once each, in the compute dtype; those that encode images are gathered once; `data`
+        sums the gradients of each part, first within a slice and then what a device has of that sum between slices;
+        `tensor` sums activations twice in a block forward, twice backward, and once more where the block is recomputed.
         """
         shape = self.mesh.shape
         fsdp, data, tensor = shape["fsdp"] * shape["fsdp_minor"], shape["data"], shape["tensor"]
         slices = self.topology.slices
         gathered = scattered = summed = crossing = 0.0
+
+        def held(leaf: Any, where: Any) -> tuple[float, int]:
+            """Bytes of a parameter that are gathered, and from how many parts."""
+            names = {n for entry in where.spec for n in sharding.as_tuple(entry)}
+            size = leaf.size * COMPUTE_BYTES / (tensor if "tensor" in names else 1)
+            return size, fsdp if set(sharding.FSDP) & names else 1
+
         leaves = jax.tree_util.tree_leaves_with_path(self.state.trainable)
         for (path, leaf), where in zip(leaves, jax.tree.leaves(self.layout.trainable), strict=True):
             times = 1 if any(getattr(key, "key", None) == "embed" for key in path) else 2  # looked up, not multiplied
-            names = {n for entry in where.spec for n in sharding.as_tuple(entry)}
-            size = leaf.size * COMPUTE_BYTES / (tensor if "tensor" in names else 1)
-            parts = fsdp if set(sharding.FSDP) & names else 1
+            size, parts = held(leaf, where)
             gathered += times * size * (parts - 1) / parts
             scattered += size * (parts - 1) / parts
             copies = data * fsdp / parts / slices  # in one slice
             summed += 2 * size / parts * (copies - 1) / copies
             crossing += 2 * size / parts / copies * (slices - 1) / slices
         accumulate = self.config.accumulate
-        bound = {"all-gather": gathered * accumulate, "reduce-scatter": scattered * accumulate, "all-reduce": summed}
+        gathered, scattered = gathered * accumulate, scattered * accumulate
+        if self.encoding is not None:
+            frozen = (jax.tree.leaves(tree.frozen["tokenizer"]) for tree in (self.state, self.layout))
+            for leaf, where, read in zip(*frozen, self.encoding.reads, strict=True):
+                size, parts = held(leaf, where)
+                gathered += read * size * (parts - 1) / parts
+        bound = {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": summed}
         if slices > 1:
             bound[collectives.BETWEEN_SLICES] = crossing
         if tensor > 1 and self.config.task == "decoder":
@@ -220,7 +238,7 @@ class Plan:
             "slices": self.topology.slices,
             "mesh": {a: sharding.mesh_shape(self.config.mesh, devices)[a] for a in sharding.CONFIG_AXES},
             "batch_size": self.config.batch_size,
-            "parameters": state_lib.count_params(self.state.trainable),
+            "parameters": state_lib.count_params(program.parameters()),
             "trace_seconds": round(traced - started, 2),
             "compile_seconds": round(done - traced, 2),
             "compile_processor_seconds": round(worked, 2),  # of all threads
@@ -249,6 +267,8 @@ class Plan:
             "compiler_effort": effort,
             "versions": versions(),
         }
+        if training:
+            report |= {"inputs": self.inputs, "frozen_parameters": state_lib.count_params(self.state.frozen)}
         if training and self.config.task == "decoder":
             report |= self._widest(text)
         if program.reads:

@@ -382,7 +382,7 @@ def load_decoder(
             model: Any = loaded.config
             beside, encoder = str(tokenizer or ""), None
             if text_encoder is not None:
-                encoder = encoders.open_encoder(text_encoder, model.feature_length, model.feature_width)
+                encoder = encoders.open_encoder(text_encoder, model.feature_length, model.feature_width, model.dtype)
             setup: Any = reading.DecoderSetup(model, loaded.layout, str(path), beside, loaded.text, encoder)
             return Decoder(loaded.module(), setup, path=str(path), step=0)
     config = read_config(path, "decoder") if loaded is None else loaded.run

@@ -9,6 +9,7 @@ one gather of the stream serves all matrices that read it (Megatron-LM's sequenc
 along columns).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def run(
     leaves, treedef = jax.tree.flatten(blocks)
     variables = jax.tree.leaves(blocks, is_leaf=lambda v: isinstance(v, nnx.Variable))
     specs = [sharding.spec_for(v.shape, v.axes, mesh) for v in variables]
-    cut = [_only(spec, names) for spec in specs]
+    shared = () if columns else sharding.residual_axes(mesh)  # what stays with the compiler
     # Cast before the loop over blocks, so that gradients leave it in the same dtype: half the bytes for `data` to sum.
     # Not on CPU, where XLA aborts at a sum of bfloat16 over some of the mesh's axes.
     if sharding.platform() == "cpu":
@@ -67,9 +68,20 @@ def run(
 
     def gather(block: Any) -> Any:
         parts, structure = jax.tree.flatten(block)
-        return jax.tree.unflatten(structure, [_whole(x, spec) for x, spec in zip(parts, cut, strict=True)])
+        return jax.tree.unflatten(structure, [whole(x, spec) for x, spec in zip(parts, specs, strict=True)])
+
+    def whole(x: jax.Array, spec: P) -> jax.Array:
+        spec = P(*tuple(spec)[len(spec) - x.ndim :])
+        cut, kept = _only(spec, names), _only(spec, shared)
+        apply = functools.partial(_whole, spec=cut)
+        if any(kept) and not any(a and b for a, b in zip(cut, kept, strict=True)):
+            # Left to itself the compiler gathers what it keeps in parts before it gathers the rest, and gradients, too.
+            apply = jax.shard_map(apply, in_specs=kept, out_specs=kept, axis_names=set(shared), check_vma=False)
+        return apply(x)
 
     def local(x: jax.Array, leaves: list[jax.Array], batch: Any) -> jax.Array:
+        if shared and jnp.issubdtype(x.dtype, jnp.inexact):
+            x = _whole_columns(x)  # once, and not wherever `function` reads them in a loop
         return function(x, jax.tree.unflatten(treedef, leaves), batch, gather)
 
     rows, stream = P(names), P(names, *(None,) * (x.ndim - 2), residual) if residual else P(names)
@@ -81,14 +93,27 @@ def run(
     )
 
 
+@jax.custom_vjp
+def _whole_columns(x: jax.Array) -> jax.Array:
+    """Gathers the columns of a stream; those of its gradient stay in parts."""
+    return sharding.constrain(x, (None,) * x.ndim)
+
+
+def _whole_columns_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (sharding.constrain(gradient, (*(None,) * (gradient.ndim - 1), "residual")),)
+
+
+_whole_columns.defvjp(lambda x: (_whole_columns(x), None), _whole_columns_backward)
+
+
 def _only(spec: P, names: tuple[str, ...]) -> P:
     """The part of a PartitionSpec about some mesh axes."""
     return P(*(tuple(n for n in sharding.as_tuple(entry) if n in names) or None for entry in spec))
 
 
 def _whole(x: jax.Array, spec: P) -> jax.Array:
-    """Gathers one parameter of a block, of which `spec` describes the last dimensions, axis by axis."""
-    for dim, entry in enumerate(tuple(spec)[len(spec) - x.ndim :]):
+    """Gathers one parameter of a block, axis by axis."""
+    for dim, entry in enumerate(spec):
         # Along the first dimension: scattered along another, gradients would be all-reduced.
         x = x.swapaxes(0, dim)
         for name in reversed(sharding.as_tuple(entry)):

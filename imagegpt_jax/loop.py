@@ -2,8 +2,8 @@
 
 It knows a stage by the names of its task module: `setup`, `check_mesh`, `phase`, `phases`, `init_state`, `train_step`,
 `step_flops`, `batches`, `evaluate`, `save_assets`, `SHOWN`; where a batch must be made on the device first,
-`prepare_batch`; and where frozen networks come from another run, `load_frozen`. One compiled step per phase; metrics
-stay on the device and those of an interval are fetched after the next step has been dispatched.
+`prepare_batch`; and where frozen networks come from another run, `check_frozen` and `load_frozen`. One compiled step
+per phase; metrics stay on the device and those of an interval are fetched after the next step has been dispatched.
 """
 
 import contextlib
@@ -64,13 +64,13 @@ def run(
     """
     # --- Everything a person can get wrong, before devices and files.
     changes = config_lib.check_workdir(config, workdir, allow_changes=allow_changes)
-    checks.check_counts(config)
+    checks.check_loop(config)
     setup = task.setup(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     sharding.check_batch_size(config.eval_batch_size, mesh, key="eval_batch_size")
     task.check_mesh(setup, mesh)
-    checks.check_start(config, workdir, mesh)
+    checks.check_start(task, setup, workdir, mesh)
     distributed.agree(config=config_lib.to_dict(config), workdir=str(workdir), **_made_of(setup))
 
     with jax.set_mesh(mesh):
@@ -87,13 +87,7 @@ def run(
         quarantine.attach(setup.sources, config.data.quarantine, quarantine.Report(workdir, jax.process_index(), log))
         checkpoints = checkpoint.Checkpoints(workdir, config, log)
         restored = checkpoints.restore(state)
-        begin = Begin(state, 0)
-        if restored is not None:
-            begin = Begin.at(*restored)
-        elif hasattr(task, "load_frozen"):
-            begin = Begin(task.load_frozen(setup, state, layout), 0)
-        if restored is None and config.init_from:
-            begin = Begin(load_params(begin.state, config, log), 0)
+        begin = Begin.at(*restored) if restored is not None else Begin(_filled(task, setup, state, layout, log), 0)
         writer = metrics.Writer(workdir, int(begin.state.step))
         with (
             _closing(writer),
@@ -105,6 +99,15 @@ def run(
             checkpoints.finish(int(state.step))
             log.write("exit", step=int(state.step), why="preempted" if preemption.current.given else "finished")
     return state
+
+
+def _filled(
+    task: ModuleType, setup: Any, state: state_lib.TrainState, layout: state_lib.TrainState, log: events.Log
+) -> state_lib.TrainState:
+    """A new state with what it takes over from others: frozen networks, and the parameters that it begins with."""
+    if hasattr(task, "load_frozen"):
+        state = task.load_frozen(setup, state, layout)
+    return load_params(state, setup.config, log) if setup.config.init_from else state
 
 
 @contextlib.contextmanager
@@ -350,9 +353,7 @@ class _Training:
         else:
             make = functools.partial(self.task.init_state, self.setup)
             state, _ = state_lib.init_sharded(make, self.setup.networks, self.mesh, self.config.seed)
-            if hasattr(self.task, "load_frozen"):
-                state = self.task.load_frozen(self.setup, state, self.layout)
-            found = Begin(state, 0)
+            found = Begin(_filled(self.task, self.setup, state, self.layout, self.log), 0)
         found = dataclasses.replace(found, state=dataclasses.replace(found.state, guard=guard.calm(found.state.guard)))
         to = int(found.state.step)
         self.log.write("rollback", step=first + self.config.guard.patience, to=to, skipped_positions=window)

@@ -1,4 +1,5 @@
-"""What `ahead.py` compiles, abstract up to its compilation; and the two programs of sampling.
+"""What `ahead.py` compiles, abstract up to its compilation: the two programs of sampling, and what a decoder's step has
+to do besides where its pictures are encoded within it.
 
 Shapes: R rows, D width, V ids that may be drawn.
 """
@@ -6,17 +7,23 @@ Shapes: R rows, D width, V ids that may be drawn.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
 
-from imagegpt_jax import sharding
+from imagegpt_jax import flops, sharding
+from imagegpt_jax import state as state_lib
+from imagegpt_jax.cli import UserError
+from imagegpt_jax.config import Config
 from imagegpt_jax.generate import prefill, prepare, step
-from imagegpt_jax.models import gpt
+from imagegpt_jax.models import gpt, vq
 from imagegpt_jax.sampling.prepare import score
 from imagegpt_jax.tasks import decoder
 
@@ -141,6 +148,66 @@ class Sampling:
         add_token = jax.jit(lambda *args: sharding.map_rows(add, (False, False, True, True))(*args), donate_argnums=2)
         state = self.cache, self._array(()), self._array((3,)), targets_R3
         return add_token.lower(self.weights, table_VD, state, prompt)
+
+
+def inputs_of(config: Config) -> str:
+    """What a config's `data.train` names: "images", or "tokens" that were made of them; of a mixture the first part."""
+    return "tokens" if re.match(r"\s*([\d.]+\s*\*\s*)?tokens:", config.data.train) else "images"
+
+
+def given(config: Config, inputs: str) -> Config:
+    """A copy of a config whose step is given "images" or "tokens"; token shards need not be there. An image tokenizer's
+    step is given images.
+
+    Raises:
+      UserError: for images, if `data.train` names token shards.
+    """
+    config = ConfigDict(config.to_dict())
+    if config.task == "decoder" and inputs_of(config) != inputs:
+        if inputs == "images":
+            raise UserError(f"data.train={config.data.train} are token shards: leave out --inputs=images.")
+        config.data.train = "tokens:shards"
+    return config
+
+
+class Encoding:
+    """What a decoder's step does besides where it encodes the images itself.
+
+    Args:
+      setup: the decoder's static part, for token shards.
+
+    Attributes:
+      setup: the same with the image tokenizer among its networks.
+      flops: of an image.
+      reads: for each of the tokenizer's parameters, in the order of their leaves, whether encoding reads it.
+    """
+
+    def __init__(self, setup: decoder.Setup):
+        network = setup.tokenizer.networks["generator"]
+        self.setup = dataclasses.replace(setup, networks={**setup.networks, "tokenizer": network})
+        params = state_lib.split(network.abstract)[1]
+        image = self.batch(1)["image"]
+        # Its products are those of plain convolutions, whatever this machine would make of them.
+        plain_config = dataclasses.replace(setup.tokenizer.model, conv_impl="xla")
+        plain = state_lib.network(lambda key: vq.VQModel(plain_config, key=key))
+
+        def encode(params: Any, image: jax.Array) -> jax.Array:
+            return plain.module(params).encode_codes(image)  # pyright: ignore[reportAttributeAccessIssue]
+
+        self.flops = flops.traced(encode, params, image)
+        jaxpr = jax.make_jaxpr(encode)(params, image).jaxpr
+        read = {x for equation in jaxpr.eqns for x in equation.invars if isinstance(x, core.Var)}
+        self.reads = [x in read for x in jaxpr.invars[: len(jax.tree.leaves(params))]]
+
+    def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of what a batch holds besides."""
+        data, tokenizer = self.setup.config.data, self.setup.tokenizer.model
+        rows, columns = data.grid
+        sides = (rows * tokenizer.downsample, columns // tokenizer.quantizer.codes_per_vector * tokenizer.downsample)
+        found = {"image": jax.ShapeDtypeStruct((size, *sides, tokenizer.in_channels), jnp.float32)}
+        if data.order.raster_from:
+            found["order"] = jax.ShapeDtypeStruct((size, rows * columns), jnp.int32)
+        return found
 
 
 def largest_replicated(parameters: Any) -> int:

@@ -191,8 +191,8 @@ def spec_for(shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Any)
     """The PartitionSpec of a parameter with logical `axes` (without the stacked layers' axis).
 
     A mesh axis that does not divide the dimension its rule names is left out there. Of dimensions that `fsdp` may cut,
-    it cuts the one that divides best, into whole tiles if there is one, and of equal ones the first; parts of `fsdp`
-    that are left over go to the largest dimension that they divide.
+    it cuts the one that divides best, into whole tiles if there is one, of equal ones one that `tensor` does not cut,
+    and of those the first; parts of `fsdp` that are left over go to the largest dimension that they divide.
     """
     axes = tuple(axes or ())
     spec: list[tuple[str, ...]] = [()] * len(shape)
@@ -219,7 +219,8 @@ def spec_for(shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Any)
     for dim, names in named.items():
         if "tensor" in names:
             cut(dim, "tensor")
-    ours = sorted((dim for dim, names in named.items() if set(FSDP) & set(names)), key=fit, reverse=True)
+    ours = [dim for dim, names in named.items() if set(FSDP) & set(names)]
+    ours.sort(key=lambda dim: (fit(dim), not spec[dim]), reverse=True)
     for name in FSDP if ours else ():
         any(cut(dim, name) for dim in (*ours, *sorted(named, key=lambda dim: -rest[dim])))
     return P(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in spec))
@@ -248,7 +249,7 @@ def tensor_shardings(abstract_module: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(treedef, layouts)
 
 
-# A leaf of optimizer state that is like no parameter is cut if it has more elements than this.
+# A leaf of optimizer state that has not the shape of a parameter is cut over `fsdp` if it has more elements than this.
 LARGE = 1 << 18
 
 
@@ -256,7 +257,7 @@ def tree_specs(tree: Any, params: Any, param_specs: Any, mesh: Any) -> Any:
     """Specs for a state tree (optimizer, EMA, ...): a leaf whose path ends in a parameter's path is laid out like it.
 
     A leaf with some of the parameter's dimensions, such as a factored second moment, is cut along those; a large one
-    that is like no parameter, such as a preconditioner, along its last dimension over `fsdp`.
+    that `fsdp` does not cut there, or that is like no parameter, such as a preconditioner, along its last dimension.
 
     Args:
       tree: abstract tree, such as an optimizer state.
@@ -274,7 +275,12 @@ def tree_specs(tree: Any, params: Any, param_specs: Any, mesh: Any) -> Any:
         names = tuple(map(str, path))
         for start in range(len(names)):
             if names[start:] in by_path:
-                return _subset(leaf.shape, *by_path[names[start:]])
+                whole, spec = by_path[names[start:]]
+                kept = _subset(leaf.shape, whole, spec)
+                cut = {name for entry in kept for name in as_tuple(entry)}
+                if leaf.shape == whole or leaf.size <= LARGE or cut & set(FSDP):
+                    return kept
+                return spec_for(leaf.shape, ("mlp" if "tensor" in cut else "embed",), mesh)
         return spec_for(leaf.shape, ("embed",), mesh) if leaf.size > LARGE else P()
 
     return jax.tree_util.tree_map_with_path(find, tree)
@@ -339,7 +345,12 @@ def gather_columns(x: jax.Array) -> jax.Array:
     Like the three below it returns its argument as it is where the compiler has the say (`constrain`).
     """
     names = _given_up("residual")
-    return jax.lax.all_gather(x, names, axis=x.ndim - 1, tiled=True) if names else x
+    if not names:
+        return x
+    # Parts side by side along a dimension of their own: a scatter along the last one, as the gradient of the gather
+    # would be, some compilers make an all-reduce, twice the bytes.
+    parts = jnp.moveaxis(jax.lax.all_gather(x, names), 0, -2)
+    return parts.reshape(*x.shape[:-1], -1)
 
 
 def own_columns(x: jax.Array) -> jax.Array:
@@ -360,7 +371,10 @@ def sum_parts(x: jax.Array) -> jax.Array:
 def sum_to_own_columns(x: jax.Array) -> jax.Array:
     """`own_columns` of `sum_parts`, for half the communication."""
     names = _given_up("residual")
-    return jax.lax.psum_scatter(x, names, scatter_dimension=x.ndim - 1, tiled=True) if names else x
+    if not names:
+        return x
+    parts = x.reshape(*x.shape[:-1], jax.lax.axis_size(names), -1)
+    return jax.lax.psum_scatter(jnp.moveaxis(parts, -2, 0), names)
 
 
 def axis_parts(axis: str) -> int:
@@ -442,3 +456,17 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         return jax.make_array_from_callback((size, *local.shape[1:]), layout, part, dtype=kind)
 
     return {k: put(v) for k, v in batch.items() if v.dtype.kind in "biuf"}
+
+
+def put_whole(tree: Any, layout: Any) -> Any:
+    """Arrays that this process, like every other, holds whole -> global arrays laid out by a tree of shardings.
+
+    Each device is given its part and nothing travels, where `jax.device_put` would refuse what is on a device already,
+    and send all else through every device to compare it.
+    """
+
+    def put(x: Any, kind: NamedSharding) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, kind, lambda index: host[index], dtype=host.dtype)
+
+    return jax.tree.map(put, tree, layout)

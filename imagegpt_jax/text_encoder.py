@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imagegpt_jax import sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
-from imagegpt_jax.convert import reading
+from imagegpt_jax.convert import networks, reading
 from imagegpt_jax.data.text import TextTokenizer
 from imagegpt_jax.models.gpt import GPT, Sequence
 from imagegpt_jax.models.gpt_config import GPTConfig
@@ -80,8 +80,7 @@ class TextEncoder:
 
     def params(self) -> state_lib.Params:
         """Its parameters, in the dtypes that the network is built with."""
-        abstract = state_lib.split(self.network.abstract)[1]
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), reading.load(self.folder, "decoder").params, abstract)
+        return reading.load_for(self.folder, "decoder", self.network)
 
     @functools.cached_property
     def _module(self) -> Any:
@@ -98,13 +97,14 @@ class TextEncoder:
         return place(self.text.encode_batch(list(prompts)), self.length)
 
 
-def open_encoder(folder: Any, length: int, width: int = 0) -> TextEncoder:
+def open_encoder(folder: Any, length: int, width: int = 0, dtype: str = "float32") -> TextEncoder:
     """Opens a language model as a text encoder, without reading its weights.
 
     Args:
       folder: of weights.
       length: P.
       width: E that the decoder asks for; 0 = any.
+      dtype: that the decoder computes in; the encoder computes in its own, but in float64 beside a decoder in float64.
 
     Raises:
       UserError: if there is no language model with a text tokenizer, it is of another width or too short, or the
@@ -130,4 +130,7 @@ def open_encoder(folder: Any, length: int, width: int = 0) -> TextEncoder:
             f"text_encoder={folder} has states of {model.width} numbers, and the decoder reads features of {width}: set"
             f" --config.model.feature_width={model.width}, or 0 to take what the encoder has."
         )
+    if dtype == "float64":
+        model = dataclasses.replace(model, dtype=dtype)
+        network = networks.network(model)
     return TextEncoder(str(folder), length, model, network, reading.text_tokenizer(folder))

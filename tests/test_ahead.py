@@ -85,6 +85,13 @@ def test_a_mesh_of_the_command_line_is_kept_on_any_slice(command_line):
         ahead.fit(config, hardware.Topology("v5e-9", "v5e", "3x3"))
 
 
+@pytest.mark.parametrize(("given", "accumulate"), [((), 4), (("--config.accumulate=1",), 1)])
+def test_the_parts_of_a_batch_are_those_of_the_command_line(command_line, given, accumulate):
+    """Of 4 Mi rows a device 14 GiB of the blocks' inputs are kept, and 16 GiB is what it has."""
+    config = command_line("--config.batch_size=33554432", *given)
+    assert ahead.fit(config, V5E_8).accumulate == accumulate
+
+
 def test_without_a_command_line_fsdp_fills():
     assert ahead.fit(config_of("size=test"), V5E_8).mesh.to_dict() == {"data": 1, "fsdp": -1, "tensor": 1}
 
@@ -93,6 +100,62 @@ def test_without_a_command_line_fsdp_fills():
 def test_a_batch_in_no_parts_is_refused(task):
     with pytest.raises(UserError, match="accumulate=0 is not possible: use 1 or more"):
         ahead.fit(config_of("size=test", task, accumulate=0), V5E_8)
+
+
+# ------------------------------------------------------------------------------------------- images and token shards
+
+
+def trained(plan):
+    return next(plan.programs())
+
+
+@pytest.mark.parametrize(
+    ("train", "inputs"),
+    [
+        ("tfds:imagenet2012,split=train", "images"),
+        ("emoji:train,res=16", "images"),
+        ("folder:/data/tokens:all", "images"),
+        ("tokens:runs/tokens/train", "tokens"),
+        ("0.7*tokens:a + 0.3*tokens:b", "tokens"),
+    ],
+)
+def test_a_step_is_given_what_the_config_names(train, inputs):
+    assert programs.inputs_of(config_of("size=test", **{"data.train": train})) == inputs
+
+
+def test_a_decoder_is_compiled_for_either_and_a_tokenizer_for_images():
+    shards, photos = config_of("size=test", **{"data.train": "tokens:a"}), config_of("size=test")
+    assert programs.given(shards, "tokens").data.train == "tokens:a"
+    assert programs.given(photos, "images").data.train == photos.data.train
+    made = programs.given(photos, "tokens")
+    assert programs.inputs_of(made) == "tokens" != programs.inputs_of(photos)
+    tokenizer = config_of("size=test", "tokenizer")
+    assert programs.given(tokenizer, "tokens").to_dict() == tokenizer.to_dict()
+    with pytest.raises(UserError, match=r"data.train=tokens:a are token shards: leave out --inputs=images"):
+        programs.given(shards, "images")
+
+
+def test_a_step_that_is_given_images_holds_them_and_the_frozen_tokenizer():
+    images, tokens = plan_of("size=test"), plan_of("size=test", **{"data.train": "tokens:shards"})
+    step = lowered(images, "train").args_info[0]
+    assert step[2]["image"].shape == (4, 16, 16, 3)
+    assert "image" not in lowered(tokens, "train").args_info[0][2]
+    held = {name: programs.held_bytes(trained(plan).parameters()) for name, plan in (("i", images), ("t", tokens))}
+    assert held["i"] - held["t"] == programs.held_bytes(images.state.frozen["tokenizer"]) > 0
+
+
+def test_encoding_counts_as_flops_of_the_step():
+    """16 codes: a convolution in, three blocks of two and one out, 16 channels wide; their last product; 64 codes."""
+    convolutions = 9 * (48 * 16 + 7 * 16 * 16)
+    image = 2 * 16 * (convolutions + 16 * 8 + 8 * 64)
+    images, tokens = plan_of("size=test"), plan_of("size=test", **{"data.train": "tokens:shards"})
+    assert trained(images).model_flops - trained(tokens).model_flops == 4 * image
+
+
+def test_codes_in_random_order_are_encoded_with_their_order():
+    plan = plan_of("recipe=rar_B")
+    assert plan.encoding.batch(2)["order"].shape == (2, 256)
+    assert plan.encoding.batch(2)["image"].shape == (2, 256, 256, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -156,6 +219,8 @@ CODE = """
     print(json.dumps({
         "fsdp": replicated(plan("decoder", "size=test", **wide)),
         "frozen": replicated(plan("tokenizer", "size=test", **whole)),
+        "shards": plan("decoder", "size=test", **wide, **{"data.train": "tokens:shards"}).bound(),
+        "images": plan("decoder", "size=test", **wide).bound(),
         "one": plan("decoder", "size=test", **wide, **{"mesh.data": 2, "mesh.fsdp": 4}).bound(),
         "two": plan("decoder", "size=test", 2, **wide).bound(),
     }))
@@ -185,6 +250,14 @@ def test_frozen_parameters_count_and_so_do_those_of_a_mesh_that_cuts_none(told):
     assert told["frozen"]["reconstruction"] == 512 * 512 * 3 * 3 * 4  # of VGG-16
 
 
+def test_what_encodes_images_is_gathered_once(told):
+    """Of the tokenizer's parameters those of its encoder, all matrices of which are cut into eight parts, in bf16."""
+    convolutions = 9 * (48 * 16 + 7 * 16 * 16) + 16 * 8 + 64 * 8
+    gathered = {name: told[name]["all-gather"] for name in ("shards", "images")}
+    assert gathered["images"] - gathered["shards"] == pytest.approx(2 * convolutions * 7 / 8, rel=0.05)
+    assert told["images"]["reduce-scatter"] == told["shards"]["reduce-scatter"]
+
+
 def test_sums_between_slices_have_a_bound_of_their_own(told):
     one, two = told["one"], told["two"]
     assert "between-slices" not in one
@@ -212,6 +285,16 @@ def test_sampling_s_time_is_that_of_what_it_reads_and_writes():
     prefill = found["prefill"]
     assert prefill["argument_bytes"] >= found["decode"]["weights_bytes"]  # the table that scores included
     assert prefill["argument_bytes"] / rate < seconds["prefill"] < 2 * prefill["argument_bytes"] / rate
+
+
+def test_tensor_sends_little_more_than_its_bound():
+    """A sum to columns is scattered, and tables stay cut over `tensor` while `fsdp` gathers them."""
+    topology = hardware.Topology("v5e-16", "v5e", "4x4")
+    changes = {"mesh.tensor": 2, "data.train": "tokens:shards"}
+    report = compiled("size=B", topology, ("train",), **changes)["train"]
+    sums = report["collectives"]["all-reduce"]
+    assert sums["bytes"] < 0.75 * sums["bound_bytes"]  # three of the five sums of a block: the other two are scattered
+    assert report["collective_bytes"] < 1.2 * report["collective_bound_bytes"]
 
 
 def test_what_crosses_slices_is_reported_beside_its_bound():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from imagegpt_jax import sharding
+from imagegpt_jax import sharding, state
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import sibling
 from imagegpt_jax.tasks import decoder
@@ -42,7 +42,8 @@ def test_specs_follow_the_rules_and_leave_what_does_not_divide():
     assert sharding.spec_for((6, 16), ("embed", "mlp"), mesh) == P(None, ("tensor", "fsdp"))  # 6 does not divide by 4
     assert sharding.spec_for((6, 6), ("embed", "mlp"), mesh) == P(None, "tensor")
     assert sharding.spec_for((5,), None, mesh) == P(None)
-    assert sharding.spec_for((8, 8), ("mlp", "embed"), mesh) == P(("tensor", "fsdp"), None)  # rows first, each once
+    assert sharding.spec_for((8, 8), ("mlp", "embed"), mesh) == P("tensor", "fsdp")  # each a dimension of its own
+    assert sharding.spec_for((8, 6), ("mlp", "embed"), mesh) == P(("tensor", "fsdp"), None)  # 6 does not divide by 4
     assert sharding.spec_for((4, 8), ("vocab", "embed"), mesh) == P("tensor", "fsdp")  # 4 / 2 does not divide by 4
 
 
@@ -110,6 +111,36 @@ def test_state_is_born_sharded_and_steps_alike_on_eight_devices(tmp_path):
         print("ok")
     """)
     assert "ok" in out
+
+
+def test_rows_of_a_table_are_the_same_however_tensor_and_fsdp_cut_it():
+    """Each along a dimension of its own, where `tensor` keeps its cut while `fsdp` is gathered; or both along ids."""
+    on_eight_devices(
+        """
+        import jax, numpy as np
+        from flax import nnx
+        from imagegpt_jax import fsdp, sharding
+        from imagegpt_jax.models import layers
+
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+        ids_BL = jax.random.randint(jax.random.key(1), (8, 5), 0, 64)
+        both = ("fsdp", "fsdp_minor")
+        for width, spec in ((64, jax.P("tensor", both)), (6, jax.P(("tensor", *both), None))):
+            table = layers.Embedding(64, width, key=jax.random.key(0))
+            assert sharding.spec_for((64, width), ("vocab", "embed"), mesh) == spec
+
+            def loss(table, ids_BL):
+                x_BLD = fsdp.run(lambda ids, table, _, gather: gather(table)(ids), ids_BL, table, None, np.float32)
+                return (x_BLD ** 2).sum(), x_BLD
+
+            cut = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, spec)), table)
+            with jax.set_mesh(mesh):
+                gradient, x_BLD = jax.jit(jax.grad(loss, has_aux=True))(cut, ids_BL)
+            expected, whole_BLD = jax.grad(loss, has_aux=True)(table, ids_BL)
+            np.testing.assert_array_equal(x_BLD, whole_BLD)
+            np.testing.assert_allclose(gradient.weight[...], expected.weight[...], rtol=1e-6)
+        """
+    )
 
 
 def test_heads_that_do_not_divide_are_told_with_what_would():
@@ -199,6 +230,20 @@ def test_factored_moments_are_cut_along_the_dimensions_that_they_have():
     assert found["row"]["w"] == P(None, "fsdp")
     assert found["column"]["w"] == P(None, "tensor")
     assert found["none"]["w"] == found["count"] == P()
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_no_large_array_of_the_largest_preset_s_optimizer_is_on_every_device(tensor):
+    config = sibling("configs/x.py", "decoder.py").get_config("size=20B")
+    setup = decoder.setup_abstract(config)
+    made = jax.eval_shape(lambda: decoder.init_state(setup, jax.random.key(0)))
+    mesh = jax.sharding.AbstractMesh((1, 16, 16 // tensor, tensor), sharding.MESH_AXES)
+    layout = state.shardings(made, setup.networks, mesh)
+    pairs = list(zip(jax.tree.leaves(made.opt), jax.tree.leaves(layout.opt), strict=True))
+    large = [(x.shape, where) for x, where in pairs if x.size * x.dtype.itemsize > state.MIB]
+    assert (64, 13824) in [shape for shape, _ in large]  # the columns' of an mlp, which `fsdp` cuts along its rows
+    parts = {shape: 256 * np.prod(where.shard_shape(shape)) / np.prod(shape) for shape, where in large}
+    assert {shape: part for shape, part in parts.items() if part > tensor} == {}
 
 
 def test_slices_are_joined_by_data_and_rows_of_a_host_need_not_be_neighbours():

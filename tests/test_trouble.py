@@ -113,6 +113,23 @@ def test_a_rollback_without_a_checkpoint_begins_anew(tmp_path):
     assert int(state.step) == 12
 
 
+def test_a_rollback_to_the_start_begins_with_the_same_run_again(tmp_path):
+    """A run with bad data goes on as one that began with the same parameters, and without these data."""
+    loop.run(tiny.Task(), tiny.make_config(), tmp_path / "first")
+    config = {"init_from": str(tmp_path / "first"), "checkpoint.every": 0, "steps": 6}
+    with_bad = loop.run(tiny.Task(bad=range(8, 20)), tiny.make_config(**config, seed=1), tmp_path / "a")
+    assert happened(tmp_path / "a", "rollback")[0]["skipped_positions"] == [8, 20]
+    without = loop.run(_Later(), tiny.make_config(**config, seed=1), tmp_path / "b")
+    assert_same(with_bad.trainable, without.trainable)
+
+
+class _Later(tiny.Task):
+    """The data without the batches at positions 8 to 19."""
+
+    def batches(self, setup, split, *, batch_size, position=0, rows=None, skipped=()):
+        return super().batches(setup, split, batch_size=batch_size, position=position, skipped=((8, 20),))
+
+
 def test_what_is_not_in_the_data_ends_after_some_rollbacks(tmp_path):
     with pytest.raises(UserError, match=r"after 2 rollbacks, last at step \d+.*replay"):
         loop.run(tiny.Task(bad=range(0, 4000)), tiny.make_config(), tmp_path)
@@ -355,8 +372,9 @@ def test_a_checkpoint_of_other_networks_is_told_with_what_differs(tmp_path):
 def test_warm_start_lists_what_does_not_fit(tmp_path, capsys):
     loop.run(tiny.Task(), tiny.make_config(steps=2), tmp_path / "first")
     config = tiny.make_config(init_from=str(tmp_path / "first"), steps=2)
-    with pytest.raises(UserError, match=r"line/more: not in .*line/slope: \(4,\) here, \(3,\) there.*init_partial"):
+    with pytest.raises(UserError, match=r"line/slope: \(4,\) here, \(3,\) there; line/more: not in .*of this model"):
         loop.run(_Wider(), config, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
     config = tiny.make_config(init_from=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="holds no checkpoint"):
         loop.run(tiny.Task(), config, tmp_path / "third")

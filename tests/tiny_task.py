@@ -40,6 +40,7 @@ def make_config(**changes):
             "eval_every": 4,
             "checkpoint": {"every": 2, "keep": 0, "keep_every_hours": 0.0, "keep_best": ""},
             "guard": {"spike": 0.0, "window": 100, "patience": 3, "max_rollbacks": 2},
+            "frozen": (),
             "init_from": "",
             "init_partial": False,
         }

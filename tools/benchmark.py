@@ -6,7 +6,7 @@
 
 `train` times whole training steps in float32: forward, backward, clipping and optimizer. PyTorch's networks are those
 of `transformers` (`pip install -e '.[parity]'`). Each reading is a process of its own, by turns: ours, ours without
-`host_memory.py`, and PyTorch's:
+`host_memory.py`, PyTorch's with its fused AdamW, and PyTorch's with AdamW as it comes:
 
     decoder     LlamaGen-B on 4 x 256 codes of 16384, all scored; beside LlamaForCausalLM
     tokenizer   LlamaGen's VQ-16 at 128 px, batch 2, without perceptual and adversarial loss; beside JanusVQVAE
@@ -32,6 +32,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import benchmark_floor
+import benchmark_pieces
 import benchmark_sampling
 import benchmark_workloads as workloads
 import marked
@@ -52,15 +53,22 @@ SIZE = flags.DEFINE_enum("size", "full", workloads.SIZES, "full, or tiny for tes
 WORKLOADS = flags.DEFINE_list("workloads", list(workloads.WORKLOADS), "Which `train` times: decoder, tokenizer.")
 OURS_ONLY = flags.DEFINE_boolean("ours_only", False, "Time our step alone, as it comes.")
 
-SCRIPTS = {"ours": "benchmark_jax.py", "returning": "benchmark_jax.py", "torch": "benchmark_torch.py"}
+SCRIPTS = {
+    "ours": ["benchmark_jax.py"],
+    "returning": ["benchmark_jax.py"],
+    "torch": ["benchmark_torch.py"],
+    "torch_default": ["benchmark_torch.py", "--nofused"],
+}
 SIDES = {
     "ours": "imagegpt_jax",
     "returning": "the same, memory returned to the system",
-    "torch": "transformers, PyTorch",
+    "torch": "transformers, PyTorch, `AdamW(fused=True)`",
+    "torch_default": "the same, `AdamW()`",
 }
+PYTORCH = {"torch", "torch_default"}
 VARIABLES = {"returning": {host_memory.KEEP: "0"}}
 UNITS = {"decoder": "tokens", "tokenizer": "images"}
-READINGS = ("seconds", "processor_seconds", "gemm_seconds", "product_seconds", "stream_seconds")
+READINGS = ("seconds", "processor_seconds", "gemm_seconds", "product_seconds", "piece_seconds", "stream_seconds")
 BUSY = 0.5  # load average above which other programs are said to be running
 
 
@@ -68,13 +76,13 @@ def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, s
     """What the readings of one workload come to.
 
     Args:
-      readings: side ("ours", and "returning" and "torch" where they ran) -> what each of its processes printed.
+      readings: side of `SIDES`, "ours" at least -> what each of its processes printed.
       units: tokens or images of a step.
       side: of the matrices whose product was timed.
 
     Returns:
-      {"model_flops", "gemm_flops_per_second" of the machine, an entry for each side, "ratio" of the rates, "ratios"
-      of each pair of processes}; for each side its parameters, medians, rates and readings.
+      {"model_flops", "gemm_flops_per_second" of the machine, an entry for each side}; for each side its parameters,
+      medians, rates and readings, and for PyTorch's "ratio" of our rate to it, and "ratios" of each pair of processes.
     """
     flops = readings["ours"][0]["model_flops"]
     sides: dict[str, Any] = {}
@@ -97,12 +105,11 @@ def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, s
     rate = max(found["gemm_flops_per_second"] for found in sides.values())
     for found in sides.values():
         found["share_of_gemm"] = found["flops_per_second"] / rate
-    summary = {"model_flops": flops, "gemm_flops_per_second": rate, **sides}
-    if "torch" in sides:
-        summary["ratio"] = sides["torch"]["seconds"] / sides["ours"]["seconds"]
-        pairs = zip(sides["torch"]["medians"], sides["ours"]["medians"], strict=True)
-        summary["ratios"] = [torch / ours for torch, ours in pairs]
-    return summary
+    for name in PYTORCH & sides.keys():
+        found, ours = sides[name], sides["ours"]
+        found["ratio"] = found["seconds"] / ours["seconds"]
+        found["ratios"] = [torch / own for torch, own in zip(found["medians"], ours["medians"], strict=True)]
+    return {"model_flops": flops, "gemm_flops_per_second": rate, **sides}
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -130,10 +137,13 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _ratio(summary: Mapping[str, Any]) -> str:
-    if "ratio" not in summary:
-        return ""
-    low, high = min(summary["ratios"]), max(summary["ratios"])
-    return f"; ours / PyTorch {summary['ratio']:.2f} (from {low:.2f} to {high:.2f} pair by pair)"
+    words = {"torch": "; ours / PyTorch", "torch_default": ", and with its AdamW as it comes"}
+    return "".join(
+        f"{text} {summary[name]['ratio']:.2f} (from {min(summary[name]['ratios']):.2f} to"
+        f" {max(summary[name]['ratios']):.2f} pair by pair)"
+        for name, text in words.items()
+        if name in summary
+    )
 
 
 def run_worker(name: str, workload: str) -> dict[str, Any]:
@@ -142,13 +152,14 @@ def run_worker(name: str, workload: str) -> dict[str, Any]:
     Raises:
       UserError: if it fails.
     """
-    script = str(pathlib.Path(__file__).with_name(SCRIPTS[name]))
-    command = [sys.executable, script, f"--workload={workload}", f"--size={SIZE.value}", f"--seconds={SECONDS.value}"]
+    script, *options = SCRIPTS[name]
+    command = [sys.executable, str(pathlib.Path(__file__).with_name(script)), *options]
+    command += [f"--workload={workload}", f"--size={SIZE.value}", f"--seconds={SECONDS.value}"]
     environment = {**os.environ, **VARIABLES.get(name, {})}
     done = subprocess.run(command, cwd=workloads.ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        raise cli.UserError(f"{SCRIPTS[name]} failed with exit status {done.returncode}: see its last words above.")
+        raise cli.UserError(f"{script} failed with exit status {done.returncode}: see its last words above.")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -178,7 +189,8 @@ def train() -> None:
         summary = summaries[workload] = summarise(readings, units, workloads.GEMM_SIDE[SIZE.value])
         if workload == "decoder":
             rate, numbers = summary["gemm_flops_per_second"], workloads.STREAM[SIZE.value]
-            summary["floor"] = benchmark_floor.floor(readings, rate, units, benchmark_floor.matrices(config), numbers)
+            sizes, others = benchmark_floor.matrices(config), benchmark_pieces.shapes(config)
+            summary["floor"] = benchmark_floor.floor(readings, rate, units, sizes, others, numbers)
     show(table(summaries))
     report(load, versions, {"workloads": summaries})
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import benchmark_floor
+import benchmark_pieces
 import benchmark_workloads as workloads
 import numpy as np
 from absl import flags
@@ -103,6 +104,25 @@ def product_seconds(tokens: int, matrices: Sequence[tuple[int, int, int]]) -> li
     return found
 
 
+def piece_seconds(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
+    """Seconds of each of `benchmark_pieces`, forward and backward in one program, on inputs of its shapes."""
+    import jax
+    import jax.numpy as jnp
+
+    def both(inputs: list[jax.Array], seed: jax.Array, function: Callable[..., Any]) -> Any:
+        y, back = jax.vjp(function, *inputs)
+        return y, back(seed)
+
+    found = []
+    for function, of_inputs in zip(benchmark_pieces.in_jax().values(), shapes, strict=True):
+        inputs = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(of_inputs)]
+        seed = jnp.ones_like(function(*inputs))
+        call = functools.partial(jax.jit(both, static_argnums=2), inputs, seed, function)
+        times = workloads.timed(lambda call=call: jax.block_until_ready(call()), 0.0, fewest=9)
+        found.append(statistics.median(times["seconds"]))
+    return found
+
+
 def stream_seconds(numbers: int) -> float:
     """Seconds of adding two float32 arrays into a third."""
     import jax
@@ -124,6 +144,7 @@ def main() -> None:
     if config.task == "decoder":
         tokens = workloads.units_per_step("decoder", config)
         found["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
+        found["piece_seconds"] = piece_seconds([shapes for shapes, _ in benchmark_pieces.shapes(config).values()])
         found["stream_seconds"] = stream_seconds(workloads.STREAM[SIZE.value])
     losses = found.pop("results")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "imagegpt_jax")}

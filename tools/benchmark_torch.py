@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import benchmark_floor
+import benchmark_pieces
 import benchmark_workloads as workloads
 from absl import flags
 
@@ -18,6 +19,7 @@ from imagegpt_jax import cli
 
 WORKLOAD = flags.DEFINE_enum("workload", "decoder", workloads.WORKLOADS, "What to time.")
 SIZE = flags.DEFINE_enum("size", "full", workloads.SIZES, "full, or tiny for tests.")
+FUSED = flags.DEFINE_boolean("fused", True, "AdamW in one kernel, which is PyTorch's fastest, rather than as it comes.")
 SECONDS = flags.DEFINE_float("seconds", 30.0, "Time steps for at least this long.", lower_bound=0.0)
 
 
@@ -86,11 +88,13 @@ def make_step(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
     torch.manual_seed(0)
     network, loss_fn = {"decoder": decoder, "tokenizer": tokenizer}[config.task](config)
     optim = config.optim
-    # Decay is for matrices, as in ours; `fused` is PyTorch's fastest.
+    # Decay is for matrices, as in ours.
     matrices = [p for p in network.parameters() if p.ndim >= 2]
     vectors = [p for p in network.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.b1, optim.b2), eps=optim.eps, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=optim.lr, betas=(optim.b1, optim.b2), eps=optim.eps, fused=FUSED.value or None
+    )
 
     def call() -> float:
         optimizer.zero_grad(set_to_none=True)
@@ -129,6 +133,22 @@ def product_seconds(tokens: int, matrices: Sequence[tuple[int, int, int]]) -> li
     return found
 
 
+def piece_seconds(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
+    """Seconds of each of `benchmark_pieces`, forward and backward, on inputs of its shapes."""
+    import torch
+
+    found = []
+    for function, of_inputs in zip(benchmark_pieces.in_torch().values(), shapes, strict=True):
+        inputs = [torch.randn(shape, requires_grad=True) for shape in of_inputs]
+        seed = torch.ones_like(function(*inputs))
+
+        def call(function: Callable[..., Any] = function, inputs: list[Any] = inputs, seed: Any = seed) -> None:
+            torch.autograd.grad(function(*inputs), inputs, seed)
+
+        found.append(statistics.median(workloads.timed(call, 0.0, fewest=9)["seconds"]))
+    return found
+
+
 def stream_seconds(numbers: int) -> float:
     """Seconds of adding two float32 arrays into a third."""
     import torch
@@ -151,6 +171,7 @@ def main() -> None:
     if config.task == "decoder":
         tokens = workloads.units_per_step("decoder", config)
         found["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
+        found["piece_seconds"] = piece_seconds([shapes for shapes, _ in benchmark_pieces.shapes(config).values()])
         found["stream_seconds"] = stream_seconds(workloads.STREAM[SIZE.value])
     losses = found.pop("results")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}

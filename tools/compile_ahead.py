@@ -3,9 +3,8 @@
 The *actual* training step is compiled by the TPU compiler on this CPU machine (`pip install -e '.[tpu]'`), and for a
 decoder also prefill and decode step of sampling. Nothing of it is measured on a TPU.
 
-A decoder's step is the one for token shards (`--config.data.train=tokens:...`, of pictures encoded once by `encode`),
-whatever `data.train` says: where `train` is given pictures, it encodes them within its step with the frozen tokenizer,
-which takes time and memory that are not in these figures.
+A decoder's step is the one for token shards of images that were encoded once by `encode`; with --inputs=images, the one
+that encodes the images of `data.train` itself with the frozen tokenizer, which takes longer to compile.
 
   python tools/compile_ahead.py --config=configs/decoder.py:size=3B --topology=v5e-256
   python tools/compile_ahead.py --config=configs/decoder.py:size=B --topology=v5e-256 --slices=2 --output=B.json
@@ -34,6 +33,9 @@ PROGRAMS = flags.DEFINE_list(
     "Which to compile: train, prefill, decode of a decoder; reconstruction, adversarial of an image tokenizer; default"
     " all.",
 )
+INPUTS = flags.DEFINE_enum(
+    "inputs", "tokens", ["tokens", "images"], "What a decoder's step is given; an image tokenizer's is given images."
+)
 OUTPUT = flags.DEFINE_string("output", None, "JSON file of one object per program, written after each.")
 XLA = flags.DEFINE_string("xla", "", "Options of the TPU compiler to try besides the config's: name=value,name=value.")
 EFFORT = flags.DEFINE_float(
@@ -54,9 +56,12 @@ def describe(report: dict) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
     slices = f"{report['slices']} x " if report["slices"] > 1 else ""
     share = report["peak_bytes"] / report["hbm_bytes"]
+    inputs = f" of {report['inputs']}" if "inputs" in report else ""
+    frozen = report.get("frozen_parameters", 0)
     lines = [
-        f"{report['program']} on {slices}{report['topology']} ({mesh}), batch {report['batch_size']},"
-        f" {report['parameters'] / 1e6:,.0f} M parameters",
+        f"{report['program']} on {slices}{report['topology']} ({mesh}), batch {report['batch_size']}{inputs},"
+        f" {report['parameters'] / 1e6:,.0f} M parameters"
+        + (f", {frozen / 1e6:,.0f} M of them frozen" if frozen else ""),
         f"  compiled in {report['compile_seconds']:.1f} s; host memory {report['host_peak_rss_bytes'] / GIB:.2f} GiB",
         f"  per device: arguments {report['argument_bytes'] / GIB:.3f}, temporary {report['temp_bytes'] / GIB:.3f},"
         f" peak {report['peak_bytes'] / GIB:.3f} of {report['hbm_bytes'] / GIB:.0f} GiB ({share:.0%})",
@@ -89,18 +94,18 @@ def main() -> None:
       UserError: if that is not possible; at the end, if programs did not fit: the others are reported and saved.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device, and must not take one
-    from imagegpt_jax import ahead, hardware, storage
+    from imagegpt_jax import ahead, hardware, programs, storage
     from imagegpt_jax.steps import compiler_options
 
-    config = CONFIG.value
+    config = programs.given(CONFIG.value, INPUTS.value)
     if not (TOPOLOGY.value or config.topology):
         raise cli.UserError("this config is not written for a TPU slice: give --topology, such as --topology=v5e-16.")
     topology = hardware.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
     plan = ahead.Plan(ahead.fit(config, topology, BATCH_SIZE.value), topology)
-    programs = {program.name: program for program in plan.programs()}
+    known = {program.name: program for program in plan.programs()}
     for name in PROGRAMS.value:
-        if name not in programs:
-            raise cli.UserError(f"unknown program {name!r}.{cli.suggest(name, programs)}")
+        if name not in known:
+            raise cli.UserError(f"unknown program {name!r}.{cli.suggest(name, known)}")
     options = compiler_options(XLA.value, "tpu")
     reports: list[dict] = []
 
@@ -114,9 +119,9 @@ def main() -> None:
     if HLO.value:
         storage.prepare_folder(HLO.value)
     too_large = []
-    for name in PROGRAMS.value or programs:
+    for name in PROGRAMS.value or known:
         try:
-            report, text = plan.compile(programs[name], options, EFFORT.value)
+            report, text = plan.compile(known[name], options, EFFORT.value)
         except ahead.OutOfMemory as e:
             print(f"{name} does not fit: {e}", file=sys.stderr)
             too_large.append(name)

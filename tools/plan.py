@@ -1,7 +1,7 @@
 """Finds the largest batch that fits a TPU slice, and the cheapest recomputation at it; shows that the next do not fit.
 
 Every answer is a compilation by the TPU compiler (`tools/compile_ahead.py`), never a measurement. As there, a decoder's
-step is the one for token shards: where `train` is given pictures, the tokenizer that encodes them takes memory besides.
+step is the one for token shards; with --inputs=images, the one that encodes images itself.
 
   python tools/plan.py --config=configs/decoder.py:size=3B --topology=v5e-256
 """
@@ -22,6 +22,9 @@ CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5e-256; default: the config's own.")
 SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices.", lower_bound=1)
 SHARE = flags.DEFINE_float("share", 0.9, "Share of a chip's memory that may be planned.", 0.1, 1.0)
+INPUTS = flags.DEFINE_enum(
+    "inputs", "tokens", ["tokens", "images"], "What a decoder's step is given; an image tokenizer's is given images."
+)
 OUTPUT = flags.DEFINE_string("output", None, "JSON file with the answer and everything that was compiled.")
 EFFORT = flags.DEFINE_float(
     "effort",
@@ -120,6 +123,7 @@ class Search:
             "batch_size": at_once * self.rows,
             "per_device": at_once * parts,
             "remat": remat,
+            "inputs": self.plan.inputs,
             "limit_bytes": self.limit,
             "compiler_effort": self.effort,
             "versions": ahead.versions(),
@@ -160,9 +164,9 @@ def table(plan: Any, peak: int) -> str:
 def main() -> None:
     """Plans what the flags describe."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from imagegpt_jax import ahead, hardware, storage
+    from imagegpt_jax import ahead, hardware, programs, storage
 
-    config = CONFIG.value
+    config = programs.given(CONFIG.value, INPUTS.value)
     if not (TOPOLOGY.value or config.topology):
         raise cli.UserError("this config is not written for a TPU slice: give --topology, such as --topology=v5e-16.")
     topology = hardware.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
@@ -181,8 +185,9 @@ def main() -> None:
     peak = search.peak(at_once, remat)
     assert peak is not None
     limit = search.limit / GIB
-    print(f"largest batch: {search.describe(at_once)}; cheapest remat at it: {remat!r}")
-    print(table(ahead.Plan(search.configured(at_once, remat), topology), peak))
+    plan = ahead.Plan(search.configured(at_once, remat), topology)
+    print(f"largest batch of {plan.inputs}: {search.describe(at_once)}; cheapest remat at it: {remat!r}")
+    print(table(plan, peak))
     over = search.peak(at_once + 1, least)
     shown = "does not compile into memory" if over is None else f"peaks at {over / GIB:.3f} GiB"
     print(f"  {search.describe(at_once + 1)} with remat {least!r} {shown}: over {limit:.2f} GiB")

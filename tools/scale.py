@@ -37,6 +37,9 @@ LEFT_OUT = {
     "2 x v5e-256": ("B", "L", "XL", "XXL", "20B"),
     "v6e-256": ("B", "L", "XL", "XXL", "7B"),
 }
+# Of these also the step that encodes the presets' images itself.
+OF_IMAGES = ("B v5e-16", "L v5e-16", "3B v5e-256")
+TENSOR = "B v5e-16"  # this one also with `tensor`
 CHECKED = "B v5p-128"
 TOLERANCE = 0.02
 REPLICATED = 1 << 20
@@ -59,12 +62,15 @@ def cells() -> dict[str, list[str]]:
             where = f"{f'{slices} x ' if slices > 1 else ''}{topology}"
             if size not in LEFT_OUT.get(where, ()):
                 name = f"{size} {where}"
-                found[name] = [
-                    f"--config=configs/decoder.py:size={size}",
-                    f"--topology={topology}",
-                    f"--slices={slices}",
-                ]
-                found[name] += ["--programs=train"]
+                preset = [
+                    f"--config=configs/decoder.py:size={size}", f"--topology={topology}", f"--slices={slices}",
+                    "--programs=train",
+                ]  # fmt: skip
+                found[name] = preset
+                if name in OF_IMAGES:
+                    found[f"{name} of images"] = [*preset, "--inputs=images"]
+                if name == TENSOR:
+                    found[f"{name} tensor 2"] = [*preset, "--config.mesh.tensor=2"]
     for program in ("reconstruction", "adversarial"):
         found[f"vq16 {program} v5e-16"] = [
             "--config=configs/tokenizer.py:size=vq16", "--topology=v5e-16", f"--programs={program}", "--effort=-1",
@@ -190,7 +196,8 @@ def row(cell: dict[str, Any]) -> str:
     batch = f"{cell['batch_size']:,}" + (f" in {accumulate}" if accumulate > 1 else "")
     label = cell["name"].split(" v")[0].replace(f" {cell['slices']} x", "")
     return (
-        f"| {label} | {slices}{cell['topology']} | {mesh} | {batch} | {cell['compile_seconds']:.0f} |"
+        f"| {label} | {slices}{cell['topology']} | {mesh} | {cell['inputs']} | {batch} |"
+        f" {cell['compile_seconds']:.0f} |"
         f" {cell['argument_bytes'] / GIB:.2f} / {cell['temp_bytes'] / GIB:.2f} |"
         f" {cell['peak_bytes'] / GIB:.2f} ({cell['peak_bytes'] / cell['hbm_bytes']:.0%}) |"
         f" {cell['collective_bytes'] / 1e9:.2f} | {ratio} |"
@@ -199,8 +206,8 @@ def row(cell: dict[str, Any]) -> str:
 
 
 HEADER = (
-    "| config | slice | mesh | batch | compile s | argument / temp GiB | peak GiB (of memory) | sent GB | / bound |"
-    " estimate ms: compute / HBM / ICI (/ DCN) |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| config | slice | mesh | inputs | batch | compile s | argument / temp GiB | peak GiB (of memory) | sent GB |"
+    " / bound | estimate ms: compute / HBM / ICI (/ DCN) |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 

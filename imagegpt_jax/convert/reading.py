@@ -89,6 +89,17 @@ def load(path: Any, kind: str, options: Options | None = None) -> Loaded:
     return read(published, str(path), _text_folder(local) if kind == formats.DECODER else None)
 
 
+def load_for(path: Any, kind: str, network: state_lib.Network) -> state_lib.Params:
+    """Parameters of weights in the dtypes that a network is built with; errors as in `load`."""
+    abstract = state_lib.split(network.abstract)[1]
+
+    def cast(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        # On the host: under the mesh of a training JAX computes nothing on one of its devices alone.
+        return x if x.dtype == like.dtype else jax.device_put(np.asarray(x).astype(like.dtype), x.sharding)
+
+    return jax.tree.map(cast, load(path, kind).params, abstract)
+
+
 def _text_folder(local: pathlib.Path) -> pathlib.Path | None:
     """Folder of the text tokenizer that lies with weights; None without one."""
     folder = local if local.is_dir() else local.parent

@@ -116,7 +116,9 @@ def extract(
     # Virtual devices of one CPU would only share it.
     devices = jax.local_devices() if jax.default_backend() != "cpu" else jax.local_devices()[:1]
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices)
-    params = {network.name: jax.device_put(network.params, sharding.replicated(mesh)) for network in networks}
+    # By way of the host: what was read under a mesh of all processes' devices is on all of these.
+    held = {network.name: jax.tree.map(np.asarray, network.params) for network in networks}
+    params = jax.device_put(held, sharding.replicated(mesh))
     rows, count = TILE * mesh.size, len(images)
     turn = rows * jax.process_count()
     mine = [

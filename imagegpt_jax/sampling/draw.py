@@ -7,6 +7,7 @@ Shapes: B rows, V vocabulary, C tokens of a block of the vocabulary.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +40,12 @@ def choose(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], filters: Fi
     """Draws one token per row with that row's key; see `Sampling` for the filters.
 
     Args:
-      logits_BV: fp32 logits; -inf for tokens that must not be drawn.
+      logits_BV: logits, taken in fp32; -inf for tokens that must not be drawn.
       keys_B: one key per row.
       filters: how to draw.
     """
     weights_BV = likelihoods(logits_BV, filters)
-    drawn_B = pick(weights_BV, jax.vmap(jax.random.uniform)(keys_B))
+    drawn_B = pick(weights_BV, jax.vmap(functools.partial(jax.random.uniform, dtype=jnp.float32))(keys_B))
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     return jnp.where(filters.temperature.reshape(-1) > 0, drawn_B, greedy_B)
 
@@ -55,7 +56,7 @@ def likelihoods(logits_BV: Float[Array, "B V"], filters: Filters) -> Float[Array
         jnp.reshape(x, (-1, 1)) for x in (filters.temperature, filters.top_k, filters.top_p, filters.min_p)
     )
     # At temperature 0 the draw is not used; 1 keeps its numbers finite.
-    scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1)
+    scaled_BV = logits_BV.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1)
     top_k = jnp.where(top_k > 0, top_k, scaled_BV.shape[-1])
     weights_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
     weights_BV = jax.lax.cond(

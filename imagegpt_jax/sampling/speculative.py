@@ -135,7 +135,7 @@ def _decode(
         q_of = jnp.take_along_axis(state.q, state.guesses[..., None], axis=2)[..., 0]
         uniform_BW = jax.vmap(lambda key: jax.random.uniform(key, (window,)))(keys(step, 2))
         accepted_BW = (uniform_BW * q_of < p_of) & (ahead_W < window - 1)
-        fixed_B = jnp.sum(jnp.cumprod(accepted_BW, axis=1), axis=1)
+        fixed_B = jnp.sum(jnp.cumprod(accepted_BW, axis=1), axis=1, dtype=jnp.int32)
         p_next = jnp.take_along_axis(p_BWV, fixed_B[:, None, None], axis=1)
         q_next = jnp.take_along_axis(state.q, fixed_B[:, None, None], axis=1)
         rest = jnp.where((fixed_B == window - 1)[:, None, None], p_next, jnp.maximum(p_next - q_next, 0))

@@ -254,7 +254,13 @@ def rows_of(job: Job, keys: jax.Array, samples_DT: np.ndarray, mesh: Mesh | None
         mix=_array(None if job.mix is None else job.mix[flat]),
         given=_array(None if job.given is None else job.given[flat]),
     )
-    return rows if mesh is None else jax.device_put(rows, sharding.batch_sharding(mesh))
+    return rows if mesh is None else _spread(mesh)(rows)
+
+
+@functools.cache
+def _spread(mesh: Mesh) -> Callable[[engine.Rows], engine.Rows]:
+    """A program that cuts rows, the same on every process, over a mesh."""
+    return jax.jit(lambda rows: rows, out_shardings=sharding.batch_sharding(mesh))
 
 
 def _array(values: np.ndarray | None) -> jax.Array | None:

@@ -29,7 +29,7 @@ from imagegpt_jax.evals import reconstruction
 from imagegpt_jax.models import discriminator, layers, quantizers, vq
 from imagegpt_jax.models.pretrained import lpips
 from imagegpt_jax.state import Network, TrainState
-from imagegpt_jax.tasks.splits import batches
+from imagegpt_jax.tasks.splits import batches, first_shape, ops_key
 
 # Shown beside the progress bar.
 SHOWN = ("reconstruction", "psnr", "codebook_usage")
@@ -94,7 +94,7 @@ def setup(config: Config) -> Setup:
     """
     for split in ("train_ops", "eval_ops"):
         ops.parse(config.data[split])
-    opened = {split: sources.open_source(config.data[split]) for split in ("train", "validation")}
+    opened = {split: sources.open_source(config.data[split], require="image") for split in ("train", "validation")}
     perceptual, weights = "", None
     if config.loss.lpips:
         if not config.loss.lpips_weights:
@@ -109,7 +109,41 @@ def setup(config: Config) -> Setup:
 
         name, _, path = config.eval_features.partition("=")
         networks.check_weights(name, path, "--config.eval_features=NAME=FILE")
-    return _build(config, opened, perceptual, weights)
+    built = _build(config, opened, perceptual, weights)
+    channels = built.model.in_channels
+    if not built.model.decoder or built.model.image_channels != channels:
+        raise UserError(
+            "a tokenizer is trained to give back what it is given: set --config.model.decoder=True"
+            " --config.model.out_channels=0."
+        )
+    if "discriminator" in built.networks and config.discriminator.in_channels != channels:
+        raise UserError(
+            f"discriminator.in_channels={config.discriminator.in_channels} and model.in_channels={channels} are of the"
+            f" same images: set --config.discriminator.in_channels={channels}."
+        )
+    for split, source in opened.items():
+        _check_images(built, split, source)
+    return built
+
+
+def _check_images(setup: Setup, split: str, source: Any) -> None:
+    """Raises UserError if the first image of a split does not fit the networks that see it.
+
+    Else that would be found in the trace of a step: the discriminator's after `loss.gan_start` steps.
+    """
+    shape = first_shape(setup.config, split, source)
+    if shape is None:
+        return
+    calls = {"generator": "encode", "discriminator": "__call__"} if split == "train" else {"generator": "encode"}
+    for name, call in calls.items():
+        if name in setup.networks:
+            net = setup.networks[name]
+            params = state_lib.split(net.abstract)[1]
+            image_BHWC = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+            try:
+                jax.eval_shape(lambda p, x, net=net, call=call: getattr(net.module(p), call)(x), params, image_BHWC)
+            except UserError as e:
+                raise UserError(f"config.data.{ops_key(split)} and the {name} do not go together: {e}") from e
 
 
 def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:

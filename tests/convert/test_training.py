@@ -1,12 +1,18 @@
 """Published weights in training: as the image tokenizer, as a warm start, as a text encoder."""
 
+import os
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 
 import imagegpt_jax as ig
@@ -22,6 +28,10 @@ from imagegpt_jax.tasks import decoder as decoder_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "weights"
+# GPT-2's shape, with room for more ids and longer sequences.
+MODEL = {"vocab_size": 30, "width": 16, "depth": 2, "heads": 2, "mlp_width": 64, "norm": "layer", "mlp": "gelu",
+         "bias": True, "attention_scale_by_layer": True, "position": "learned", "max_length": 20,
+         "tie_embeddings": True}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["published", "portable"])
@@ -42,12 +52,116 @@ def test_a_decoder_is_trained_over_a_published_tokenizer(form, tmp_path):
     np.testing.assert_array_equal(network.encode_codes(images).reshape(1, -1), codes)
 
 
-# -------------------------------------------------------------------------------------------------------- warm start
+def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_path):
+    """The image tokenizer, the text encoder and the warm start of a decoder as `loop.run` has them read, and rows of
+    samples as its evaluations draw them: under a mesh of devices that are not all of this process."""
+    folder = tmp_path / "gpt2"
+    shutil.copytree(GOLDEN / "gpt2", folder)
+    whole = safetensors.numpy.load_file(folder / "model.safetensors")
+    half = {name: x.astype(np.float16) for name, x in whole.items()}
+    safetensors.numpy.save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    text_lib.TextTokenizer(words).save(folder)
+    code = """
+        import sys
+        import jax, numpy as np
+        port, index, tokenizer, encoder = sys.argv[1:]
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
 
-# GPT-2's shape, with room for more ids and longer sequences.
-MODEL = {"vocab_size": 30, "width": 16, "depth": 2, "heads": 2, "mlp_width": 64, "norm": "layer", "mlp": "gelu",
-         "bias": True, "attention_scale_by_layer": True, "position": "learned", "max_length": 20,
-         "tie_embeddings": True}  # fmt: skip
+        from imagegpt_jax import config, events, sharding, state, warm_start
+        from imagegpt_jax.convert import reading
+        from imagegpt_jax.data.packing import Layout, TokenSpace
+        from imagegpt_jax.evals import features, reconstructed
+        from imagegpt_jax.evals.common import to_host
+        from imagegpt_jax.generate import Sampling, image_job
+        from imagegpt_jax.models import gpt
+        from imagegpt_jax.models.gpt_config import GPTConfig
+        from imagegpt_jax.sampling import tiles
+        from imagegpt_jax.tasks.decoder import assembly, scoring
+
+        made = config.sibling("configs/x.py", "decoder.py").get_config("size=test")
+        made.update({"tokenizer": tokenizer, "text_encoder": encoder})
+        made.data.update({"grid": (4, 4), "text_length": 4})
+        setup = assembly.setup_abstract(made)
+        nets = {assembly.tokenizer_params: setup.tokenizer.networks["generator"],
+                assembly.encoder_params: setup.encoder.network}
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 1})
+        with jax.set_mesh(mesh):
+            for read, net in nets.items():
+                specs, is_spec = sharding.module_specs(net.abstract, mesh), lambda x: isinstance(x, jax.P)
+                layout = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+                params = read(setup, layout)
+                assert jax.tree.map(lambda x: x.sharding, params) == layout
+                kinds = jax.tree.map(lambda x: x.dtype, state.split(net.abstract)[1])
+                assert jax.tree.map(lambda x: x.dtype, params) == kinds
+                here = read(setup)
+                jax.tree.map(np.testing.assert_array_equal, to_host(params), here)
+            for x in jax.tree.leaves(scoring._decode_on(setup, mesh)[1]):
+                assert x.is_fully_replicated and len(x.sharding.device_set) == 2
+
+        net = state.network(lambda key: gpt.GPT(GPTConfig(**MODEL), key=key))
+        whole = state.split(net.construct(jax.random.key(0)))[1]
+        params = sharding.put_whole(whole, jax.tree.map(lambda _: sharding.replicated(mesh), whole))
+        fields = dict(trainable={"decoder": params}, frozen={"decoder": {}}, opt={"decoder": ()}, ema={}, stats={})
+        begun = state.TrainState(step=jax.numpy.zeros((), jax.numpy.int32), **fields)
+        with jax.set_mesh(mesh):
+            warm = config.ConfigDict({"init_from": encoder, "init_partial": False})
+            begun = warm_start.load_params(begun, warm, events.Log(None)).trainable["decoder"]
+        expected = np.asarray(reading.load(encoder, "decoder").params["embed"]["weight"]).astype(np.float32)
+        np.testing.assert_array_equal(to_host(begun)["embed"]["weight"][:len(expected)], expected)
+
+        layout = Layout(space=TokenSpace(text_vocab=8, num_classes=0, num_codes=16), text_length=2, grid=(2, 2))
+        texts = [[1], [2], [3], [4]]
+        with jax.set_mesh(mesh):
+            keys, job = tiles.sample_keys(1, np.arange(4)), image_job(layout, [(texts, None)], Sampling())
+            rows = tiles.rows_of(job, keys, np.arange(4).reshape(2, 2), mesh)
+            scale = jax.jit(lambda: jax.numpy.ones(3), out_shardings=sharding.replicated(mesh))()
+            mean = features.Network("mean", {}, np.asarray, lambda scale, x: {"pool": x.mean((1, 2)) * scale}, scale)
+            held = reconstructed.Held("held", np.arange(36, dtype=np.uint8).reshape(3, 2, 2, 3))
+            (part,) = features.extract(held, [mean], [("mean", "pool")])
+        np.testing.assert_allclose(part.features["mean", "pool"][:, 0], [4.5, 16.5, 28.5])
+        assert {x.sharding for x in jax.tree.leaves(rows)} == {sharding.batch_sharding(mesh)}
+        np.testing.assert_array_equal(to_host(rows.prompt.tokens), layout.prompt(texts)["tokens"])
+        print("ok")
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    two = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"MODEL = {MODEL}\n{textwrap.dedent(code)}",
+                str(port),
+                str(i),
+                str(GOLDEN / "janus"),
+                str(folder),
+            ],
+            cwd=ROOT,
+            env=alone
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+                "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        for process in two:
+            output, error = process.communicate(timeout=120)
+            assert output.endswith("ok\n"), error
+    finally:
+        for process in two:
+            process.kill()
+
+
+# -------------------------------------------------------------------------------------------------------- warm start
 
 
 def begin(model, **settings):
@@ -55,7 +169,12 @@ def begin(model, **settings):
     net = state_lib.network(lambda key: GPT(GPTConfig(**model), key=key))
     params = state_lib.split(net.construct(jax.random.key(0)))[1]
     state = state_lib.TrainState(
-        step=jnp.zeros((), jnp.int32), trainable={"decoder": params}, frozen={"decoder": {}}, opt={}, ema={}, stats={}
+        step=jnp.zeros((), jnp.int32),
+        trainable={"decoder": params},
+        frozen={"decoder": {}},
+        opt={"decoder": ()},
+        ema={},
+        stats={},
     )
     config = config_lib.ConfigDict({"init_from": str(GOLDEN / "gpt2"), "init_partial": False, **settings})
     return net, params, warm_start.load_params(state, config, events.Log(None)).trainable["decoder"]

@@ -44,6 +44,18 @@ def test_greedy_tokens_are_identical(position):
         assert (plain.passes == 16).all()
 
 
+def test_a_decoder_in_float64_draws_too():
+    """As the evaluations of a training in float64 do; plain decoding and guesses."""
+    with jax.enable_x64():
+        gpt, space = make(20, depth=1, dtype="float64", param_dtype="float64")
+        layout = Layout(space=space, text_length=1, grid=(2, 3))
+        how = Sampling(temperature=0.0, top_k=5, top_p=0.9)
+        job = image_job(layout, [([[1], [2]], None)], how)
+        plain, fast = (run(gpt, job, dataclasses.replace(how, speculative=n), tile=2) for n in (0, 3))
+    np.testing.assert_array_equal(fast.tokens, plain.tokens)
+    assert len(np.unique(plain.tokens)) > 2
+
+
 @pytest.mark.parametrize("settings", [{}, {"top_k": 3, "cfg_scale": 1.7}], ids=str)
 def test_the_distribution_is_that_of_plain_decoding(settings):
     """All sequences of three tokens of four, chi-square."""

@@ -144,6 +144,16 @@ def test_another_encoder_may_take_its_place_and_must_fit(run, encoder, tmp_path)
         ig.load_decoder(run.workdir, text_encoder=GOLDEN / "gpt2")
 
 
+def test_features_are_as_exact_as_the_decoder(encoder):
+    """In float64 a run is the same on every mesh to 1e-9, which it would not be with features of float32."""
+    exact = dict.fromkeys(("model.dtype", "model.param_dtype", "optim.mu_dtype", "optim.nu_dtype"), "float64")
+    with jax.enable_x64():
+        setup = decoder.setup_abstract(get_config(encoder, **exact))
+        state = jax.eval_shape(lambda: decoder.init_state(setup, jax.random.key(0)))
+        made = jax.eval_shape(lambda s, b: decoder.prepare_batch(setup, s, b), state, decoder.abstract_batch(setup, 2))
+    assert made["features"].dtype == jnp.float64
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

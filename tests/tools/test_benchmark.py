@@ -49,6 +49,7 @@ def readings():
         # The product of two matrices of side 1000 is 2 GFLOP.
         "ours": [reading(1, 2, 9, gemm=[0.25, 0.25], **ours), reading(2, 3, 4, gemm=[0.25, 8.0], **ours)],
         "torch": [reading(4, gemm=[0.5], losses=[9.0, 7.0]), reading(6, gemm=[0.5], losses=[9.0, 7.0])],
+        "torch_default": [reading(s, gemm=[0.5], losses=[9.0, 7.0]) for s in (7, 8)],
     }
 
 
@@ -62,17 +63,21 @@ def test_medians_rates_and_ratios(tool, readings):
     assert (ours["gemm_flops_per_second"], torch["gemm_flops_per_second"]) == (8e9, 4e9)
     assert summary["gemm_flops_per_second"] == 8e9  # the better library's is the machine's
     assert (ours["share_of_gemm"], torch["share_of_gemm"]) == pytest.approx((0.2, 0.1))
-    assert summary["ratio"] == 2
-    assert summary["ratios"] == [2, 2]
+    assert torch["ratio"] == 2
+    assert torch["ratios"] == [2, 2]
+    assert (summary["torch_default"]["ratio"], summary["torch_default"]["ratios"]) == (3, [3.5, 8 / 3])
     assert (ours["first_loss"], ours["last_loss"]) == (9, 8)
 
 
 def test_table(tool, readings):
     text = tool.table({"decoder": tool.summarise(readings, units=1000, side=1000)})
-    _, _, ours, torch, _, ratio = text.splitlines()
+    _, _, ours, torch, _, _, ratio = text.splitlines()
     assert ours == "| decoder | imagegpt_jax | 0.0 | 2.500 | 400 tokens/s | 2 | 20% |"
     assert torch.endswith("| 10% |")
-    assert ratio == ("decoder: 4.0 GFLOP a step, GEMM 8 GFLOP/s; ours / PyTorch 2.00 (from 2.00 to 2.00 pair by pair).")
+    assert ratio == (
+        "decoder: 4.0 GFLOP a step, GEMM 8 GFLOP/s; ours / PyTorch 2.00 (from 2.00 to 2.00 pair by pair), and with its"
+        " AdamW as it comes 3.00 (from 2.67 to 3.50 pair by pair)."
+    )
 
 
 def test_floor_is_the_sum_of_the_fastest_parts(monkeypatch):
@@ -82,21 +87,25 @@ def test_floor_is_the_sum_of_the_fastest_parts(monkeypatch):
     facts = {"parameters": 30, "model_flops": 1000}
     readings = {
         "ours": [
-            {**facts, "product_seconds": [1, 9, 3, 10, 10, 10], "stream_seconds": 6},
-            {**facts, "product_seconds": [3, 9, 3, 10, 10, 10], "stream_seconds": 6},
+            {**facts, "product_seconds": [1, 9, 3, 10, 10, 10], "piece_seconds": [2, 9], "stream_seconds": 6},
+            {**facts, "product_seconds": [3, 9, 3, 10, 10, 10], "piece_seconds": [4, 9], "stream_seconds": 6},
         ],
-        "torch": [{**facts, "product_seconds": [4, 4, 4, 20, 20, 1], "stream_seconds": 12}],
+        "torch": [{**facts, "product_seconds": [4, 4, 4, 20, 20, 1], "piece_seconds": [5, 8], "stream_seconds": 12}],
     }
     # Two matrices of 2 x 3 and one of 3 x 1, with five tokens: 2 * 3 * 5 * (12 + 3) FLOPs. Ten numbers an array.
-    found = benchmark_floor.floor(readings, 110.0, 5, [(2, 3, 2), (3, 1, 1)], 10)
+    sizes, others = [(2, 3, 2), (3, 1, 1)], {"attention": ([], 3), "loss": ([], 1)}
+    found = benchmark_floor.floor(readings, 110.0, 5, sizes, others, 10)
     assert found["products"] == 2 * (2 + 4 + 3) + (10 + 10 + 1)
     assert found["attention"] == (1000 - 450) / 110
     assert found["optimizer"] == 7 * 30 * 6 / (3 * 10)
     assert found["seconds"] == 39 + 5 + 42
-    text = benchmark_floor.text("decoder", {"floor": found, "torch": {"seconds": 129}})
+    assert found["pieces"] == {"attention": 3 * 3, "loss": 8}
+    assert found["assembled"] == 39 + 42 + 9 + 8
+    text = benchmark_floor.text("decoder", {"floor": found, "torch": {"seconds": 147}})
     assert text == (
-        "Floor of the decoder's step: 86.000 s (products 39.000, attention 5.000, optimizer 42.000);"
-        " PyTorch / floor 1.50."
+        "Floor of the decoder's step: 86.000 s (products 39.000, attention 5.000, optimizer 42.000); PyTorch / that"
+        " 1.71. The same products and optimizer, and the fastest of the two libraries' other pieces: 98.000 s"
+        " (attention 9.000, loss 8.000); PyTorch / that 1.50."
     )
 
 
@@ -111,13 +120,37 @@ def test_the_floor_knows_all_matrices_of_the_full_decoder(monkeypatch):
     )
 
 
+def test_both_libraries_compute_the_same_pieces(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmark_pieces
+    import benchmark_workloads as workloads
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    shapes = benchmark_pieces.shapes(workloads.decoder_config("test"))
+    ours, theirs = benchmark_pieces.in_jax(), benchmark_pieces.in_torch()
+    assert list(ours) == list(theirs) == list(shapes)
+    rng = np.random.default_rng(0)
+    for name, (of_inputs, _) in shapes.items():
+        inputs = [rng.normal(size=shape).astype(np.float32) for shape in of_inputs]
+        y, back = jax.vjp(ours[name], *inputs)
+        tensors = [torch.tensor(x, requires_grad=True) for x in inputs]
+        expected = theirs[name](*tensors)
+        np.testing.assert_allclose(y, expected.detach(), atol=1e-5)
+        gradients = torch.autograd.grad(expected, tensors, torch.ones_like(expected))
+        for found, gradient in zip(back(jnp.ones_like(y)), gradients, strict=True):
+            np.testing.assert_allclose(found, gradient, atol=1e-5)
+
+
 def test_every_side_has_its_process(tool, monkeypatch):
     from absl import flags
 
     ran = []
 
     def record(command, env, **_):
-        ran.append((command[1].rpartition("/")[2], env.get(host_memory.KEEP)))
+        ran.append((command[1].rpartition("/")[2], "--nofused" in command, env.get(host_memory.KEEP)))
         return subprocess.CompletedProcess(command, 0, "{}", "")
 
     monkeypatch.setattr(tool.subprocess, "run", record)
@@ -125,12 +158,16 @@ def test_every_side_has_its_process(tool, monkeypatch):
     flags.FLAGS(["benchmark"])
     for name in tool.SIDES:
         assert tool.run_worker(name, "decoder") == {}
-    assert ran == [("benchmark_jax.py", None), ("benchmark_jax.py", "0"), ("benchmark_torch.py", None)]
+    assert ran == [
+        ("benchmark_jax.py", False, None),
+        ("benchmark_jax.py", False, "0"),
+        ("benchmark_torch.py", False, None),
+        ("benchmark_torch.py", True, None),
+    ]
 
 
 def test_without_torch_there_is_no_ratio(tool, readings):
     summary = tool.summarise({"ours": readings["ours"]}, units=1000, side=1000)
-    assert "ratio" not in summary
     text = tool.table({"decoder": summary})
     assert "PyTorch" not in text
     assert len(text.splitlines()) == 5
@@ -152,9 +189,13 @@ def test_both_workloads_of_ours_run(tmp_path):
         assert ours["seconds"] > 0
         assert len(ours["readings"][0]["gemm_seconds"]) == 10
         assert len(ours["readings"][0].get("product_seconds", ())) == (12 if floor else 0)
+        assert len(ours["readings"][0].get("piece_seconds", ())) == (4 if floor else 0)
     assert "decoder: 0.0 GFLOP a step" in done.stdout
     parts = found["workloads"]["decoder"]["floor"]
-    assert min(parts.values()) > 0
+    pieces = parts.pop("pieces")
+    assert list(pieces) == ["attention", "norms", "activations", "loss"]
+    assert min(*parts.values(), *pieces.values()) > 0
+    assert parts["assembled"] == pytest.approx(parts["products"] + parts["optimizer"] + sum(pieces.values()))
     assert parts["seconds"] == pytest.approx(parts["products"] + parts["attention"] + parts["optimizer"])
     assert ("Other programs are running" in done.stderr) == (found["load_average"] > 0.5)
 
@@ -186,8 +227,9 @@ def test_torch_trains_a_network_of_the_same_size(workload):
     pytest.importorskip("torch")
     found = {}
     for script in ("benchmark_jax.py", "benchmark_torch.py"):
+        options = ["--nofused"] if workload == "tokenizer" and "torch" in script else []
         done = subprocess.run(
-            [sys.executable, f"tools/{script}", f"--workload={workload}", "--size=test", "--seconds=0"],
+            [sys.executable, f"tools/{script}", *options, f"--workload={workload}", "--size=test", "--seconds=0"],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -8,7 +8,7 @@ import types
 import pytest
 from absl import flags
 
-from imagegpt_jax import ahead
+from imagegpt_jax import ahead, programs
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.cli import UserError
 
@@ -34,7 +34,7 @@ def tool(monkeypatch):
 
         class Plan:
             def __init__(self, config, topology):
-                self.config = config
+                self.config = module.given = config
 
             def programs(self):
                 return [types.SimpleNamespace(name=name) for name in ("train", "prefill", "decode")]
@@ -48,7 +48,7 @@ def tool(monkeypatch):
         monkeypatch.setattr(ahead, "Plan", Plan)
         config = config_lib.sibling(str(ROOT / "configs" / "x.py"), "decoder.py").get_config("size=test")
         values = {"config": config, "topology": "v5e-16", "slices": 1, "batch_size": 512, "programs": [], "xla": "",
-                  "output": None, "hlo": None, "effort": 0.0} | values  # fmt: skip
+                  "output": None, "hlo": None, "effort": 0.0, "inputs": "tokens"} | values  # fmt: skip
         for name, value in values.items():
             monkeypatch.setattr(module, name.upper(), types.SimpleNamespace(value=value))
         return module
@@ -65,6 +65,13 @@ def test_a_program_that_does_not_fit_does_not_take_the_others_with_it(tool, tmp_
     assert [report["program"] for report in json.loads(output.read_text())] == ["train", "decode"]
     assert {path.name for path in (tmp_path / "hlo").iterdir()} == {"train.txt", "decode.txt"}
     assert "129.88G" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inputs", ["tokens", "images"])
+def test_a_step_is_given_what_the_flag_says(tool, inputs):
+    module = tool(inputs=inputs)
+    module.main()
+    assert programs.inputs_of(module.given) == inputs
 
 
 def test_what_was_compiled_is_there_whatever_ends_the_next(tool, tmp_path, monkeypatch):

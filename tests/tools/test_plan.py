@@ -46,7 +46,7 @@ def test_the_largest_batch_is_found_in_few_looks_and_the_next_was_looked_at(monk
 @pytest.fixture
 def plan(monkeypatch):
     """The tool, with the compiler's answers as told: `plan(config, topology, peak)` sets its flags and returns it."""
-    from imagegpt_jax import ahead
+    from imagegpt_jax import ahead, programs
 
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -68,7 +68,7 @@ def plan(monkeypatch):
             setup = None
 
             def __init__(self, config, topology):
-                self.config = config
+                self.config, self.inputs = config, programs.inputs_of(config)
 
             def programs(self):
                 yield "train"
@@ -86,6 +86,7 @@ def plan(monkeypatch):
             "share": 0.9,
             "output": None,
             "effort": 0.0,
+            "inputs": "tokens",
         } | values
         for name, value in values.items():
             monkeypatch.setattr(tool, name.upper(), types.SimpleNamespace(value=value))
@@ -111,7 +112,7 @@ def test_the_answer_is_all_that_was_compiled_with(plan, capsys, tmp_path):
     tool = plan(config, "v5e-8", lambda c: accumulating(c, 4), slices=2, output=str(output), effort=-1.0)
     tool.main()
     said = capsys.readouterr().out
-    assert "largest batch: 320 (20 a device, 5 in each of 4 parts); cheapest remat at it: 'none'" in said
+    assert "largest batch of tokens: 320 (20 a device, 5 in each of 4 parts); cheapest remat at it: 'none'" in said
     assert "384 (24 a device, 6 in each of 4 parts) with remat 'full' peaks at" in said
     assert said.splitlines()[-1] == (
         "set: --config.batch_size=320 --config.accumulate=4 --config.model.remat=none --config.mesh.data=2"
@@ -128,14 +129,15 @@ def test_the_answer_is_all_that_was_compiled_with(plan, capsys, tmp_path):
     }
     assert found["config"]["batch_size"] == 320
     assert found["config"]["model"]["remat"] == "none"
+    assert found["inputs"] == "tokens"
     assert found["versions"] == {"jax": "1"}
     assert (384, 24, "full") in [(t["batch_size"], t["per_device"], t["remat"]) for t in found["tried"]]
     assert set(tool.efforts) == {-1.0}
 
 
 def test_without_parts_a_device_has_its_rows_at_once(plan, capsys):
-    plan(decoder(), "v5e-16", lambda c: accumulating(c, 1)).main()
-    assert "largest batch: 80 (5 a device); cheapest remat at it: 'none'" in capsys.readouterr().out
+    plan(decoder(), "v5e-16", lambda c: accumulating(c, 1), inputs="images").main()
+    assert "largest batch of images: 80 (5 a device); cheapest remat at it: 'none'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("output", ["/proc/nope/plan.json", "/proc/plan.json"])

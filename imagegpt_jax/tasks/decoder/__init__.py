@@ -16,6 +16,7 @@ from imagegpt_jax.tasks.decoder.assembly import (
 from imagegpt_jax.tasks.decoder.examples import abstract_batch, batches, pack, prepare_batch
 from imagegpt_jax.tasks.decoder.scoring import evaluate, predict_fns
 from imagegpt_jax.tasks.decoder.training import (
+    check_frozen,
     forward_flops,
     init_state,
     load_frozen,
@@ -34,6 +35,7 @@ __all__ = [
     "Setup",
     "abstract_batch",
     "batches",
+    "check_frozen",
     "check_mesh",
     "evaluate",
     "forward_flops",

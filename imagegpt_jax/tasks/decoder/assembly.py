@@ -19,13 +19,14 @@ from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.convert import reading
-from imagegpt_jax.data import images, packing, quarantine, sources
 from imagegpt_jax.data import ops as ops_lib
+from imagegpt_jax.data import packing, quarantine, sources
 from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.models import gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.sampling import settings
 from imagegpt_jax.state import Network
+from imagegpt_jax.tasks import splits
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
 
 
@@ -66,7 +67,10 @@ class Setup:
 def tokenizer_config(config: Config) -> Config:
     """Config of the image tokenizer that a decoder's config names; "" is an untrained one, seeded by `config.seed`."""
     if config.tokenizer:
-        found = config_lib.load(config.tokenizer)
+        try:
+            found = config_lib.load(config.tokenizer)
+        except UserError as e:
+            raise UserError(f"config.tokenizer={config.tokenizer} is no tokenizer: {e}") from e
         if found.task != "tokenizer":
             raise UserError(f"config.tokenizer={config.tokenizer} holds a {found.task}: give a tokenizer's workdir.")
         return found
@@ -142,7 +146,7 @@ def _text_encoder(config: Config) -> tuple[text_encoder.TextEncoder | None, dict
         raise UserError("a text encoder needs places for its features: set --config.data.text_length=64, for example.")
     if not config.text_encoder:
         return None, {"feature_length": length}
-    encoder = text_encoder.open_encoder(config.text_encoder, length, model.feature_width)
+    encoder = text_encoder.open_encoder(config.text_encoder, length, model.feature_width, model.dtype)
     return encoder, {"feature_length": length, "feature_width": encoder.model.width}
 
 
@@ -185,7 +189,19 @@ def setup(config: Config) -> Setup:
         _check_codes(built, split, source)
         if encode:
             _check_images(built, split, source)
+    checks.share("data.guidance_dropout", data.guidance_dropout)
+    checks.share("data.image_to_text", data.image_to_text)
+    if built.model.position == "learned" and built.model.max_length <= built.layout.max_position:
+        raise UserError(
+            f"model.max_length={built.model.max_length} learned positions are too few for sequences that go to position"
+            f" {built.layout.max_position}: set --config.model.max_length={built.layout.max_position + 1} or more."
+        )
     sampling_of(config)
+    if not all(isinstance(prompt, str) for prompt in config.sample_prompts):
+        raise UserError(
+            f"config.sample_prompts={tuple(config.sample_prompts)} are not all texts: write"
+            " --config.sample_prompts=\"('a red heart', '3 dogs')\"."
+        )
     if config.eval_samples:
         from imagegpt_jax.evals import sampled  # and with it all networks
 
@@ -228,7 +244,8 @@ def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
 def encoder_params(setup: Setup, sharding_tree: Any = None) -> state_lib.Params:
     """Parameters of the text encoder."""
     assert setup.encoder is not None
-    return jax.device_put(setup.encoder.params(), sharding_tree)
+    params = setup.encoder.params()
+    return params if sharding_tree is None else sharding.put_whole(params, sharding_tree)
 
 
 def _captions(source: Any, limit: int) -> list[str]:
@@ -269,14 +286,10 @@ def _check_images(setup: Setup, split: str, source: Any) -> None:
 
     Else that would be found in the trace of the first step.
     """
-    record, ops = sources.first_record(source), "train_ops" if split == "train" else "eval_ops"
-    tf = ops_lib.import_tf()
-    process = ops_lib.build(ops_lib.parse(setup.config.data[ops]))
-    try:
-        image_HWC = process(record["image"], tf.constant(images.sniff(record["image"])), tf.zeros(2, tf.int64))
-    except (tf.errors.OpError, ValueError):  # a bad record, which is for the quarantine to tell
+    shape, ops = splits.first_shape(setup.config, split, source), splits.ops_key(split)
+    if shape is None:
         return
-    (height, width, _), tokenizer = image_HWC.shape, setup.tokenizer.model
+    (height, width, _), tokenizer = shape, setup.tokenizer.model
     pixels, codes = tokenizer.downsample, tokenizer.quantizer.codes_per_vector
     grid = (height // pixels, width // pixels * codes)
     if height % pixels or width % pixels:
@@ -316,10 +329,8 @@ def check_mesh(setup: Setup, mesh: Mesh) -> None:
 def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> state_lib.Params:
     """Parameters of the image tokenizer: from its workdir or weights, or those of the untrained one."""
     if reading.is_weights(setup.config.tokenizer):
-        abstract = state_lib.split(setup.tokenizer.networks["generator"].abstract)[1]
-        params = reading.load(setup.config.tokenizer, "tokenizer").params
-        params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract)
-        return params if sharding_tree is None else jax.device_put(params, sharding_tree)
+        params = reading.load_for(setup.config.tokenizer, "tokenizer", setup.tokenizer.networks["generator"])
+        return params if sharding_tree is None else sharding.put_whole(params, sharding_tree)
     if setup.config.tokenizer:
         make = functools.partial(tokenizer_task.init_state, setup.tokenizer)
         abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))

@@ -145,7 +145,8 @@ def _pictures(setup: Setup, codes_BN: np.ndarray, mesh: Mesh) -> np.ndarray:
 @functools.cache
 def _decode_on(setup: Setup, mesh: Mesh) -> tuple[Callable[..., Any], state_lib.Params]:
     """The image tokenizer's decoder, with its parameters whole on every device."""
-    params = jax.device_put(tokenizer_params(setup), sharding.replicated(mesh))
+    params = tokenizer_params(setup)
+    params = sharding.put_whole(params, jax.tree.map(lambda _: sharding.replicated(mesh), params))
     return jax.jit(tokenizer_task.predict_fns(setup.tokenizer)["decode"]), params
 
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imagegpt_jax import flops, fsdp, metrics, optim, sharding, token_loss
+from imagegpt_jax import flops, fsdp, metrics, optim, sharding, token_loss, warm_start
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.accumulate import accumulate
+from imagegpt_jax.convert import reading
 from imagegpt_jax.data import packing
 from imagegpt_jax.models import gpt, layers
 from imagegpt_jax.state import TrainState
@@ -61,6 +62,14 @@ def init_state(setup: Setup, key: jax.Array) -> TrainState:
         ema=("decoder",) if setup.config.ema_decay else (),
         phases=phases(setup),
     )
+
+
+def check_frozen(setup: Setup) -> None:
+    """Raises UserError if the run that `config.tokenizer` names has no checkpoint of its network."""
+    source = setup.config.tokenizer
+    if source and not reading.is_weights(source):
+        generator = setup.tokenizer.networks["generator"]
+        warm_start.check_network(source, "config.tokenizer", "generator", generator)
 
 
 def load_frozen(setup: Setup, state: TrainState, layout: TrainState) -> TrainState:

@@ -6,7 +6,7 @@
 
 `train` times whole training steps in float32: forward, backward, clipping and optimizer. PyTorch's networks are those
 of `transformers` (`pip install -e '.[parity]'`). Each reading is a process of its own, by turns: ours, ours without
-`host_memory.py`, PyTorch's with its fused AdamW, and PyTorch's with AdamW as it comes:
+`host_memory.py`, and PyTorch's:
 
     decoder     LlamaGen-B on 4 x 256 codes of 16384, all scored; beside LlamaForCausalLM
     tokenizer   LlamaGen's VQ-16 at 128 px, batch 2, without perceptual and adversarial loss; beside JanusVQVAE
@@ -53,19 +53,12 @@ SIZE = flags.DEFINE_enum("size", "full", workloads.SIZES, "full, or tiny for tes
 WORKLOADS = flags.DEFINE_list("workloads", list(workloads.WORKLOADS), "Which `train` times: decoder, tokenizer.")
 OURS_ONLY = flags.DEFINE_boolean("ours_only", False, "Time our step alone, as it comes.")
 
-SCRIPTS = {
-    "ours": ["benchmark_jax.py"],
-    "returning": ["benchmark_jax.py"],
-    "torch": ["benchmark_torch.py"],
-    "torch_default": ["benchmark_torch.py", "--nofused"],
-}
+SCRIPTS = {"ours": "benchmark_jax.py", "returning": "benchmark_jax.py", "torch": "benchmark_torch.py"}
 SIDES = {
     "ours": "imagegpt_jax",
     "returning": "the same, memory returned to the system",
-    "torch": "transformers, PyTorch, `AdamW(fused=True)`",
-    "torch_default": "the same, `AdamW()`",
+    "torch": "transformers, PyTorch",
 }
-PYTORCH = {"torch", "torch_default"}
 VARIABLES = {"returning": {host_memory.KEEP: "0"}}
 UNITS = {"decoder": "tokens", "tokenizer": "images"}
 READINGS = ("seconds", "processor_seconds", "gemm_seconds", "product_seconds", "piece_seconds", "stream_seconds")
@@ -76,13 +69,13 @@ def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, s
     """What the readings of one workload come to.
 
     Args:
-      readings: side of `SIDES`, "ours" at least -> what each of its processes printed.
+      readings: side ("ours", and "returning" and "torch" where they ran) -> what each of its processes printed.
       units: tokens or images of a step.
       side: of the matrices whose product was timed.
 
     Returns:
-      {"model_flops", "gemm_flops_per_second" of the machine, an entry for each side}; for each side its parameters,
-      medians, rates and readings, and for PyTorch's "ratio" of our rate to it, and "ratios" of each pair of processes.
+      {"model_flops", "gemm_flops_per_second" of the machine, an entry for each side, "ratio" of the rates, "ratios"
+      of each pair of processes}; for each side its parameters, medians, rates and readings.
     """
     flops = readings["ours"][0]["model_flops"]
     sides: dict[str, Any] = {}
@@ -105,11 +98,12 @@ def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, s
     rate = max(found["gemm_flops_per_second"] for found in sides.values())
     for found in sides.values():
         found["share_of_gemm"] = found["flops_per_second"] / rate
-    for name in PYTORCH & sides.keys():
-        found, ours = sides[name], sides["ours"]
-        found["ratio"] = found["seconds"] / ours["seconds"]
-        found["ratios"] = [torch / own for torch, own in zip(found["medians"], ours["medians"], strict=True)]
-    return {"model_flops": flops, "gemm_flops_per_second": rate, **sides}
+    summary = {"model_flops": flops, "gemm_flops_per_second": rate, **sides}
+    if "torch" in sides:
+        summary["ratio"] = sides["torch"]["seconds"] / sides["ours"]["seconds"]
+        pairs = zip(sides["torch"]["medians"], sides["ours"]["medians"], strict=True)
+        summary["ratios"] = [torch / ours for torch, ours in pairs]
+    return summary
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -137,13 +131,10 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _ratio(summary: Mapping[str, Any]) -> str:
-    words = {"torch": "; ours / PyTorch", "torch_default": ", and with its AdamW as it comes"}
-    return "".join(
-        f"{text} {summary[name]['ratio']:.2f} (from {min(summary[name]['ratios']):.2f} to"
-        f" {max(summary[name]['ratios']):.2f} pair by pair)"
-        for name, text in words.items()
-        if name in summary
-    )
+    if "ratio" not in summary:
+        return ""
+    low, high = min(summary["ratios"]), max(summary["ratios"])
+    return f"; ours / PyTorch {summary['ratio']:.2f} (from {low:.2f} to {high:.2f} pair by pair)"
 
 
 def run_worker(name: str, workload: str) -> dict[str, Any]:
@@ -152,14 +143,13 @@ def run_worker(name: str, workload: str) -> dict[str, Any]:
     Raises:
       UserError: if it fails.
     """
-    script, *options = SCRIPTS[name]
-    command = [sys.executable, str(pathlib.Path(__file__).with_name(script)), *options]
-    command += [f"--workload={workload}", f"--size={SIZE.value}", f"--seconds={SECONDS.value}"]
+    script = str(pathlib.Path(__file__).with_name(SCRIPTS[name]))
+    command = [sys.executable, script, f"--workload={workload}", f"--size={SIZE.value}", f"--seconds={SECONDS.value}"]
     environment = {**os.environ, **VARIABLES.get(name, {})}
     done = subprocess.run(command, cwd=workloads.ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        raise cli.UserError(f"{script} failed with exit status {done.returncode}: see its last words above.")
+        raise cli.UserError(f"{SCRIPTS[name]} failed with exit status {done.returncode}: see its last words above.")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -119,8 +119,6 @@ class Plan:
         for phase in self.task.phases(self.setup):
             lower = functools.partial(steps.lower, phase, self.state, batch)
             flops = self.task.step_flops(self.setup, phase, batch)
-            if self.encoding is not None:
-                flops += self.config.batch_size * self.encoding.flops
             yield Program(phase, lower, flops, lambda: (self.state.trainable, self.state.frozen))
         if self.config.task == "decoder":
             params = self.state.params("decoder")

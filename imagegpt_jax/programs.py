@@ -18,12 +18,12 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from imagegpt_jax import flops, sharding
+from imagegpt_jax import sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
 from imagegpt_jax.generate import prefill, prepare, step
-from imagegpt_jax.models import gpt, vq
+from imagegpt_jax.models import gpt
 from imagegpt_jax.sampling.prepare import score
 from imagegpt_jax.tasks import decoder
 
@@ -178,7 +178,6 @@ class Encoding:
 
     Attributes:
       setup: the same with the image tokenizer among its networks.
-      flops: of an image.
       reads: for each of the tokenizer's parameters, in the order of their leaves, whether encoding reads it.
     """
 
@@ -186,16 +185,11 @@ class Encoding:
         network = setup.tokenizer.networks["generator"]
         self.setup = dataclasses.replace(setup, networks={**setup.networks, "tokenizer": network})
         params = state_lib.split(network.abstract)[1]
-        image = self.batch(1)["image"]
-        # Its products are those of plain convolutions, whatever this machine would make of them.
-        plain_config = dataclasses.replace(setup.tokenizer.model, conv_impl="xla")
-        plain = state_lib.network(lambda key: vq.VQModel(plain_config, key=key))
 
         def encode(params: Any, image: jax.Array) -> jax.Array:
-            return plain.module(params).encode_codes(image)  # pyright: ignore[reportAttributeAccessIssue]
+            return network.module(params).encode_codes(image)  # pyright: ignore[reportAttributeAccessIssue]
 
-        self.flops = flops.traced(encode, params, image)
-        jaxpr = jax.make_jaxpr(encode)(params, image).jaxpr
+        jaxpr = jax.make_jaxpr(encode)(params, self.batch(1)["image"]).jaxpr
         read = {x for equation in jaxpr.eqns for x in equation.invars if isinstance(x, core.Var)}
         self.reads = [x in read for x in jaxpr.invars[: len(jax.tree.leaves(params))]]
 

@@ -11,7 +11,7 @@ from imagegpt_jax.config import sibling
 from imagegpt_jax.generate import step as add_token
 from imagegpt_jax.models import gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
-from imagegpt_jax.tasks import tokenizer
+from imagegpt_jax.tasks import decoder, tokenizer
 
 BASE = {"vocab_size": 64, "width": 32, "depth": 3, "heads": 4, "mlp_width": 48}
 BATCH, LENGTH = 2, 16
@@ -96,3 +96,14 @@ def test_a_tokenizer_s_step_grows_with_the_batch_and_the_discriminator():
     one, two = (tokenizer.abstract_batch(setup, b) for b in (1, 2))
     assert count("reconstruction", two) == 2 * count("reconstruction", one) > 0
     assert count("adversarial", one) > count("reconstruction", one)
+
+
+def test_a_decoder_s_step_counts_the_images_that_it_encodes():
+    """The model of `test`: a convolution in, three blocks of two and one out, 16 channels wide; codes of 8 of 64."""
+    config = sibling("configs/x.py", "decoder.py").get_config("size=test")
+    images, tokens = decoder.setup(config), decoder.setup_abstract(config)
+    batch = decoder.abstract_batch(tokens, 5)
+    encoding = 2 * 16 * (9 * (48 * 16 + 7 * 16 * 16) + 16 * 8 + 8 * 64)
+    photos = batch | {"image": jax.ShapeDtypeStruct((5, 16, 16, 3), jnp.float32)}
+    found = decoder.step_flops(images, "train", photos) - decoder.step_flops(tokens, "train", batch)
+    assert found == 5 * encoding

@@ -230,7 +230,7 @@ def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
 
 
 def setup_abstract(config: Config) -> Setup:
-    """Like `setup` from the config alone, for token shards: enough to compile, not to run."""
+    """Like `setup` from the config alone, for token shards: enough to compile, not to run; see `programs.Encoding`."""
     return _build(config, None, (), {}, False, config.data.num_classes)
 
 

@@ -4,7 +4,7 @@ Shapes: B batch, L sequence, M places of one kind, D model width, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from imagegpt_jax import state as state_lib
 from imagegpt_jax.accumulate import accumulate
 from imagegpt_jax.convert import reading
 from imagegpt_jax.data import packing
-from imagegpt_jax.models import gpt, layers
+from imagegpt_jax.models import gpt, layers, vq
 from imagegpt_jax.state import TrainState
 from imagegpt_jax.tasks.decoder.assembly import Setup, encoder_params, tokenizer_params
 from imagegpt_jax.tasks.decoder.examples import take_places, target_parts, used_length
@@ -35,14 +35,32 @@ def phases(setup: Setup) -> tuple[str, ...]:
 
 
 def step_flops(setup: Setup, phase: str, batch: Mapping[str, Any]) -> float:
-    """Model FLOPs of a training step: three forward passes. Encoding images within the step is not counted."""
+    """Model FLOPs of a training step: three forward passes, and the encoding of images where the step does that.
+
+    What a frozen text encoder computes is not counted.
+    """
     del phase
     layout = setup.layout
     length = used_length(setup)
     scored = [(layout.image_ids[1], layout.num_codes)]
     if layout.text_length:
         scored.append((layout.text_ids[1], layout.text_length + 1))
-    return 3 * flops.decoder_forward(setup.model, batch["tokens"].shape[0], length, scored)
+    count = 3 * flops.decoder_forward(setup.model, batch["tokens"].shape[0], length, scored)
+    return count + (encoding_flops(setup, batch["image"].shape) if "tokenizer" in setup.networks else 0.0)
+
+
+def encoding_flops(setup: Setup, shape: Sequence[int]) -> float:
+    """Model FLOPs of encoding images [B, H, W, C] of a shape, counted in its trace with plain convolutions."""
+    count, *sides = shape
+    plain = dataclasses.replace(setup.tokenizer.model, conv_impl="xla")
+    network = state_lib.network(lambda key: vq.VQModel(plain, key=key))
+
+    def encode(params: state_lib.Params, image_BHWC: jax.Array) -> jax.Array:
+        module: Any = network.module(params)
+        return module.encode_codes(image_BHWC)
+
+    image = jax.ShapeDtypeStruct((1, *sides), jnp.float32)
+    return count * flops.traced(encode, state_lib.split(network.abstract)[1], image)
 
 
 def forward_flops(setup: Setup, batch_size: int, length: int, scored: int, context: int = 0) -> float:

@@ -114,7 +114,7 @@ def piece_seconds(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
         return y, back(seed)
 
     found = []
-    for function, of_inputs in zip(benchmark_pieces.in_jax().values(), shapes, strict=True):
+    for function, of_inputs in zip(benchmark_pieces.pieces().values(), shapes, strict=True):
         inputs = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(of_inputs)]
         seed = jnp.ones_like(function(*inputs))
         call = functools.partial(jax.jit(both, static_argnums=2), inputs, seed, function)

@@ -1,4 +1,4 @@
-"""What a decoder computes besides products with matrices, in both libraries; `benchmark_floor.py` adds up its seconds.
+"""What a decoder computes besides products with matrices, in JAX; `benchmark_floor.py` adds up its seconds.
 
 Heads are [batch, length, heads, head width], activations [tokens, width], scores [tokens, codes].
 """
@@ -21,7 +21,7 @@ def shapes(config: Any) -> dict[str, tuple[list[tuple[int, ...]], int]]:
     }
 
 
-def in_jax() -> dict[str, Callable[..., Any]]:
+def pieces() -> dict[str, Callable[..., Any]]:
     """The pieces as functions of arrays."""
     import jax
     import jax.numpy as jnp
@@ -37,21 +37,4 @@ def in_jax() -> dict[str, Callable[..., Any]]:
         "norms": lambda x, scale: x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * scale,
         "activations": lambda gate, up: jax.nn.silu(gate) * up,
         "loss": loss,
-    }
-
-
-def in_torch() -> dict[str, Callable[..., Any]]:
-    """The pieces as functions of tensors."""
-    import torch
-    from torch.nn import functional
-
-    def attention(*heads: Any) -> Any:
-        q, k, v = (x.transpose(1, 2) for x in heads)
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-    return {
-        "attention": attention,
-        "norms": lambda x, scale: functional.rms_norm(x, scale.shape, scale, 1e-5),
-        "activations": lambda gate, up: functional.silu(gate) * up,
-        "loss": lambda logits: functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)),
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 import benchmark_floor
 import benchmark_pieces
+import benchmark_pieces_torch
 import benchmark_workloads as workloads
 from absl import flags
 
@@ -131,11 +132,11 @@ def product_seconds(tokens: int, matrices: Sequence[tuple[int, int, int]]) -> li
 
 
 def piece_seconds(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
-    """Seconds of each of `benchmark_pieces`, forward and backward, on inputs of its shapes."""
+    """Seconds of each of `benchmark_pieces_torch`, forward and backward, on inputs of its shapes."""
     import torch
 
     found = []
-    for function, of_inputs in zip(benchmark_pieces.in_torch().values(), shapes, strict=True):
+    for function, of_inputs in zip(benchmark_pieces_torch.pieces().values(), shapes, strict=True):
         inputs = [torch.randn(shape, requires_grad=True) for shape in of_inputs]
         seed = torch.ones_like(function(*inputs))
 

@@ -49,7 +49,7 @@ def run(
       batch: tree of arrays of B rows.
       dtype: that of the computation; matrices are gathered, and their gradients scattered, in it.
       columns: whether the last dimension of x, and of the result, is laid out as `residual`, and `function` computes
-        with parts of parameters over `tensor` (`sharding.gather_columns` and those after it).
+        with parts of parameters over `tensor` (`per_device.gather_columns` and those after it).
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = sharding.batch_axes(mesh)

@@ -18,7 +18,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from imagegpt_jax import sharding
+from imagegpt_jax import per_device, sharding
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
@@ -67,7 +67,7 @@ class Sampling:
         layout, model = self.setup.layout, self.setup.model
         slots = layout.prompt_length + (model.feature_length if model.conditioning == "prefix" else 0)
         self.capacity = slots + layout.num_codes - 1
-        self.start_rows = jax.jit(lambda *args: sharding.map_rows(self._begin, (False, True))(*args))
+        self.start_rows = jax.jit(lambda *args: per_device.map_rows(self._begin, (False, True))(*args))
 
     def programs(self) -> Iterator[Program]:
         """ "prefill" and "decode"."""
@@ -145,7 +145,7 @@ class Sampling:
             )
             return score(hidden_RD, table_VD), cache
 
-        add_token = jax.jit(lambda *args: sharding.map_rows(add, (False, False, True, True))(*args), donate_argnums=2)
+        add_token = jax.jit(lambda *args: per_device.map_rows(add, (False, False, True, True))(*args), donate_argnums=2)
         state = self.cache, self._array(()), self._array((3,)), targets_R3
         return add_token.lower(self.weights, table_VD, state, prompt)
 

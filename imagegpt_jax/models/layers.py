@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import sharding
+from imagegpt_jax import per_device, sharding
 from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.models import rope
 
@@ -120,7 +120,9 @@ class Linear(nnx.Module):
             y = product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
         else:
             y = x @ weight
-        return y if self.bias is None else y + sharding.on_first(self.bias[...], self.weight.axes[0]).astype(self.dtype)
+        if self.bias is None:
+            return y
+        return y + per_device.on_first(self.bias[...], self.weight.axes[0]).astype(self.dtype)
 
 
 class Embedding(nnx.Module):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from imagegpt_jax import sharding
+from imagegpt_jax import per_device
 from imagegpt_jax.data.packing import SEGMENT
 from imagegpt_jax.models.attention import Cache
 from imagegpt_jax.models.gpt import GPT, Sequence
@@ -279,7 +279,7 @@ def start(gpt: GPT, rows: Rows, settings: Settings, *, shape: Shape) -> State:
       settings: how to draw.
       shape: what the program is compiled for.
     """
-    return sharding.map_rows(functools.partial(_start, shape=shape), (False, True, False))(gpt, rows, settings)
+    return per_device.map_rows(functools.partial(_start, shape=shape), (False, True, False))(gpt, rows, settings)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -294,5 +294,5 @@ def advance(gpt: GPT, rows: Rows, settings: Settings, state: State, stop: Any, *
 
     The same arguments as for `start`.
     """
-    mapped = sharding.map_rows(functools.partial(_advance, shape=shape), (False, True, False, True, False))
+    mapped = per_device.map_rows(functools.partial(_advance, shape=shape), (False, True, False, True, False))
     return mapped(gpt, rows, settings, state, jnp.asarray(stop, jnp.int32))

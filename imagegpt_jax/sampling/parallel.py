@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import sharding
+from imagegpt_jax import per_device
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.models.gpt import GPT, Sequence
 from imagegpt_jax.sampling import draw, engine
@@ -42,7 +42,7 @@ def decode(gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: eng
     Raises:
       UserError: for a prompt of features alone.
     """
-    mapped = sharding.map_rows(functools.partial(_decode, shape=shape, together=together), (False, True, False))
+    mapped = per_device.map_rows(functools.partial(_decode, shape=shape, together=together), (False, True, False))
     return mapped(gpt, rows, settings)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import sharding
+from imagegpt_jax import per_device
 from imagegpt_jax.models.attention import Cache
 from imagegpt_jax.models.gpt import GPT
 from imagegpt_jax.sampling import draw, engine
@@ -62,7 +62,7 @@ def decode(
       (tokens, sum of their log-probabilities as in `engine.State`, passes of the network that each sample needed, the
       prompt's included; plain decoding takes N)
     """
-    mapped = sharding.map_rows(functools.partial(_decode, shape=shape, window=window), (False, True, False))
+    mapped = per_device.map_rows(functools.partial(_decode, shape=shape, window=window), (False, True, False))
     return mapped(gpt, rows, settings)
 
 

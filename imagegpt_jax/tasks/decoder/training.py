@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imagegpt_jax import flops, fsdp, metrics, optim, sharding, token_loss, warm_start
+from imagegpt_jax import flops, fsdp, metrics, optim, per_device, token_loss, warm_start
 from imagegpt_jax import state as state_lib
 from imagegpt_jax.accumulate import accumulate
 from imagegpt_jax.convert import reading
@@ -189,4 +189,4 @@ def _count(ids_BL: jax.Array, weights_BL: jax.Array, size: int) -> jax.Array:
         return jnp.zeros((1, size), weights_BL.dtype).at[0, ids_BL].add(weights_BL)
 
     rows = ("batch", None)
-    return sharding.map_shards(count, (rows, rows), rows)(ids_BL, weights_BL).sum(axis=0)
+    return per_device.map_shards(count, (rows, rows), rows)(ids_BL, weights_BL).sum(axis=0)

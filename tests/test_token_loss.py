@@ -1,5 +1,10 @@
 """The loss over the vocabulary in chunks: what scoring it at once gives, without the memory."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,3 +62,48 @@ def test_bfloat16_states_are_scored_in_float32():
     nll = loss(HIDDEN_BMD.astype(jnp.bfloat16), TABLE_VD.astype(jnp.bfloat16), 10)[1]
     assert nll.dtype == jnp.float32
     np.testing.assert_allclose(nll, loss(HIDDEN_BMD, TABLE_VD, 10)[1], atol=0.2)
+
+
+def test_a_vocabulary_cut_over_devices_is_scored_in_parts():
+    """As on one device, also where a part is padding alone; more chunks send no more: d hidden is summed once."""
+    code = """
+        import jax, jax.numpy as jnp, numpy as np
+        from imagegpt_jax import collectives, sharding, token_loss
+
+        rng = np.random.default_rng(0)
+        mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 4})
+
+        def score(vocab, chunk, dtype, tolerance):
+            hidden, table = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((4, 5, 8), (vocab, 8)))
+            targets = jnp.asarray(rng.integers(0, vocab, (4, 5)))
+
+            def loss(hidden, table, chunk):
+                hidden = sharding.constrain(hidden, ("batch", None, None))
+                table = sharding.constrain(table, ("vocab", None))
+                nll = token_loss.token_nll(hidden, table, targets, chunk=chunk)
+                return (nll * jnp.arange(20).reshape(4, 5)).sum()
+
+            grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+            expected = grad(hidden, table, vocab)
+            with jax.set_mesh(mesh):
+                compiled = grad.lower(hidden, table, chunk).compile()
+                found = compiled(hidden, table)
+            for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+                x, y = np.float64(x), np.float64(y)
+                assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), (vocab, chunk, dtype)
+            return sum(total.bytes for total in collectives.count(compiled.as_text()).values())
+
+        score(9, 5, "float32", 1e-5)  # two rows a chunk and a part: the last part has none of the nine
+        sent = [score(64, chunk, "float32", 1e-5) for chunk in (16, 4)]
+        assert sent[0] == sent[1], sent
+        score(64, 16, "bfloat16", 0.02)
+        print("ok")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ok\n"

@@ -42,7 +42,8 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step.
 
     Raises:
-      UserError: for an unknown schedule, or a warm-up or start of decay that is not before the end of the run.
+      UserError: for an unknown schedule, drops that are no steps, or a warm-up or start of decay that is not before
+        the end of the run.
     """
     start = config.decay_start or config.warmup_steps
     for key in ("warmup_steps", "decay_start"):
@@ -50,6 +51,10 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
             raise UserError(f"optim.{key}={config[key]} must be less than steps={steps}.")
     if start < config.warmup_steps:
         raise UserError(f"optim.decay_start={start} must not be before warmup_steps={config.warmup_steps}: 0 = there.")
+    if not all(isinstance(step, int) for step in config.drops):
+        raise UserError(
+            f"optim.drops={tuple(config.drops)} are not all steps: write --config.optim.drops=\"(1000, 2000)\"."
+        )
     decay_steps = max(1, steps - start)
     drops = {step - start: config.drop_factor for step in config.drops}
     after = config_lib.choose(

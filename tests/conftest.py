@@ -2,7 +2,9 @@ import functools
 import importlib
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 import types
 
 import pytest
@@ -12,10 +14,17 @@ from absl import flags
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile many programs and run each for a moment: without LLVM's optimizations that takes a third of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# The same programs come again in other tests and in the processes that they start: each worker compiles them once.
+COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="imagegpt_jax-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+
+
+def pytest_configure(config):
+    config.add_cleanup(lambda: shutil.rmtree(COMPILED, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import loop, metrics
@@ -71,14 +72,27 @@ def test_checkpoints_are_kept(finished):
     assert len([p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]) >= 4
 
 
-def test_the_same_command_gives_the_same_bits(finished, tmp_path):
+@pytest.fixture
+def compiled_anew():
+    """Programs are compiled for this test, not read from what earlier ones have compiled."""
+
+    def read_earlier_ones(enable):
+        jax.config.update("jax_enable_compilation_cache", enable)
+        compilation_cache.reset_cache()
+
+    read_earlier_ones(False)
+    yield
+    read_earlier_ones(True)
+
+
+def test_the_same_command_gives_the_same_bits(finished, compiled_anew, tmp_path):
     task, workdir, state, _, _ = finished
     again = loop.run(TASKS[task], make_config(task), tmp_path / "again")
     assert_same(state, again)
     assert (workdir / "metrics.jsonl").read_bytes() == (tmp_path / "again" / "metrics.jsonl").read_bytes()
 
 
-def test_a_run_cut_short_continues_to_the_same_bits(finished, tmp_path, monkeypatch):
+def test_a_run_cut_short_continues_to_the_same_bits(finished, compiled_anew, tmp_path, monkeypatch):
     task, workdir, state, _, _ = finished
 
     class Cut(Exception):

@@ -57,7 +57,8 @@ def config(tensors: Mapping[str, Tensor], about: Mapping[str, Any], heads: int |
     if heads is None:
         raise UserError(
             f"{depth} layers of width {width} are no published LlamaGen, and weights do not tell the number of heads:"
-            " give it (heads=... or --heads=...)."
+            " give it once, python -m imagegpt_jax.convert SOURCE TARGET --heads=12 for example, and use TARGET (of"
+            " calls, load_decoder takes heads=12)."
         )
     head_dim = width // heads
     if head_dim * heads != width or head_dim % 4:

@@ -94,6 +94,14 @@ def setup(config: Config) -> Setup:
     """
     for split in ("train_ops", "eval_ops"):
         ops.parse(config.data[split])
+    loss = config.loss
+    for name in ("l1", "l2", "logit_laplace", "lpips", "gan"):
+        checks.at_least(f"loss.{name}", loss[name], 0, "leaves it out")
+    if not (loss.l1 or loss.l2 or loss.logit_laplace or loss.lpips):
+        raise UserError(
+            "config.loss has no weight for what is given back: l1, l2, logit_laplace and lpips are 0. Set"
+            " --config.loss.l2=1, for example."
+        )
     opened = {split: sources.open_source(config.data[split], require="image") for split in ("train", "validation")}
     perceptual, weights = "", None
     if config.loss.lpips:

@@ -111,6 +111,7 @@ def _build(
         image_weight=data.image_weight,
         target_positions=config.model.target_positions,
     )
+    checks.at_least("data.order.random_until", data.order.random_until, 0, "never draws an order")
     if data.order.random_until > data.order.raster_from or (data.order.raster_from and not layout.target_positions):
         raise UserError(
             f"data.order is random until step {data.order.random_until} and raster from {data.order.raster_from}: the"

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from imagegpt_jax import sharding
+from imagegpt_jax import per_device, sharding
 
 Gather = Callable[[Any], Any]
 # Name of gathered parameters for checkpoint policies: no policy should save them.
@@ -39,6 +39,7 @@ def run(
     dtype: Any,
     *,
     columns: bool = False,
+    whole_columns: bool = False,
 ) -> Any:
     """Calls `function(x, blocks, batch, gather)` on every device's rows and parts of parameters.
 
@@ -50,6 +51,7 @@ def run(
       dtype: that of the computation; matrices are gathered, and their gradients scattered, in it.
       columns: whether the last dimension of x, and of the result, is laid out as `residual`, and `function` computes
         with parts of parameters over `tensor` (`per_device.gather_columns` and those after it).
+      whole_columns: whether the last dimension of x is laid out as `residual`, and `function` reads it whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = sharding.batch_axes(mesh)
@@ -80,7 +82,7 @@ def run(
         return apply(x)
 
     def local(x: jax.Array, leaves: list[jax.Array], batch: Any) -> jax.Array:
-        if shared and jnp.issubdtype(x.dtype, jnp.inexact):
+        if shared and whole_columns:
             x = _whole_columns(x)  # once, and not wherever `function` reads them in a loop
         return function(x, jax.tree.unflatten(treedef, leaves), batch, gather)
 
@@ -91,6 +93,15 @@ def run(
     return jax.shard_map(local, in_specs=(stream, held, rows), out_specs=stream, axis_names=manual, check_vma=False)(
         x, leaves, batch
     )
+
+
+def apply(function: Callable[[Any, jax.Array], jax.Array], module: Any, x: jax.Array) -> jax.Array:
+    """`function(module, x)` on every device's rows of x, for a layer that computes in the dtype of x."""
+
+    def on_rows(x: jax.Array, module: Any, batch: None, gather: Gather) -> jax.Array:
+        return function(gather(module), x)
+
+    return run(on_rows, x, module, None, x.dtype)
 
 
 @jax.custom_vjp
@@ -117,6 +128,6 @@ def _whole(x: jax.Array, spec: P) -> jax.Array:
         # Along the first dimension: scattered along another, gradients would be all-reduced.
         x = x.swapaxes(0, dim)
         for name in reversed(sharding.as_tuple(entry)):
-            x = jax.lax.all_gather(x, name, tiled=True)
+            x = per_device.gather_rows(x, name)
         x = x.swapaxes(0, dim)
     return checkpoint_name(x, GATHERED)

@@ -53,7 +53,7 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
         raise UserError(f"optim.decay_start={start} must not be before warmup_steps={config.warmup_steps}: 0 = there.")
     if not all(isinstance(step, int) for step in config.drops):
         raise UserError(
-            f"optim.drops={tuple(config.drops)} are not all steps: write --config.optim.drops=\"(1000, 2000)\"."
+            f'optim.drops={tuple(config.drops)} are not all steps: write --config.optim.drops="(1000, 2000)".'
         )
     decay_steps = max(1, steps - start)
     drops = {step - start: config.drop_factor for step in config.drops}

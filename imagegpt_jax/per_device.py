@@ -34,6 +34,31 @@ def on_first(x: jax.Array, axis: str | None) -> jax.Array:
     return jnp.where(jax.lax.axis_index(names) == 0, x, 0) if names else x
 
 
+def gather_rows(x: jax.Array, names: str | tuple[str, ...]) -> jax.Array:
+    """The parts of all devices along mesh axes, one after another in the first dimension; gradients are scattered."""
+    return (_gather_rows if sharding.platform() == "cpu" else _all_gather)(x, names)
+
+
+def _all_gather(x: jax.Array, names: str | tuple[str, ...]) -> jax.Array:
+    return jax.lax.all_gather(x, names, tiled=True)
+
+
+# On CPU the gradient is written out, for `scatter_rows`.
+_gather_rows = jax.custom_vjp(_all_gather, nondiff_argnums=(1,))
+_gather_rows.defvjp(
+    lambda x, names: (_all_gather(x, names), None), lambda names, _, gradient: (scatter_rows(gradient, names),)
+)
+
+
+def scatter_rows(x: jax.Array, names: str | tuple[str, ...]) -> jax.Array:
+    """The sum over the devices along mesh axes, of which each keeps its part of the first dimension."""
+    if sharding.platform() != "cpu":
+        return jax.lax.psum_scatter(x, names, tiled=True)
+    # A reduce-scatter between processes gives wrong values there, from 128 KiB on (jax-ml/jax#40830).
+    size = x.shape[0] // jax.lax.axis_size(names)
+    return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, names), jax.lax.axis_index(names) * size, size)
+
+
 def gather_columns(x: jax.Array) -> jax.Array:
     """The whole last dimension of a stream that is laid out as `residual`, where that is written out.
 
@@ -44,7 +69,7 @@ def gather_columns(x: jax.Array) -> jax.Array:
         return x
     # Parts side by side along a dimension of their own: a scatter along the last one, as the gradient of the gather
     # would be, some compilers make an all-reduce, twice the bytes.
-    parts = jnp.moveaxis(jax.lax.all_gather(x, names), 0, -2)
+    parts = jnp.moveaxis(gather_rows(x[None], names), 0, -2)
     return parts.reshape(*x.shape[:-1], -1)
 
 
@@ -69,7 +94,7 @@ def sum_to_own_columns(x: jax.Array) -> jax.Array:
     if not names:
         return x
     parts = x.reshape(*x.shape[:-1], jax.lax.axis_size(names), -1)
-    return jax.lax.psum_scatter(jnp.moveaxis(parts, -2, 0), names)
+    return scatter_rows(jnp.moveaxis(parts, -2, 0), names)[0]
 
 
 def map_shards(

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from imagegpt_jax import sharding
+from imagegpt_jax import fsdp, sharding
 from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.models import layers, winograd
 
@@ -76,7 +76,9 @@ class Conv(nnx.Module):
 
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 O"]:
         """Convolves."""
-        x_BHWC = x_BHWC.astype(self.dtype)
+        return fsdp.apply(Conv._convolve, self, x_BHWC.astype(self.dtype))
+
+    def _convolve(self, x_BHWC: Array) -> Array:
         # Gathered once, in the compute dtype: otherwise the compiler cuts some convolutions over channels and sends
         # activations around instead.
         w_kkCO = sharding.constrain(self.kernel[...].astype(self.dtype), (None,) * 4)

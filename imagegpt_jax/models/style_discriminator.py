@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from imagegpt_jax import fsdp
 from imagegpt_jax.cli import UserError
 from imagegpt_jax.models import layers
 
@@ -70,7 +71,9 @@ class EqualConv(nnx.Module):
 
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 O"]:
         """Convolves and, where asked, adds a bias and activates: leaky ReLU of 0.2, times sqrt(2) for the variance."""
-        x_BHWC = x_BHWC.astype(self.dtype)
+        return fsdp.apply(EqualConv._convolve, self, x_BHWC.astype(self.dtype))
+
+    def _convolve(self, x_BHWC: Array) -> Array:
         kernel = (self.kernel[...] / math.sqrt(math.prod(self.kernel.shape[:3]))).astype(self.dtype)
         pad, stride = self.size // 2, 1
         if self.halve:

@@ -14,6 +14,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from imagegpt_jax import fsdp
+
 # Frames of zeros before the first: what every convolution along time is padded by, whatever its kernel.
 _PADDING = 2
 # The default of BatchNorm in the library that the weights come from.
@@ -43,10 +45,13 @@ class Conv3d(nnx.Module):
 
     def __call__(self, x_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T2 h w O"]:
         """Convolves."""
+        return fsdp.apply(Conv3d._convolve, self, x_BThwC.astype(self.dtype))
+
+    def _convolve(self, x_BThwC: Array) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
         sides = [((n - 1) // 2 + (n - 1) % 2, (n - 1) // 2) for n in kernel.shape[1:3]]
         y = lax.conv_general_dilated(
-            x_BThwC.astype(self.dtype),
+            x_BThwC,
             kernel,
             (self.stride, 1, 1),
             ((_PADDING, 0), *sides),

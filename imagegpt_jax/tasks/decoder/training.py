@@ -126,7 +126,8 @@ def token_nll(setup: Setup, module: Any, batch: dict[str, jax.Array], key: jax.A
                 nll_BL = jax.vmap(lambda row, index, nll: row.at[index].add(nll))(nll_BL, index_BM, nll_BM)
         return nll_BL
 
-    return fsdp.run(rows, hidden_BLD, module.output_head, places, layers.as_dtype(setup.model.dtype))
+    dtype = layers.as_dtype(setup.model.dtype)
+    return fsdp.run(rows, hidden_BLD, module.output_head, places, dtype, whole_columns=True)
 
 
 def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Any]:

@@ -75,6 +75,9 @@ def cells() -> dict[str, list[str]]:
         found[f"vq16 {program} v5e-16"] = [
             "--config=configs/tokenizer.py:size=vq16", "--topology=v5e-16", f"--programs={program}", "--effort=-1",
         ]  # fmt: skip
+    found["vq16 adversarial v5e-16 fsdp"] = [
+        *found["vq16 adversarial v5e-16"], "--config.mesh.data=1", "--config.mesh.fsdp=-1"
+    ]  # fmt: skip
     for size in ("B", "XL", "3B"):
         for topology in ("v5e-8", "v6e-8"):  # four images a chip, so eight rows
             found[f"{size} decode {topology}"] = [

@@ -54,7 +54,7 @@ def scatter_rows(x: jax.Array, names: str | tuple[str, ...]) -> jax.Array:
     """The sum over the devices along mesh axes, of which each keeps its part of the first dimension."""
     if sharding.platform() != "cpu":
         return jax.lax.psum_scatter(x, names, tiled=True)
-    # A reduce-scatter between processes gives wrong values there, from 128 KiB on (jax-ml/jax#40830).
+    # A reduce-scatter between processes now and then loses values there, from 128 KiB on (jax-ml/jax#40830).
     parts = jax.lax.all_to_all(x, names, 0, 0, tiled=True)
     return parts.reshape(jax.lax.axis_size(names), -1, *x.shape[1:]).sum(axis=0)
 

@@ -125,9 +125,6 @@ def _only(spec: P, names: tuple[str, ...]) -> P:
 def _whole(x: jax.Array, spec: P) -> jax.Array:
     """Gathers one parameter of a block, axis by axis."""
     for dim, entry in enumerate(spec):
-        # Along the first dimension: scattered along another, gradients would be all-reduced.
-        x = x.swapaxes(0, dim)
         for name in reversed(sharding.as_tuple(entry)):
-            x = per_device.gather_rows(x, name)
-        x = x.swapaxes(0, dim)
+            x = per_device.gather_along(x, name, dim)
     return checkpoint_name(x, GATHERED)

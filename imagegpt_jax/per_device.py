@@ -13,6 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from imagegpt_jax import sharding
 
+# The residual stream between branches: columns are cut like heads and mlp, so that branches end in a reduce-scatter.
+STREAM = ("batch", "length", "residual")
+
 
 def _given_up(axis: str | None) -> tuple[str, ...]:
     """The mesh axes of an activation's logical one that the compiler gave up: a `shard_map` over them is traced."""
@@ -59,18 +62,21 @@ def scatter_rows(x: jax.Array, names: str | tuple[str, ...]) -> jax.Array:
     return parts.reshape(jax.lax.axis_size(names), -1, *x.shape[1:]).sum(axis=0)
 
 
+def gather_along(x: jax.Array, names: str | tuple[str, ...], dim: int) -> jax.Array:
+    """`gather_rows` along any dimension."""
+    # Parts side by side along a dimension of their own: a scatter along another than the first, as the gradient of
+    # the gather would be, some compilers make an all-reduce, twice the bytes, and uneven parts are sent on by permutes.
+    parts = jnp.moveaxis(gather_rows(x[None], names), 0, dim)
+    return parts.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+
+
 def gather_columns(x: jax.Array) -> jax.Array:
     """The whole last dimension of a stream that is laid out as `residual`, where that is written out.
 
     Like the three below it returns its argument as it is where the compiler has the say (`sharding.constrain`).
     """
     names = _given_up("residual")
-    if not names:
-        return x
-    # Parts side by side along a dimension of their own: a scatter along the last one, as the gradient of the gather
-    # would be, some compilers make an all-reduce, twice the bytes.
-    parts = jnp.moveaxis(gather_rows(x[None], names), 0, -2)
-    return parts.reshape(*x.shape[:-1], -1)
+    return gather_along(x, names, x.ndim - 1) if names else x
 
 
 def own_columns(x: jax.Array) -> jax.Array:
@@ -95,6 +101,18 @@ def sum_to_own_columns(x: jax.Array) -> jax.Array:
         return x
     parts = x.reshape(*x.shape[:-1], jax.lax.axis_size(names), -1)
     return scatter_rows(jnp.moveaxis(parts, -2, 0), names)[0]
+
+
+def sum_vocabulary(x_TBMD: jax.Array) -> jax.Array:
+    """The sum over a first dimension that is laid out as `vocab`, laid out as a stream between blocks.
+
+    It is sent in the dtype of x, where `jnp.sum` would send bfloat16 as float32.
+    """
+    if x_TBMD.shape[0] == 1:
+        return x_TBMD[0]
+    if not sharding.cuts_evenly(x_TBMD.shape[1:], STREAM):
+        return jax.lax.reduce(x_TBMD, jnp.zeros((), x_TBMD.dtype), jax.lax.add, (0,))
+    return map_shards(lambda x_TBMD: sum_to_own_columns(x_TBMD[0]), [("vocab", *STREAM[:2], None)], STREAM)(x_TBMD)
 
 
 def map_shards(

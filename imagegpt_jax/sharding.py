@@ -318,6 +318,12 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def cuts_evenly(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
+    """Whether the mesh in force cuts an activation with logical `axes` evenly, as far as the compiler has the say."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(size % _parts(e, mesh) == 0 for size, e in zip(shape, activation_spec(axes, mesh), strict=True))
+
+
 def axis_parts(axis: str) -> int:
     """Into how many parts the mesh in force cuts a logical axis of activations."""
     mesh = jax.sharding.get_abstract_mesh()

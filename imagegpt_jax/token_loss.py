@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import sharding
+from imagegpt_jax import per_device, sharding
 from imagegpt_jax.models import layers
 
 LOGITS = ("batch", "length", "vocab")
@@ -113,9 +113,7 @@ def _backward(chunks: int, saved: Any, gradient_BM: jax.Array) -> tuple[jax.Arra
     zeros_TBMD = jnp.zeros((chunks_CTJD[1].shape[1], *hidden_BMD.shape), wide)
     start = sharding.constrain(zeros_TBMD, ("vocab", "batch", "length", "embed"))
     d_hidden_TBMD, d_chunks_CTJD = jax.lax.scan(body, start, chunks_CTJD)
-    # Not `sum`, which would send float32 between devices.
-    zero = jnp.zeros((), hidden_BMD.dtype)
-    d_hidden_BMD = jax.lax.reduce(d_hidden_TBMD.astype(zero.dtype), zero, jax.lax.add, (0,))
+    d_hidden_BMD = per_device.sum_vocabulary(d_hidden_TBMD.astype(hidden_BMD.dtype))
     return d_hidden_BMD, _uncut(d_chunks_CTJD, vocab).astype(table_VD.dtype), None
 
 

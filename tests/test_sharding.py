@@ -123,24 +123,53 @@ def test_rows_of_a_table_are_the_same_however_tensor_and_fsdp_cut_it():
         from imagegpt_jax.models import layers
 
         mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-        ids_BL = jax.random.randint(jax.random.key(1), (8, 5), 0, 64)
+        ids_BL = jax.random.randint(jax.random.key(1), (8, 5), -4, 68)  # some are clamped
         both = ("fsdp", "fsdp_minor")
         for width, spec in ((64, jax.P("tensor", both)), (6, jax.P(("tensor", *both), None))):
             table = layers.Embedding(64, width, key=jax.random.key(0))
             assert sharding.spec_for((64, width), ("vocab", "embed"), mesh) == spec
-
-            def loss(table, ids_BL):
-                x_BLD = fsdp.run(lambda ids, table, _, gather: gather(table)(ids), ids_BL, table, None, np.float32)
-                return (x_BLD ** 2).sum(), x_BLD
-
             cut = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, spec)), table)
-            with jax.set_mesh(mesh):
-                gradient, x_BLD = jax.jit(jax.grad(loss, has_aux=True))(cut, ids_BL)
-            expected, whole_BLD = jax.grad(loss, has_aux=True)(table, ids_BL)
-            np.testing.assert_array_equal(x_BLD, whole_BLD)
-            np.testing.assert_allclose(gradient.weight[...], expected.weight[...], rtol=1e-6)
+            for read in (layers.Embedding.__call__, layers.Embedding.stream):
+
+                def loss(table, ids_BL):
+                    rows = lambda ids_BL, table, _, gather: read(gather(table), ids_BL)
+                    x_BLD = fsdp.run(rows, ids_BL, table, None, np.float32)
+                    return (x_BLD ** 2).sum(), x_BLD
+
+                with jax.set_mesh(mesh):
+                    gradient, x_BLD = jax.jit(jax.grad(loss, has_aux=True))(cut, ids_BL)
+                expected, whole_BLD = jax.grad(loss, has_aux=True)(table, ids_BL)
+                np.testing.assert_array_equal(x_BLD, whole_BLD)
+                np.testing.assert_allclose(gradient.weight[...], expected.weight[...], rtol=1e-6)
         """
     )
+
+
+def test_looked_up_tokens_are_sent_as_columns():
+    """The same rows for half the bytes of their sum, on a mesh that cuts the vocabulary."""
+    out = on_eight_devices(
+        """
+        import jax, jax.numpy as jnp, numpy as np
+        from imagegpt_jax import collectives, sharding
+        from imagegpt_jax.models import layers
+
+        mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 4})
+        ids_BL = jax.random.randint(jax.random.key(1), (8, 16), 0, 64)
+        table = layers.Embedding(64, 32, key=jax.random.key(0), dtype="bfloat16")
+        cut = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("tensor", None))), table)
+        rows = jax.device_put(ids_BL, sharding.batch_sharding(mesh))
+        expected, found = np.float32(table(ids_BL)), []
+        with jax.set_mesh(mesh):
+            for read in (layers.Embedding.__call__, layers.Embedding.stream):
+                compiled = jax.jit(read).lower(cut, rows).compile()
+                np.testing.assert_array_equal(np.float32(compiled(cut, rows)), expected)
+                found.append(collectives.count(compiled.as_text()))
+        whole, columns = ({kind: total.bytes for kind, total in moved.items()} for moved in found)
+        assert whole == {"all-reduce": 2 * columns["all-to-all"]} and len(columns) == 1, (whole, columns)
+        print("ok")
+        """
+    )
+    assert "ok" in out
 
 
 def test_heads_that_do_not_divide_are_told_with_what_would():

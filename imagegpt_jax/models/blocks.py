@@ -14,9 +14,7 @@ from imagegpt_jax import per_device, sharding
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.attention import Attention, LayerCache, Visible
 from imagegpt_jax.models.gpt_config import GPTConfig
-
-# The residual stream between branches: columns are cut like heads and mlp, so that branches end in a reduce-scatter.
-STREAM = ("batch", "length", "residual")
+from imagegpt_jax.per_device import STREAM
 
 
 class MLP(nnx.Module):

@@ -261,7 +261,7 @@ class GPT(nnx.Module):
 
     def _look_up(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         def rows(tokens_BL, embed, batch, gather):
-            return gather(embed)(tokens_BL)
+            return gather(embed).stream(tokens_BL)
 
         return fsdp.run(rows, tokens_BL, self.embed, None, layers.as_dtype(self.config.dtype))
 

@@ -76,7 +76,11 @@ class Table(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*_"]) -> Float[Array, "*_ D"]:
         """Looks ids up; an id outside the table is clamped to it."""
-        return self.weight[...].at[ids].get(mode="clip")
+        return self.weight[...].at[ids].get(mode="clip", wrap_negative_indices=False)
+
+    def stream(self, ids_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """A call: of the few tokens of a step the compiler may lay out the rows."""
+        return self(ids_BL)
 
     def rows(self, start: int = 0, size: int | None = None) -> Float[Array, "V D"]:
         """Rows `start : start + size` of the table (`None`: to the end)."""

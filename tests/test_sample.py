@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -270,9 +271,10 @@ def test_several_devices_share_the_pictures(binary, workdirs, tmp_path):
         assert done.returncode == 0, done.stderr
     for row in _rows(tmp_path / "one"):
         one, four = (np.int32(Image.open(tmp_path / name / row["file"])) for name in ("one", "four"))
-        # The same codes; JAX 0.12 may round a pixel of theirs the other way where devices outnumber the processors.
+        # JAX 0.12 may round a pixel the other way where devices outnumber the processors; before, all bits are equal.
+        different = (one != four).sum()
+        assert different <= (0 if jax.__version_info__ < (0, 12) else 3), different
         assert np.abs(one - four).max() <= 1
-        assert (one != four).sum() <= 3
     assert len(_rows(tmp_path / "cut")) == 11
 
 

@@ -259,7 +259,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval_features = ""
     config.checkpoint = {"every": run["save"], "keep": 0 if small else 3, "keep_every_hours": 0.0, "keep_best": ""}
 
-    # --- What to do about steps that go wrong, see imagegpt_jax/guard.py.
+    # --- What to do about steps that go wrong, see imagegpt_jax/training/step_guard.py.
     config.guard = {"spike": 0.0, "window": 100, "patience": 10, "max_rollbacks": 3}
 
     # --- A run whose parameters this one begins with; init_partial allows that some do not fit.

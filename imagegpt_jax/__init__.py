@@ -10,13 +10,10 @@ The names are imported when they are first used: importing the package starts no
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagegpt_jax.api import Decoder, Tokenizer, load_decoder, load_tokenizer
-    from imagegpt_jax.notebook import (
+    from imagegpt_jax.generation.functional import (
         caption,
         complete,
         edit,
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
         style_transfer,
         variations,
     )
+    from imagegpt_jax.inference.loading import Decoder, Tokenizer, load_decoder, load_tokenizer
 
 __all__ = [
     "Decoder",
@@ -52,20 +50,10 @@ def __getattr__(name: str) -> Any:
     """Imports the public names on first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"imagegpt_jax.{'api' if name in _OF_API else 'notebook'}"), name)
+    module = "inference.loading" if name in _OF_API else "generation.functional"
+    return getattr(importlib.import_module(f"imagegpt_jax.{module}"), name)
 
 
 def __dir__() -> list[str]:
     """The public names, imported or not."""
     return sorted({*globals(), *__all__})
-
-
-class _Package(types.ModuleType):
-    """Keeps `generate` the public function: importing the module of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "generate":
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

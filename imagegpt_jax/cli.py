@@ -1,32 +1,20 @@
 """What every binary does around its `main`: parse flags, run, and end with one sentence when something is wrong."""
 
-import difflib
 import logging as python_logging
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from imagegpt_jax.errors import UserError, suggest
+
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-
-
-class UserError(Exception):
-    """Something the person at the keyboard can put right: its message is one sentence that says how."""
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the known word nearest to `word`, else the list of what is known."""
-    names = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean {near[0]!r}?"
-    return f" Known: {', '.join(names)}." if names else ""
 
 
 def quiet_logs() -> None:
@@ -164,15 +152,15 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
             logging.get_absl_logger().addFilter(_is_news)
             python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)  # the same errors once more
             sys.unraisablehook = _tell_unraisable
-        from imagegpt_jax import storage
+        from imagegpt_jax.runtime import filesystem
 
         try:
             prepare_cache()
-            storage.check_flags()
+            filesystem.check_flags()
             main()
         except UserError as e:
             if joins:
-                from imagegpt_jax import distributed
+                from imagegpt_jax.runtime import distributed
 
                 distributed.tell(e)
             fail(e)

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias, TypeVar
 from etils import epath
 from ml_collections import ConfigDict
 
-from imagegpt_jax.cli import UserError, suggest
-from imagegpt_jax.convert import files
+from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.weight_files import files
 
 T = TypeVar("T")
 # A ConfigDict to a reader, and no type to a checker: which keys it has is known when the config file has run.

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 if TYPE_CHECKING:
-    from imagegpt_jax.api import Tokenizer
     from imagegpt_jax.data.shards import ShardWriter
     from imagegpt_jax.data.sources import Source
+    from imagegpt_jax.inference.loading import Tokenizer
 
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Workdir of a trained image tokenizer.", required=True)
 DATA = flags.DEFINE_string(
@@ -108,7 +108,7 @@ def write(
     """Writes those of `shards` that are not finished, with a progress bar."""
     from tqdm import tqdm
 
-    from imagegpt_jax import distributed
+    from imagegpt_jax.runtime import distributed
 
     missing = [shard for shard in shards if not writer.is_finished(shard)]
     planned = sum(stop - start for start, stop in writer.ranges)
@@ -132,7 +132,7 @@ def _counted(stream: Iterator[dict[str, Any]], bar: Any, grids: set[tuple[int, i
         grids.add(record["grid"])
         if len(grids) > 1:
             sizes = " and ".join(f"{rows} x {columns}" for rows, columns in sorted(grids))
-            raise cli.UserError(f"the images give code grids of {sizes}: add resize or a crop to --ops.")
+            raise errors.UserError(f"the images give code grids of {sizes}: add resize or a crop to --ops.")
         bar.update()
         yield record
 
@@ -140,7 +140,7 @@ def _counted(stream: Iterator[dict[str, Any]], bar: Any, grids: set[tuple[int, i
 def main() -> None:
     """Encodes the data set that the flags describe."""
     from imagegpt_jax import config as config_lib
-    from imagegpt_jax import distributed
+    from imagegpt_jax.runtime import distributed
 
     config_lib.load(TOKENIZER.value)  # a wrong folder is told before JAX starts
     with distributed.together():
@@ -159,7 +159,7 @@ def encode() -> None:
     # --- Everything a person can get wrong, before devices and files.
     config: Any = config_lib.load(TOKENIZER.value)
     if config.task == "weights" and not OPS.value:
-        raise cli.UserError(
+        raise errors.UserError(
             "published weights do not say what pictures they want: give --ops=..., with value_range(-1,1)."
         )
     ops = OPS.value or config.data.eval_ops
@@ -168,9 +168,10 @@ def encode() -> None:
 
     import jax
 
-    from imagegpt_jax import api, distributed
+    from imagegpt_jax.inference import loading
+    from imagegpt_jax.runtime import distributed
 
-    tok = api.load_tokenizer(TOKENIZER.value, STEP.value, rows=BATCH_SIZE.value)
+    tok = loading.load_tokenizer(TOKENIZER.value, STEP.value, rows=BATCH_SIZE.value)
     made_from = {"source": source.fingerprint, "ops": ops, "seed": SEED.value, "tokenizer": tok.fingerprint}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = epath.Path(OUTPUT.value)
@@ -192,7 +193,7 @@ def encode() -> None:
     mine = range(len(ranges) * index // count, len(ranges) * (index + 1) // count)
     try:
         write(tok, source, ops, writer, mine, SEED.value)
-    except cli.UserError:
+    except errors.UserError:
         # What a person has to change, changes the data set: a beginning without any shard is of no use.
         if count == 1 and not any(map(writer.is_finished, mine)):
             (folder / shards_lib.PLAN).unlink()

@@ -25,8 +25,9 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from imagegpt_jax import cli
-from imagegpt_jax.evals import files, image_sets, protocols, score, stage_data, stages
+from imagegpt_jax import cli, errors
+from imagegpt_jax.evaluation import checkpoint_data, checkpoints, image_sets
+from imagegpt_jax.metrics import files, protocols, score
 
 CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint", None, "Workdir or exported folder of a tokenizer or a decoder; give it twice to score both."
@@ -133,20 +134,22 @@ def main() -> None:
     """Scores what the flags name."""
     asked = [f"--{f.name}" for f in (CHECKPOINT, IMAGES, COMPARE) if f.value]
     if len(asked) != 1:
-        raise cli.UserError(
+        raise errors.UserError(
             f"{' and '.join(asked)} cannot be given together: score one after the other."
             if asked
             else "nothing to score: give --checkpoint=WORKDIR or --images=DIR."
         )
     if PROMPTS.value and not CHECKPOINT.value:
-        raise cli.UserError("--prompts are drawn by a decoder: give --checkpoint=WORKDIR.")
+        raise errors.UserError("--prompts are drawn by a decoder: give --checkpoint=WORKDIR.")
     if COMPARE.value:
         compare()
         return
     if not OUTPUT.value:
-        raise cli.UserError("--output is missing: name the JSON file to write, such as --output=metrics.json.")
+        raise errors.UserError("--output is missing: name the JSON file to write, such as --output=metrics.json.")
     if epath.Path(OUTPUT.value).is_dir():
-        raise cli.UserError(f"--output={OUTPUT.value} is a folder: name a file, such as {OUTPUT.value}/metrics.json.")
+        raise errors.UserError(
+            f"--output={OUTPUT.value} is a folder: name a file, such as {OUTPUT.value}/metrics.json."
+        )
     if HUMAN.value:
         ask_people()
     elif PROMPTS.value:
@@ -159,17 +162,18 @@ def main() -> None:
 
 def compare() -> None:
     """Prints what two files of scores differ in."""
-    from imagegpt_jax.evals import provenance
+    from imagegpt_jax.metrics import provenance
 
     print(provenance.compare(COMPARE.value))
 
 
 def ask_people() -> None:
     """Serves the page until it is stopped, then says what the votes come to."""
-    from imagegpt_jax.evals import human, sets
+    from imagegpt_jax.evaluation import human
+    from imagegpt_jax.metrics import sets
 
     if not IMAGES.value or not AGAINST.value:
-        raise cli.UserError("--human needs two runs' samples: --images=A --against=B --output=votes.jsonl.")
+        raise errors.UserError("--human needs two runs' samples: --images=A --against=B --output=votes.jsonl.")
     study = human.Study(sets.open_images(IMAGES.value), sets.open_images(AGAINST.value), OUTPUT.value or "", SEED.value)
     server = human.serve(study, PORT.value)
     print(f"http://127.0.0.1:{server.server_port}/?rater=NAME   (stop with Ctrl-C)", flush=True)
@@ -183,10 +187,10 @@ def ask_people() -> None:
 
 def score_checkpoints() -> None:
     """Scores what --checkpoint names."""
-    from imagegpt_jax import distributed
-    from imagegpt_jax.evals import prompted
+    from imagegpt_jax.evaluation import generate_for_prompts
+    from imagegpt_jax.runtime import distributed
 
-    settings = stages.Settings(
+    settings = checkpoints.Settings(
         checkpoints=CHECKPOINT.value or [],
         output=OUTPUT.value or "",
         data=DATA.value,
@@ -196,7 +200,7 @@ def score_checkpoints() -> None:
         batch_size=BATCH_SIZE.value,
         generation_prompts=GENERATION_PROMPTS.value,
         samples_per_prompt=SAMPLES_PER_PROMPT.value or 4,
-        sampler=prompted.parse_sampler(SAMPLER.value),
+        sampler=generate_for_prompts.parse_sampler(SAMPLER.value),
         generation_data=GENERATION_DATA.value,
         seed=SEED.value,
         images_dir=IMAGES_DIR.value,
@@ -206,14 +210,14 @@ def score_checkpoints() -> None:
         weights=image_sets.parse_weights(FEATURE_WEIGHTS.value, protocols.find(PROTOCOL.value).features),
     )
     for path in settings.checkpoints:  # a wrong folder is told before JAX starts
-        stage_data.task_of(path)
+        checkpoint_data.task_of(path)
     with distributed.together():
-        stages.score(settings)
+        checkpoints.score(settings)
 
 
 def score_images() -> None:
     """Scores what --images names."""
-    from imagegpt_jax import distributed
+    from imagegpt_jax.runtime import distributed
 
     request = request_of(IMAGES.value)
     opened = image_sets.open_sets(request)
@@ -223,14 +227,16 @@ def score_images() -> None:
 
 def score_prompts() -> None:
     """Draws pictures of --prompts by the decoder that --checkpoint names, and scores them."""
-    from imagegpt_jax import distributed
-    from imagegpt_jax.evals import prompted
+    from imagegpt_jax.evaluation import generate_for_prompts
+    from imagegpt_jax.runtime import distributed
 
     folder = SAMPLES_DIR.value or str(epath.Path(OUTPUT.value or "").with_suffix("")) + "_samples"
     paths = CHECKPOINT.value or []
-    if len(paths) != 1 or stage_data.task_of(paths[0]) != "decoder":
-        raise cli.UserError("--prompts are drawn by one decoder: give one --checkpoint, and its --tokenizer if needed.")
-    order = prompted.Order(
+    if len(paths) != 1 or checkpoint_data.task_of(paths[0]) != "decoder":
+        raise errors.UserError(
+            "--prompts are drawn by one decoder: give one --checkpoint, and its --tokenizer if needed."
+        )
+    order = generate_for_prompts.Order(
         checkpoint=paths[0],
         prompts=PROMPTS.value,
         folder=folder,
@@ -240,14 +246,14 @@ def score_prompts() -> None:
         each=SAMPLES_PER_PROMPT.value or 0,
         count=NUM_IMAGES.value,
         seed=SEED.value,
-        sampler=prompted.parse_sampler(SAMPLER.value),
+        sampler=generate_for_prompts.parse_sampler(SAMPLER.value),
     )
-    rows = prompted.read(order)
-    request = request_of(folder, captions="" if order.prompts == prompted.CLASSES else order.prompts)
+    rows = generate_for_prompts.read(order)
+    request = request_of(folder, captions="" if order.prompts == generate_for_prompts.CLASSES else order.prompts)
     reference = image_sets.open_reference(request)
     with distributed.together():
-        prompted.draw(order, rows)
-        request = dataclasses.replace(request, captions=str(epath.Path(folder) / prompted.CAPTIONS))
+        generate_for_prompts.draw(order, rows)
+        request = dataclasses.replace(request, captions=str(epath.Path(folder) / generate_for_prompts.CAPTIONS))
         write_scores(request, image_sets.open_sets(request, reference))
 
 
@@ -275,7 +281,7 @@ def request_of(images: str, captions: str = "") -> image_sets.Request:
 
 def write_scores(request: image_sets.Request, opened: image_sets.Opened) -> None:
     """Computes, and in the first process writes and prints."""
-    from imagegpt_jax import distributed
+    from imagegpt_jax.runtime import distributed
 
     scores = image_sets.run(request, opened)
     if distributed.is_first():

@@ -20,19 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from imagegpt_jax import cli
-from imagegpt_jax.sampling import asking, finishing, output
-from imagegpt_jax.sampling.requests import Request, file_name
+from imagegpt_jax import cli, errors
+from imagegpt_jax.generation import flags as asking
+from imagegpt_jax.generation import output, postprocess
+from imagegpt_jax.generation.prompts import Request, file_name
 from imagegpt_jax.sampling.settings import SCHEDULES, WEIGHTS, Sampling
 
 flags.adopt_module_key_flags(asking)
-flags.adopt_module_key_flags(finishing)
+flags.adopt_module_key_flags(postprocess)
 
 if TYPE_CHECKING:
     from etils import epath
 
-    from imagegpt_jax import drawing
-    from imagegpt_jax.api import Decoder, Tokenizer
+    from imagegpt_jax.generation import pipeline
+    from imagegpt_jax.inference.loading import Decoder, Tokenizer
 
 DECODER = flags.DEFINE_string("decoder", None, "Workdir of a trained decoder.")
 TOKENIZER = flags.DEFINE_string(
@@ -53,7 +54,7 @@ BEAMS = flags.DEFINE_integer(
 SCORER = flags.DEFINE_string(
     "scorer",
     "likelihood",
-    "For --best_of: likelihood, caption, words, clip:FOLDER, or module:function (see sampling/scorers.py).",
+    "For --best_of: likelihood, caption, words, clip:FOLDER, or module:function (see generation/scorers.py).",
 )
 TENSOR = flags.DEFINE_integer(
     "tensor", 1, "Cut heads and matrices over so many devices; pictures are shared out among the rest.", lower_bound=1
@@ -98,7 +99,7 @@ def plan(
       only: the one request that is to be drawn, for --from_image.
       draw: the number of its draws.
     """
-    about = output.about(decoder, tok, sampling, SEED.value) | {"finish": finishing.remembered()}
+    about = output.about(decoder, tok, sampling, SEED.value) | {"finish": postprocess.remembered()}
     if BEST_OF.value is not None:
         about |= {"best_of": BEST_OF.value, "scorer": SCORER.value}
     rows = []
@@ -134,13 +135,17 @@ def adopt(path: str) -> tuple[dict[str, Any], int]:
         with open(path, "rb") as file:
             about = images.read_metadata(file.read())
     except (OSError, ValueError) as e:
-        raise cli.UserError(f"--from_image={path} cannot be read ({e}): give a PNG that this program wrote.") from None
+        raise errors.UserError(
+            f"--from_image={path} cannot be read ({e}): give a PNG that this program wrote."
+        ) from None
     if "request" not in about:
-        raise cli.UserError(f"--from_image={path} has no metadata of this program: give a PNG that it wrote.")
+        raise errors.UserError(f"--from_image={path} has no metadata of this program: give a PNG that it wrote.")
     for name, value in about["finish"].items():
         # A picture must not decide which code is run.
-        if name in finishing.PLUG_INS and ":" in value and flags.FLAGS[name].value != value:
-            raise cli.UserError(f"--from_image={path} was made with --{name}={value}: give that flag if you trust it.")
+        if name in postprocess.PLUG_INS and ":" in value and flags.FLAGS[name].value != value:
+            raise errors.UserError(
+                f"--from_image={path} was made with --{name}={value}: give that flag if you trust it."
+            )
     own = {flag.name: about[flag.name] for flag in (DECODER, TOKENIZER, STEP) if not flag.present}
     for name, value in {**own, "seed": about["seed"], **about["sampler"], **about["finish"]}.items():
         flags.FLAGS[name].value = value
@@ -154,8 +159,8 @@ def draw_rows(
     decoder: "Decoder",
     tok: "Tokenizer",
     sampling: Sampling,
-    sketch: "drawing.Sketch",
-    finish: finishing.Finisher,
+    sketch: "pipeline.Sketch",
+    finish: postprocess.Finisher,
     rows: list[output.Row],
     folder: "epath.Path",
     done: list[output.Row],
@@ -164,7 +169,9 @@ def draw_rows(
     import jax
     from tqdm import tqdm
 
-    from imagegpt_jax import drawing, images, sharding
+    from imagegpt_jax import images
+    from imagegpt_jax.generation import pipeline
+    from imagegpt_jax.parallel import sharding
 
     devices = jax.local_devices()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": TENSOR.value}, devices) if len(devices) > 1 else None
@@ -178,7 +185,7 @@ def draw_rows(
 
     with tqdm(total=len(rows), initial=len(done), desc="sample", unit="image", mininterval=0.5) as bar:
         if BEST_OF.value is not None:
-            kept = drawing.best(
+            kept = pipeline.best(
                 decoder,
                 tok,
                 sketch,
@@ -192,7 +199,7 @@ def draw_rows(
             for row, image, score, draw in list(zip(rows, *kept, strict=True))[len(done) :]:
                 write(row | {"draw": int(draw)}, image, {"score": float(score)})
             return
-        stream = drawing.draw(
+        stream = pipeline.draw(
             decoder,
             tok,
             sketch,
@@ -243,12 +250,13 @@ def overviews(asked: Sequence[Request], rows: Sequence[output.Row], folder: "epa
 
 def write_captions(decoder: "Decoder", tok: "Tokenizer", folder: "epath.Path") -> None:
     """Describes the pictures of --caption: captions.jsonl, a captioned grid.png, and one line for each on stdout."""
-    from imagegpt_jax import images, notebook
+    from imagegpt_jax import images
+    from imagegpt_jax.generation import functional
 
     paths = asking.CAPTION.value
     source = asking.pictures(paths, decoder, tok)
     settings = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
-    texts = notebook.caption(
+    texts = functional.caption(
         decoder, tok, source, num_captions=NUM_IMAGES.value, seed=SEED.value, beams=BEAMS.value, **settings
     )
     rows = [
@@ -267,7 +275,9 @@ def main() -> None:
     """Draws what the flags describe."""
     about, only = adopt(FROM_IMAGE.value) if FROM_IMAGE.value else ({}, None)
     if not DECODER.value:
-        raise cli.UserError("say which decoder is to draw: --decoder=WORKDIR, or --from_image=PNG of an earlier run.")
+        raise errors.UserError(
+            "say which decoder is to draw: --decoder=WORKDIR, or --from_image=PNG of an earlier run."
+        )
     asked = asking.requests()
 
     from etils import epath
@@ -277,15 +287,15 @@ def main() -> None:
     where = epath.Path(OUTPUT.value)
     output.check_output(where, None, OVERWRITE.value)
     if asking.CAPTION.value and where.exists() and not OVERWRITE.value:
-        raise cli.UserError(f"--output={where} is already there: give a new folder, or --overwrite.")
+        raise errors.UserError(f"--output={where} is already there: give a new folder, or --overwrite.")
     for workdir in filter(None, (DECODER.value, TOKENIZER.value)):
         config_lib.load(workdir)  # a wrong folder should not cost the seconds that JAX takes to start
 
-    from imagegpt_jax import api, drawing
-    from imagegpt_jax.sampling import scorers
+    from imagegpt_jax.generation import pipeline, scorers
+    from imagegpt_jax.inference import loading
 
     # --- Everything a person can get wrong, before any picture.
-    decoder = api.load_decoder(DECODER.value, STEP.value, tokenizer=TOKENIZER.value or None)
+    decoder = loading.load_decoder(DECODER.value, STEP.value, tokenizer=TOKENIZER.value or None)
     settings: dict[str, Any] = {flag.name: flag.value for flag in SETTINGS}
     sampling = decoder.sampling(**settings)
     tok = decoder.load_tokenizer()
@@ -298,7 +308,7 @@ def main() -> None:
     rows = plan(decoder, asked, sampling, tok, only, about.get("draw", 0))
     for name in ("decoder_hash", "tokenizer_hash"):
         if about.get(name, rows[0][name]) != rows[0][name]:
-            raise cli.UserError(
+            raise errors.UserError(
                 f"{FROM_IMAGE.value} was drawn by another {name.removesuffix('_hash')} (hash {about[name]}, and this"
                 f" one has {rows[0][name]}): give the --decoder, --step and --tokenizer that drew it."
             )
@@ -309,10 +319,10 @@ def main() -> None:
         if len(decoder.encode_text(request.text)) > decoder.setup.layout.text_length:
             print(f"note: only the beginning of {request.text[:60]!r} fits the decoder's text length.", file=sys.stderr)
 
-    finish = finishing.Finisher()
+    finish = postprocess.Finisher()
     sketch = asking.sketch(asked, decoder, tok, SEED.value)
     sketch = sketch if only is None else sketch.take([only])
-    grid = drawing.layout_of(decoder, sketch.grid).grid
+    grid = pipeline.layout_of(decoder, sketch.grid).grid
 
     # --- Pictures.
     folder, done = output.start(where, rows)

@@ -15,7 +15,7 @@ import sys
 
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and pictures.", required=True)
@@ -31,14 +31,15 @@ def main() -> None:
     """Runs the training that the flags describe."""
     config = CONFIG.value
     if config.task not in TASKS:
-        raise cli.UserError(f"config.task={config.task!r} is no task.{cli.suggest(config.task, TASKS)}")
+        raise errors.UserError(f"config.task={config.task!r} is no task.{errors.suggest(config.task, TASKS)}")
 
     # JAX and the rest start only once the flags are right.
-    from imagegpt_jax import distributed, storage
+    from imagegpt_jax.runtime import distributed, filesystem
 
-    storage.check_client(WORKDIR.value)
+    filesystem.check_client(WORKDIR.value)
     with distributed.together(preemptible=True):
-        from imagegpt_jax import loop, preemption
+        from imagegpt_jax.runtime import preemption
+        from imagegpt_jax.training import loop
 
         task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
         preemption.current.listen()

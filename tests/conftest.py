@@ -85,9 +85,9 @@ def binary():
             for flag in list(defined) if module.startswith("imagegpt_jax.") else ():
                 if flag.name in flags.FLAGS:
                     delattr(flags.FLAGS, flag.name)
-            if module.startswith("imagegpt_jax.sampling."):  # a part of a binary that defines flags of its own
+            if module.startswith("imagegpt_jax.generation."):  # a part of a binary that defines flags of its own
                 sys.modules.pop(module, None)
-                vars(sys.modules["imagegpt_jax.sampling"]).pop(module.rpartition(".")[2], None)
+                vars(sys.modules["imagegpt_jax.generation"]).pop(module.rpartition(".")[2], None)
 
     def load(name, *arguments):
         forget()

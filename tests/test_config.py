@@ -5,7 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from imagegpt_jax import config
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

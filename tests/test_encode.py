@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from imagegpt_jax import api
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data import images, sources
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference import loading
 
 SPEC = "emoji:validation,res=16,styles=noto"
 
@@ -37,7 +37,7 @@ def _same(a, b):
 
 def test_records_hold_the_codes_captions_and_labels_of_the_source(encode, workdirs):
     tokens, pictures = encode("t"), sources.open_source(SPEC)
-    tok = api.load_tokenizer(workdirs.tokenizer)
+    tok = loading.load_tokenizer(workdirs.tokenizer)
     records, originals = _all(tokens), _all(pictures)
     codes_BL = tok.encode(np.stack([images.decode_image(r["image"]) for r in originals]))
     _same(records, [{**r, "codes": c, "grid": (4, 4)} for r, c in zip(originals, codes_BL, strict=True)])
@@ -97,7 +97,7 @@ def test_several_processes_write_the_same_set_as_one(binary, workdirs, tmp_path)
     from imagegpt_jax.data import shards
 
     module = binary("encode")
-    tok, source = api.load_tokenizer(workdirs.tokenizer, rows=32), sources.open_source(SPEC)
+    tok, source = loading.load_tokenizer(workdirs.tokenizer, rows=32), sources.open_source(SPEC)
     ranges = shards.shard_ranges(len(source), 16)
     ops = "decode|value_range(-1,1)"
     digests = []

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagegpt_jax import distributed, sharding
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert import command
-from imagegpt_jax.evals import provenance, stage_data
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.evaluation import checkpoint_data
+from imagegpt_jax.metrics import provenance
+from imagegpt_jax.parallel import sharding
+from imagegpt_jax.runtime import distributed
 
 SMALL = ["--generation_prompts=6", "--samples_per_prompt=2"]
 
@@ -139,8 +141,8 @@ def test_reconstructions_score_like_image_sets_and_the_page_shows_them(evaluate,
 
 def test_samples_score_like_image_sets(evaluate, workdirs, monkeypatch):
     """With features that cost nothing: colours."""
-    from imagegpt_jax.evals import networks
-    from imagegpt_jax.evals.features import Network
+    from imagegpt_jax.metrics import networks
+    from imagegpt_jax.metrics.features import Network
 
     network = Network("efficientnet_lite0", {"path": "x", "sha256": "0"}, np.asarray, colours, np.float32(1))
     monkeypatch.setattr(networks, "LOADERS", {"efficientnet_lite0": lambda path, resize: network})
@@ -167,7 +169,7 @@ def test_token_shards_score_like_the_images_they_were_made_from(evaluate, binary
         assert tokens[f"decoder/{key}"] == pytest.approx(images[f"decoder/{key}"], rel=1e-5)
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate(f"--checkpoint={workdirs.classes}", f"--data=tokens:{tmp_path / 't'}")
-    assert stage_data.source_of(f"tokens:{tmp_path / 't'}") == spec
+    assert checkpoint_data.source_of(f"tokens:{tmp_path / 't'}") == spec
 
 
 @pytest.mark.parametrize(
@@ -194,11 +196,11 @@ def test_output_must_be_a_file(binary, workdirs, tmp_path):
 
 
 def test_table_leaves_out_what_was_not_scored():
-    text = stage_data.table({"generation/retrieval_top1": 0.25, "generation/retrieval_top1_shuffled": 0.01})
+    text = checkpoint_data.table({"generation/retrieval_top1": 0.25, "generation/retrieval_top1_shuffled": 0.01})
     assert text.split() == ["top-1", "retrieval", "0.2500", "prompts", "shuffled", "0.0100"]
     assert np.all(
         [
             line.key.split("/")[0] in ("tokenizer", "reconstruction", "decoder", "generation", "samples")
-            for line in stage_data.TABLE
+            for line in checkpoint_data.TABLE
         ]
     )

@@ -14,8 +14,8 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from imagegpt_jax.cli import UserError
-from imagegpt_jax.evals import protocols, provenance
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.metrics import protocols, provenance
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage")
@@ -100,7 +100,7 @@ def test_scores_say_what_was_measured(given, first):
 
 
 def test_batch_sizes_give_the_same_numbers(evaluate, given, first):
-    """1 here, 64 in the first run; 7 and more in tests/evals/test_image_sets.py."""
+    """1 here, 64 in the first run; 7 and more in tests/evaluation/test_image_sets.py."""
     scores = evaluate(*flags(given, "--batch_size=1"))
     for name, value in values(scores).items():
         assert value == pytest.approx(values(first.scores)[name], rel=1e-9), name

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagegpt_jax import api, images, notebook
-from imagegpt_jax.cli import UserError
-from imagegpt_jax.sampling import requests, safety
+from imagegpt_jax import images
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.generation import functional, prompts, safety
+from imagegpt_jax.inference import loading
 
 STRANGE = ["noto emoji of red heart", "", "красный 😀", "../../etc/passwd", "a" * 1999, "CON: <|?*>"]
 
@@ -56,8 +57,8 @@ def test_every_picture_is_there_and_says_how_it_was_made(samples, workdirs):
 
 def test_pictures_are_those_of_the_api(samples, workdirs):
     output, _, _ = samples
-    gpt = api.load_decoder(workdirs.decoder, step=1)
-    expected = notebook.generate(gpt, gpt.load_tokenizer(), STRANGE[:1], num_images=2, seed=3, top_k=9)
+    gpt = loading.load_decoder(workdirs.decoder, step=1)
+    expected = functional.generate(gpt, gpt.load_tokenizer(), STRANGE[:1], num_images=2, seed=3, top_k=9)
     for row, image in zip(_rows(output), expected, strict=False):
         with Image.open(output / row["file"]) as png:
             np.testing.assert_array_equal(np.asarray(png), image)
@@ -160,17 +161,17 @@ def test_tasks_of_a_picture_and_the_same_picture_again(binary, workdirs, tmp_pat
     last = tmp_path / "o" / rows[-1]["file"]
     pixels = np.asarray(Image.open(last))
 
-    gpt = api.load_decoder(workdirs.decoder)
+    gpt = loading.load_decoder(workdirs.decoder)
     tok, source = gpt.load_tokenizer(), images.read_picture(str(picture), (16, 16))[None]
     mask = images.read_mask(str(picture.with_name("mask.png")), (16, 16))
     assert mask.sum() == 64
     call = {
-        "inpaint": lambda: notebook.inpaint(gpt, tok, source, mask, "dog", num_images=2, seed=5),
-        "outpaint": lambda: notebook.outpaint(gpt, tok, source, (4, 0, 0, 8), "dog", seed=5),
-        "complete": lambda: notebook.complete(gpt, tok, source, 0.25, seed=5),
-        "variations": lambda: notebook.variations(gpt, tok, source, 0.25, seed=5, negative="cat"),
-        "edit": lambda: notebook.edit(gpt, tok, source, "dog", region=(4, 4, 8, 8), seed=5),
-        "style_transfer": lambda: notebook.style_transfer(
+        "inpaint": lambda: functional.inpaint(gpt, tok, source, mask, "dog", num_images=2, seed=5),
+        "outpaint": lambda: functional.outpaint(gpt, tok, source, (4, 0, 0, 8), "dog", seed=5),
+        "complete": lambda: functional.complete(gpt, tok, source, 0.25, seed=5),
+        "variations": lambda: functional.variations(gpt, tok, source, 0.25, seed=5, negative="cat"),
+        "edit": lambda: functional.edit(gpt, tok, source, "dog", region=(4, 4, 8, 8), seed=5),
+        "style_transfer": lambda: functional.style_transfer(
             gpt, tok, source, "twemoji", "noto", "noto emoji of dog", seed=5
         ),
     }[task]
@@ -212,8 +213,8 @@ def test_series_best_of_gif_and_npz(binary, workdirs, tmp_path):
     base = [f"--decoder={workdirs.decoder}", "--prompt=dog"]
     binary("sample", *base, "--interpolate=red heart", "--frames=4", f"--output={tmp_path / 'i'}").main()
     rows = _rows(tmp_path / "i")
-    gpt = api.load_decoder(workdirs.decoder)
-    series = notebook.interpolate(gpt, gpt.load_tokenizer(), "dog", "red heart", 4)
+    gpt = loading.load_decoder(workdirs.decoder)
+    series = functional.interpolate(gpt, gpt.load_tokenizer(), "dog", "red heart", 4)
     for row, image in zip(rows, series, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "i" / row["file"])), image)
     binary("sample", f"--from_image={tmp_path / 'i' / rows[2]['file']}", f"--output={tmp_path / 'again'}").main()
@@ -223,7 +224,7 @@ def test_series_best_of_gif_and_npz(binary, workdirs, tmp_path):
     extra = ["--best_of=4", "--num_images=2", "--gif", "--npz", "--scorer=words"]
     binary("sample", *base, *extra, f"--output={tmp_path / 'b'}").main()
     rows = _rows(tmp_path / "b")
-    best = notebook.generate(gpt, gpt.load_tokenizer(), "dog", num_images=2, best_of=4, scorer="words")
+    best = functional.generate(gpt, gpt.load_tokenizer(), "dog", num_images=2, best_of=4, scorer="words")
     arrays = np.load(tmp_path / "b" / "samples.npz")
     assert list(arrays) == ["arr_0"]
     np.testing.assert_array_equal(arrays["arr_0"], best)
@@ -282,14 +283,14 @@ def test_captions(binary, workdirs, tmp_path, picture, capsys):
     flags = [f"--decoder={workdirs.decoder}", f"--caption={picture}", f"--output={tmp_path / 'o'}", "--num_images=2"]
     binary("sample", *flags).main()
     (row,) = _rows(tmp_path / "o")
-    gpt = api.load_decoder(workdirs.decoder)
+    gpt = loading.load_decoder(workdirs.decoder)
     source = images.read_picture(str(picture), (16, 16))[None]
-    assert row["captions"] == notebook.caption(gpt, gpt.load_tokenizer(), source, num_captions=2)
+    assert row["captions"] == functional.caption(gpt, gpt.load_tokenizer(), source, num_captions=2)
     assert capsys.readouterr().out.startswith(f"{picture}\t{row['captions'][0]}\t")
     with pytest.raises(UserError, match="already there"):
         binary("sample", *flags).main()
     binary("sample", *flags, "--beams=3", "--overwrite").main()
-    assert _rows(tmp_path / "o")[0]["captions"] == notebook.caption(
+    assert _rows(tmp_path / "o")[0]["captions"] == functional.caption(
         gpt, gpt.load_tokenizer(), source, num_captions=2, beams=3
     )
 
@@ -349,22 +350,22 @@ def test_output_that_is_not_ours_is_refused(binary, workdirs, tmp_path):
 def test_prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffone\r\n\n  # comment\n# other\n  zwei Räder 🚲 \nlast".encode())
-    assert requests.read_prompts(str(path)) == ["one", "zwei Räder 🚲", "last"]
+    assert prompts.read_prompts(str(path)) == ["one", "zwei Räder 🚲", "last"]
 
 
 def test_tables_of_prompts(tmp_path):
     path = tmp_path / "PartiPrompts.tsv"
     path.write_text('Prompt\tCategory\tNote\n# a red fox\tAnimals\t\n\ttoo few\n"two\nlines"\tArts\t\n')
-    assert requests.read_prompts(str(path)) == ["# a red fox", "two\nlines"]
+    assert prompts.read_prompts(str(path)) == ["# a red fox", "two\nlines"]
     path = tmp_path / "prompts.CSV"
     path.write_text('\ufeffid,Text,other\r\n1,"a fox, red",x\r\n2,dog,y\r\n', encoding="utf-8")
-    assert requests.read_prompts(str(path)) == ["a fox, red", "dog"]
-    assert requests.read_prompts(str(path), "other") == ["x", "y"]
+    assert prompts.read_prompts(str(path)) == ["a fox, red", "dog"]
+    assert prompts.read_prompts(str(path), "other") == ["x", "y"]
     with pytest.raises(UserError, match="no column 'othr'.*Did you mean 'other'"):
-        requests.read_prompts(str(path), "othr")
+        prompts.read_prompts(str(path), "othr")
     path.write_text("id,name\n1,a\n")
     with pytest.raises(UserError, match="no column 'prompt'"):
-        requests.read_prompts(str(path))
+        prompts.read_prompts(str(path))
 
 
 @pytest.mark.parametrize(
@@ -380,11 +381,11 @@ def test_bad_lines_are_named(tmp_path, content, words):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words):
-        requests.read_prompts(str(path))
+        prompts.read_prompts(str(path))
 
 
 def test_file_names_are_safe():
-    file_name = requests.file_name
+    file_name = prompts.file_name
     assert file_name(3, "A red, Red bicycle!") == "00003-a-red-red-bicycle.png"
     assert file_name(0, "../..\\x:*\n") == "00000-x.png"
     assert file_name(12, "自転車") == "00012.png"

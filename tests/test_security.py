@@ -7,14 +7,14 @@ import stat
 
 import pytest
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for folder in ("imagegpt_jax", "tools", "configs") for p in (ROOT / folder).rglob("*.py"))
 # Those that read pickles do it with an allow-list, and are tested by themselves.
 RESTRICTED_READERS = {
-    "imagegpt_jax/convert/torch_file.py",
-    "imagegpt_jax/convert/torch_legacy.py",
+    "imagegpt_jax/weight_files/torch_file.py",
+    "imagegpt_jax/weight_files/torch_legacy.py",
     "tools/convert_lpips.py",
 }
 FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -93,7 +93,7 @@ def test_the_compilation_cache_is_private(tmp_path, monkeypatch):
 def test_a_cache_that_others_can_write_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     tmp_path.chmod(0o777)
-    with pytest.raises(cli.UserError, match="others may write"):
+    with pytest.raises(errors.UserError, match="others may write"):
         cli.prepare_cache()
 
 
@@ -108,5 +108,5 @@ def test_metadata_cannot_name_files_outside_its_folder(name, tmp_path):
     (folder / "metadata.jsonl").write_text(
         "{" + f'"file_name": "{name.replace(chr(92), chr(92) * 2)}", "text": "a"' + "}"
     )
-    with pytest.raises(cli.UserError, match="no image below"):
+    with pytest.raises(errors.UserError, match="no image below"):
         sources.open_source(f"folder:{folder}")

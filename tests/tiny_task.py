@@ -10,8 +10,10 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from imagegpt_jax import metrics, preemption, state
+from imagegpt_jax import train_state
 from imagegpt_jax.data.pipeline import position_after
+from imagegpt_jax.runtime import preemption
+from imagegpt_jax.training import train_metrics
 
 SHOWN = ("loss",)
 
@@ -21,7 +23,7 @@ class Line(nnx.Module):
         self.slope = nnx.Param(jax.random.normal(key, (3,)), axes=(None,))
 
 
-NETWORK = state.network(lambda key: Line(key=key))
+NETWORK = train_state.network(lambda key: Line(key=key))
 
 
 def make_config(**changes):
@@ -59,7 +61,7 @@ class Setup:
 
 
 class Task(types.SimpleNamespace):
-    """The names that `loop.py` asks for; `bad` are the positions whose examples are NaN."""
+    """The names that `training/loop.py` asks for; `bad` are the positions whose examples are NaN."""
 
     def __init__(self, bad=(), hook=None):
         super().__init__(bad=frozenset(bad), drawn=[], hook=hook or (lambda step: None), evaluations=[], SHOWN=SHOWN)
@@ -83,7 +85,7 @@ class Task(types.SimpleNamespace):
         return 0.0
 
     def init_state(self, setup, key):
-        return state.init(setup.networks, setup.optimizers, {}, key, phases=("train",), ema=("line",))
+        return train_state.init(setup.networks, setup.optimizers, {}, key, phases=("train",), ema=("line",))
 
     def train_step(self, setup, phase, old, batch):
         def loss_fn(params):
@@ -93,7 +95,7 @@ class Task(types.SimpleNamespace):
         loss, gradient = jax.value_and_grad(loss_fn)(params)
         updates, opt = setup.optimizers["line"].update(gradient, old.opt["line"], params)
         params = optax.apply_updates(params, updates)
-        values = {"loss": metrics.mean(loss), "gradient_norm": metrics.mean(optax.global_norm(gradient))}
+        values = {"loss": train_metrics.mean(loss), "gradient_norm": train_metrics.mean(optax.global_norm(gradient))}
         ema = {"line": jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, old.ema["line"], params)}
         new = dataclasses.replace(old, step=old.step + 1, trainable={"line": params}, opt={"line": opt}, ema=ema)
         return new, values

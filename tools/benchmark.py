@@ -6,7 +6,7 @@
 
 `train` times whole training steps in float32: forward, backward, clipping and optimizer. PyTorch's networks are those
 of `transformers` (`pip install -e '.[parity]'`). Each reading is a process of its own, by turns: ours, ours without
-`host_memory.py`, and PyTorch's:
+`runtime/malloc.py`, and PyTorch's:
 
     decoder     LlamaGen-B on 4 x 256 codes of 16384, all scored; beside LlamaForCausalLM
     tokenizer   LlamaGen's VQ-16 at 128 px, batch 2, without perceptual and adversarial loss; beside JanusVQVAE
@@ -38,7 +38,8 @@ import benchmark_workloads as workloads
 import marked
 from absl import flags
 
-from imagegpt_jax import cli, host_memory
+from imagegpt_jax import cli, errors
+from imagegpt_jax.runtime import malloc
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the figures to this JSON file as well.")
 PAGE = flags.DEFINE_string("page", None, "Also put the table into this page: docs/training.md or docs/sampling.md.")
@@ -59,7 +60,7 @@ SIDES = {
     "returning": "the same, memory returned to the system",
     "torch": "transformers, PyTorch",
 }
-VARIABLES = {"returning": {host_memory.KEEP: "0"}}
+VARIABLES = {"returning": {malloc.KEEP: "0"}}
 UNITS = {"decoder": "tokens", "tokenizer": "images"}
 READINGS = ("seconds", "processor_seconds", "gemm_seconds", "product_seconds", "piece_seconds", "stream_seconds")
 BUSY = 0.5  # load average above which other programs are said to be running
@@ -149,7 +150,7 @@ def run_worker(name: str, workload: str) -> dict[str, Any]:
     done = subprocess.run(command, cwd=workloads.ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        raise cli.UserError(f"{SCRIPTS[name]} failed with exit status {done.returncode}: see its last words above.")
+        raise errors.UserError(f"{SCRIPTS[name]} failed with exit status {done.returncode}: see its last words above.")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -161,7 +162,7 @@ def train() -> None:
     """
     for workload in WORKLOADS.value:
         if workload not in workloads.WORKLOADS:
-            raise cli.UserError(f"unknown workload {workload!r}.{cli.suggest(workload, workloads.WORKLOADS)}")
+            raise errors.UserError(f"unknown workload {workload!r}.{errors.suggest(workload, workloads.WORKLOADS)}")
     load = look_around()
     summaries, versions = {}, {"python": sys.version.split()[0]}
     for workload in WORKLOADS.value:
@@ -204,7 +205,7 @@ def look_around() -> float:
       UserError: without PyTorch, if it is needed.
     """
     if not OURS_ONLY.value and importlib.util.find_spec("torch") is None:
-        raise cli.UserError(
+        raise errors.UserError(
             "the comparison needs PyTorch: install it with `pip install -e '.[parity]'`, or give --ours_only."
         )
     load = os.getloadavg()[0]
@@ -241,7 +242,7 @@ def take_command(arguments: list[str]) -> str:
         cli.fail("say what to measure: python tools/benchmark.py train, or sample. See --help.", cli.EXIT_USAGE)
     command = arguments.pop(1)
     if command not in COMMANDS:
-        cli.fail(f"unknown command {command!r}.{cli.suggest(command, COMMANDS)}", cli.EXIT_USAGE)
+        cli.fail(f"unknown command {command!r}.{errors.suggest(command, COMMANDS)}", cli.EXIT_USAGE)
     return command
 
 

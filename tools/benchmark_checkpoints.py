@@ -32,7 +32,7 @@ def measure(megabytes: int, repeats: int) -> dict[str, Any]:
 
     from imagegpt_jax import checkpoint
     from imagegpt_jax.checkpoint import manifest as manifest_lib
-    from imagegpt_jax.state import TrainState
+    from imagegpt_jax.train_state import TrainState
 
     config = ConfigDict({"checkpoint": {"every": 1, "keep": 1, "keep_every_hours": 0.0, "keep_best": ""}})
     rng = np.random.default_rng(0)

@@ -30,7 +30,7 @@ from absl import flags
 from etils import epath
 from PIL import Image
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Images in the set that is made.", lower_bound=16)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per batch of the pipeline.", lower_bound=1)
@@ -117,7 +117,7 @@ def settle() -> None:
 def main() -> None:
     """Runs the benchmark."""
     if IMAGES_PER_ROUND.value % BATCH_SIZE.value:
-        raise cli.UserError(
+        raise errors.UserError(
             f"--images_per_round={IMAGES_PER_ROUND.value} should be a multiple of --batch_size={BATCH_SIZE.value}."
         )
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ import numpy as np
 import reference_programs
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the figures to this JSON file as well.")
 IMAGES = flags.DEFINE_integer("images", 256, "Images of a reading.", lower_bound=1)
@@ -50,14 +50,14 @@ class Images:
 
 def ours(path: str, images: Images) -> float:
     """Seconds that our features and their statistics take."""
-    from imagegpt_jax.evals import collect, networks, protocols
+    from imagegpt_jax.metrics import feature_statistics, networks, protocols
 
     network = networks.load("inception", path, "tf1_bilinear")
     needs = {"moments": [("inception", "pool")]}
     protocol = protocols.find("torch_fidelity")
-    collect.collect(Images(8, images.size[0]), needs, [network], protocol, batch_size=8)  # compiles
+    feature_statistics.collect(Images(8, images.size[0]), needs, [network], protocol, batch_size=8)  # compiles
     started = time.perf_counter()
-    collect.collect(images, needs, [network], protocol, batch_size=_BATCH)
+    feature_statistics.collect(images, needs, [network], protocol, batch_size=_BATCH)
     return time.perf_counter() - started
 
 
@@ -90,7 +90,7 @@ def main() -> None:
                 flags = [f"--side={side}", f"--weights={weights}", f"--images={IMAGES.value}", f"--size={SIZE.value}"]
                 ran = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
                 if ran.returncode:
-                    raise cli.UserError(f"the reading of {side} failed: {ran.stderr.strip().splitlines()[-1]}")
+                    raise errors.UserError(f"the reading of {side} failed: {ran.stderr.strip().splitlines()[-1]}")
                 found.append(IMAGES.value / json.loads(ran.stdout.splitlines()[-1]))
                 print(f"{side:<6}{found[-1]:8.2f} images/s", flush=True)
     medians = {side: statistics.median(found) for side, found in readings.items()}

@@ -18,7 +18,8 @@ import benchmark_workloads as workloads
 import numpy as np
 from absl import flags
 
-from imagegpt_jax import cli, host_memory
+from imagegpt_jax import cli
+from imagegpt_jax.runtime import malloc
 
 WORKLOAD = flags.DEFINE_enum("workload", "decoder", workloads.WORKLOADS, "What to time.")
 SIZE = flags.DEFINE_enum("size", "full", workloads.SIZES, "full, or tiny for tests.")
@@ -39,21 +40,22 @@ def make_step(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
     """The step of a config on one batch, over and over: (call that returns the loss, facts)."""
     import jax
 
-    from imagegpt_jax import metrics, sharding
-    from imagegpt_jax import state as state_lib
-    from imagegpt_jax.steps import Steps
+    from imagegpt_jax import train_state
+    from imagegpt_jax.parallel import sharding
+    from imagegpt_jax.training import train_metrics
+    from imagegpt_jax.training.steps import Steps
 
     task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
     setup = task.setup_abstract(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         make = functools.partial(task.init_state, setup)
-        state, layout = state_lib.init_sharded(make, setup.networks, mesh, config.seed)
+        state, layout = train_state.init_sharded(make, setup.networks, mesh, config.seed)
         steps = Steps(task, setup, mesh, layout)
         phase = task.phase(setup, 0)
         batch = sharding.put_batch(random_batch(setup, config), mesh)
         facts = {
-            "parameters": state_lib.count_params(state.trainable),
+            "parameters": train_state.count_params(state.trainable),
             "model_flops": float(task.step_flops(setup, phase, batch)),
         }
 
@@ -62,7 +64,7 @@ def make_step(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
         with jax.set_mesh(mesh):
             state, totals = steps(phase, state, steps.zeros(phase, state, batch), batch)
             jax.block_until_ready(state)
-        return metrics.fetch(totals["metrics"])["loss"]
+        return train_metrics.fetch(totals["metrics"])["loss"]
 
     return call, facts
 
@@ -135,7 +137,7 @@ def stream_seconds(numbers: int) -> float:
 
 def main() -> None:
     """Times the workload that the flags name."""
-    host_memory.keep()
+    malloc.keep()
     config = workloads.make_config(WORKLOAD.value, SIZE.value)
     call, facts = make_step(config)
     gemm = gemm_seconds(workloads.GEMM_SIDE[SIZE.value])

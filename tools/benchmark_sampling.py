@@ -19,7 +19,7 @@ from typing import Any
 import benchmark_workloads as workloads
 import numpy as np
 
-from imagegpt_jax import cli
+from imagegpt_jax import errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ def measure(line: Line, size: str, seconds: float) -> dict[str, Any]:
     done = subprocess.run(command, cwd=workloads.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        raise cli.UserError(f"{line.script} failed with exit status {done.returncode}: see its last words above.")
+        raise errors.UserError(f"{line.script} failed with exit status {done.returncode}: see its last words above.")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

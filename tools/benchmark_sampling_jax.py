@@ -29,8 +29,8 @@ def make(workload: sampling.Workload, weights: str) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     from imagegpt_jax.data.packing import Layout, TokenSpace
-    from imagegpt_jax.generate import prepare
     from imagegpt_jax.models.gpt import GPT, GPTConfig
+    from imagegpt_jax.sampling.jobs import prepare
 
     space = TokenSpace(text_vocab=0, num_classes=workload.classes, num_codes=workload.codes)
     layout = Layout(space=space, text_length=1, grid=(workload.side, workload.side))
@@ -62,11 +62,11 @@ def compiled_bytes(gpt: Any, job: Any, how: Any) -> dict[str, int]:
     """What the compiler plans for the loop: weights, cache, and the peak of the whole program."""
     import jax
 
-    from imagegpt_jax.sampling import engine, tiles
+    from imagegpt_jax.sampling import batching, engine
 
-    shape, settings = tiles.plan(job, how)
+    shape, settings = batching.plan(job, how)
     samples = np.arange(job.total)
-    rows = tiles.rows_of(job, tiles.sample_keys(0, samples), samples[None])
+    rows = batching.rows_of(job, batching.sample_keys(0, samples), samples[None])
     state = jax.eval_shape(lambda *a: engine.start(*a, shape=shape), gpt, rows, settings)
     memory: Any = engine.advance.lower(gpt, rows, settings, state, 2, shape=shape).compile().memory_analysis()
     size = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -83,7 +83,7 @@ def main() -> None:
     """Times the line that the flags name."""
     import jax
 
-    from imagegpt_jax.generate import Sampling, image_job, run
+    from imagegpt_jax.sampling.jobs import Sampling, image_job, run
 
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
     imported = sampling.resident()

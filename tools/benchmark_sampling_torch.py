@@ -144,7 +144,7 @@ def llamagen(w: sampling.Workload, dtype: torch.dtype) -> Callable[[], torch.Ten
         token = draw(model(model.cls_embedding(prefix)[:, None], torch.tensor([0])), w)
         drawn = [token]
         for i in range(1, w.tokens):
-            with sdpa_kernel(SDPBackend.MATH):  # as its generate.py has it
+            with sdpa_kernel(SDPBackend.MATH):  # as its sampling/jobs.py has it
                 x = model.tok_embeddings(torch.cat([token, token]))
                 token = draw(model(x, torch.tensor([i])), w)
             drawn.append(token)

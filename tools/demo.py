@@ -15,7 +15,7 @@ import time
 
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 OUTPUT = flags.DEFINE_string("output", "runs/demo", "Folder for everything that the demo makes.")
 SIZE = flags.DEFINE_enum("size", "emoji", ["emoji", "test"], "Size of both networks: see configs/.")
@@ -51,7 +51,7 @@ def run(title: str, module: str, *arguments: str) -> None:
     started = time.perf_counter()
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code:
-        raise cli.UserError(
+        raise errors.UserError(
             f"the demo stopped because `{module}` failed with exit status {code}: see its last words above."
         )
     print(f"   {time.perf_counter() - started:.0f} s", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 DECODER = flags.DEFINE_string("decoder", None, "Workdir of a decoder trained on the built-in emoji.", required=True)
 OUTPUT = flags.DEFINE_string("output", "docs/tasks", "Folder for the pictures.")
@@ -33,33 +33,34 @@ def records(source: Any) -> list[dict[str, Any]]:
     places = {p.concept: i for i, p in enumerate(source.pictures)}
     for concept in CONCEPTS.value:
         if concept not in places:
-            raise cli.UserError(f"{STYLE.value} has no concept {concept!r}.{cli.suggest(concept, places)}")
+            raise errors.UserError(f"{STYLE.value} has no concept {concept!r}.{errors.suggest(concept, places)}")
     return source.__getitems__([places[concept] for concept in CONCEPTS.value])
 
 
 def pages(gpt: Any, tok: Any, given: np.ndarray, words: list[str]) -> dict[str, np.ndarray]:
     """Task -> a captioned grid."""
-    from imagegpt_jax import images, notebook, sketches
+    from imagegpt_jax import images
+    from imagegpt_jax.generation import functional, request
 
     height, width = given.shape[1:3]
     middle = np.zeros((height, width), bool)
     middle[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
-    other = sketches.restyled(words, OTHER.value, STYLE.value)
+    other = request.restyled(words, OTHER.value, STYLE.value)
     turned = [*words[1:], words[0]]
     how: dict[str, Any] = {"num_images": SAMPLES, "seed": SEED.value}
     margin = tok.downsample * max(1, gpt.setup.layout.grid[0] // 4)
     drawn = {
-        "words": (words, notebook.generate(gpt, tok, words, **how)),
-        "inpaint": (words, notebook.inpaint(gpt, tok, given, middle, words, **how)),
-        "outpaint": (words, notebook.outpaint(gpt, tok, given, (margin,) * 4, words, **how)),
-        "complete": (words, notebook.complete(gpt, tok, given, 0.5, words, **how)),
-        "variations": (words, notebook.variations(gpt, tok, given, 0.5, words, **how)),
-        "edit": (turned, notebook.edit(gpt, tok, given, turned, strength=0.7, **how)),
+        "words": (words, functional.generate(gpt, tok, words, **how)),
+        "inpaint": (words, functional.inpaint(gpt, tok, given, middle, words, **how)),
+        "outpaint": (words, functional.outpaint(gpt, tok, given, (margin,) * 4, words, **how)),
+        "complete": (words, functional.complete(gpt, tok, given, 0.5, words, **how)),
+        "variations": (words, functional.variations(gpt, tok, given, 0.5, words, **how)),
+        "edit": (turned, functional.edit(gpt, tok, given, turned, strength=0.7, **how)),
         "style_transfer": (
             other,
-            notebook.style_transfer(gpt, tok, given, OTHER.value, STYLE.value, words, **how),
+            functional.style_transfer(gpt, tok, given, OTHER.value, STYLE.value, words, **how),
         ),
-        "wide": (words, notebook.generate(gpt, tok, words, grid=(gpt.setup.layout.grid[0], 12), **how)),
+        "wide": (words, functional.generate(gpt, tok, words, grid=(gpt.setup.layout.grid[0], 12), **how)),
     }
     found = {}
     for task, (captions, out) in drawn.items():
@@ -68,22 +69,23 @@ def pages(gpt: Any, tok: Any, given: np.ndarray, words: list[str]) -> dict[str, 
         found[task] = images.grid(
             [images.Tile(text, [*(g[i] for g in first), *rows[i]]) for i, text in enumerate(captions)]
         )
-    free = notebook.generate(gpt, tok, "", num_images=4 * SAMPLES, seed=SEED.value)
+    free = functional.generate(gpt, tok, "", num_images=4 * SAMPLES, seed=SEED.value)
     found["unconditional"] = images.grid([images.Tile("", list(free))])
-    series = notebook.interpolate(gpt, tok, words[0], words[1], 8, seed=SEED.value)
+    series = functional.interpolate(gpt, tok, words[0], words[1], 8, seed=SEED.value)
     found["interpolate"] = images.grid([images.Tile(f"{words[0]} to {words[1]}", list(series))])
     if gpt.config.data.image_to_text:
-        texts = notebook.caption(gpt, tok, given)
+        texts = functional.caption(gpt, tok, given)
         found["caption"] = images.grid([images.Tile(t, [g]) for t, g in zip(texts, given, strict=True)])
     return found
 
 
 def of_classes(gpt: Any, tok: Any) -> dict[str, np.ndarray]:
     """The page of a decoder of classes: some pictures of each."""
-    from imagegpt_jax import images, notebook
+    from imagegpt_jax import images
+    from imagegpt_jax.generation import functional
 
     names = list(gpt.setup.labels)
-    drawn = notebook.generate(gpt, tok, classes=names, num_images=2 * SAMPLES, seed=SEED.value)
+    drawn = functional.generate(gpt, tok, classes=names, num_images=2 * SAMPLES, seed=SEED.value)
     rows = drawn.reshape(len(names), 2 * SAMPLES, *drawn.shape[1:])
     return {"classes": images.grid([images.Tile(name, list(row)) for name, row in zip(names, rows, strict=True)])}
 
@@ -102,9 +104,10 @@ def of_tasks(gpt: Any, tok: Any) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Draws what the flags describe."""
-    from imagegpt_jax import api, images
+    from imagegpt_jax import images
+    from imagegpt_jax.inference import loading
 
-    gpt = api.load_decoder(DECODER.value)
+    gpt = loading.load_decoder(DECODER.value)
     tok = gpt.load_tokenizer()
     found = (of_classes if gpt.setup.space.num_classes else of_tasks)(gpt, tok)
     folder = pathlib.Path(OUTPUT.value)

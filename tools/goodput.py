@@ -15,7 +15,8 @@ from typing import Any
 
 from absl import flags
 
-from imagegpt_jax import cli, events
+from imagegpt_jax import cli, errors
+from imagegpt_jax.training import event_log
 
 WORKDIR = flags.DEFINE_multi_string("workdir", None, "Folder of a training run; may be given often.", required=True)
 OUTPUT = flags.DEFINE_string("output", "", "File to write the numbers into, as JSON.")
@@ -107,9 +108,9 @@ def report(workdir: str) -> dict[str, Any]:
     Raises:
       UserError: if the folder holds none.
     """
-    found = events.read(workdir)
+    found = event_log.read(workdir)
     if not any(e["event"] == "start" for e in found):
-        raise cli.UserError(f"{workdir} holds no {events.NAME} of a training run: give its --workdir.")
+        raise errors.UserError(f"{workdir} holds no {event_log.NAME} of a training run: give its --workdir.")
     seconds = shares(found)
     total = sum(seconds.values())
     counts = {kind: sum(e["event"] == kind for e in found) for kind in ("start", "save", "skip", "rollback", "damaged")}

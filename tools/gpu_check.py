@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu", "tpu"], "Which devices to check.")
 SIZE = flags.DEFINE_enum(
@@ -88,7 +88,7 @@ def train(stage: str, workdir: pathlib.Path) -> tuple[float, float]:
 
     import jax
 
-    from imagegpt_jax import loop
+    from imagegpt_jax.training import loop
 
     task = importlib.import_module(f"imagegpt_jax.tasks.{stage}")
     config = make_config(stage, workdir, jax.device_count())
@@ -102,16 +102,17 @@ def train(stage: str, workdir: pathlib.Path) -> tuple[float, float]:
 
 def draw(workdir: pathlib.Path) -> tuple[float, float]:
     """Draws two tiles of pictures, of which the second counts; (pictures per second, codes of a picture)."""
-    from imagegpt_jax import api, notebook
-    from imagegpt_jax.generate import TILE
+    from imagegpt_jax.generation import functional
+    from imagegpt_jax.inference import loading
+    from imagegpt_jax.sampling.jobs import TILE
 
-    decoder = api.load_decoder(workdir / "decoder")
+    decoder = loading.load_decoder(workdir / "decoder")
     tok = decoder.load_tokenizer()
     label, prompt = (0, None) if decoder.setup.space.num_classes else (None, "noto emoji of red heart")
     seconds = []
     for seed in (0, 1):
         started = time.perf_counter()
-        notebook.generate(decoder, tok, prompt, classes=label, num_images=TILE, seed=seed)
+        functional.generate(decoder, tok, prompt, classes=label, num_images=TILE, seed=seed)
         seconds.append(time.perf_counter() - started)
     return TILE / seconds[-1], decoder.setup.layout.num_codes
 
@@ -153,7 +154,7 @@ def find_devices() -> list[Any]:
         return jax.local_devices(backend=PLATFORM.value)
     except RuntimeError as e:
         hint = "pip install 'imagegpt_jax[cuda]', and see that `nvidia-smi` lists one"
-        raise cli.UserError(
+        raise errors.UserError(
             f"JAX finds no {PLATFORM.value.upper()} here: {hint if PLATFORM.value == 'gpu' else 'see --platform'}"
             " (--platform=cpu --size=test checks the tool itself)."
         ) from e
@@ -186,9 +187,9 @@ def check(workdir: pathlib.Path) -> list[Result]:
         if done.returncode:
             said = done.stderr.strip().splitlines()
             if said and said[-1].startswith("error: "):
-                raise cli.UserError(said[-1].removeprefix("error: "))
+                raise errors.UserError(said[-1].removeprefix("error: "))
             print(done.stderr, file=sys.stderr)
-            raise cli.UserError(f"{stage} failed with exit status {done.returncode}: see its last words above.")
+            raise errors.UserError(f"{stage} failed with exit status {done.returncode}: see its last words above.")
         results.append(Result(**json.loads(done.stdout.strip().splitlines()[-1])))
         print(f"{stage} done in {results[-1].seconds:.0f} s", file=sys.stderr)
     return results
@@ -198,7 +199,7 @@ def main() -> None:
     """Checks this machine, or runs one stage."""
     if STAGE.value:
         if STAGE.value not in STAGES or not WORKDIR.value:
-            raise cli.UserError(f"--stage is one of {', '.join(STAGES)}, in a --workdir.")
+            raise errors.UserError(f"--stage is one of {', '.join(STAGES)}, in a --workdir.")
         print(json.dumps(dataclasses.asdict(run_stage(STAGE.value, pathlib.Path(WORKDIR.value)))))
         return
     with tempfile.TemporaryDirectory() as temporary:

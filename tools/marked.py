@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from imagegpt_jax import cli
+from imagegpt_jax import errors
 
 
 def fill(page: pathlib.Path, **blocks: str) -> None:
@@ -16,6 +16,6 @@ def fill(page: pathlib.Path, **blocks: str) -> None:
     for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise cli.UserError(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->: put them back.")
+            raise errors.UserError(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->: put them back.")
         text = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)
     page.write_text(text)

@@ -22,7 +22,7 @@ import marked
 import numpy as np
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 DECODER = flags.DEFINE_string("decoder", None, "Workdir of a decoder trained on the built-in emoji.", required=True)
 OUTPUT = flags.DEFINE_string("output", "", "JSON file of the figures; those of other splits in it stay.")
@@ -39,7 +39,7 @@ WINDOW = 16  # guesses of speculative decoding
 
 def thumbnails(images_BHWC: np.ndarray) -> np.ndarray:
     """[B, 16 * 16 * C]: pictures averaged down, each less its mean colour."""
-    from imagegpt_jax.evals.generation import box_downsample
+    from imagegpt_jax.metrics.retrieval import box_downsample
 
     small = box_downsample(images_BHWC)
     return (small - small.mean((1, 2), keepdims=True)).reshape(len(small), -1)
@@ -60,12 +60,12 @@ def nearer(out_BF: np.ndarray, target_BF: np.ndarray, source_BF: np.ndarray) -> 
 
 def captions(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict[str, Any]:
     """The figures of `captions`, in every direction that the decoder was trained in."""
-    from imagegpt_jax import notebook
-    from imagegpt_jax.evals.generation import derangement
+    from imagegpt_jax.generation import functional
+    from imagegpt_jax.metrics.retrieval import derangement
 
     found: dict[str, Any] = {"candidates": len(words)}
     for of in ("image", "text") if gpt.config.data.image_to_text else ("image",):
-        scores = notebook.rank_captions(gpt, tok, pictures, words, of=of)
+        scores = functional.rank_captions(gpt, tok, pictures, words, of=of)
         right = np.arange(len(words))
         found[of] = ranks(scores, right) | {
             "first_control": ranks(scores, derangement(len(words), SEED.value))["first"]
@@ -78,12 +78,12 @@ def captions(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict
 
 def inpainting(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict[str, float]:
     """The figures of `inpainting`: the middle of each picture is drawn anew."""
-    from imagegpt_jax import notebook
+    from imagegpt_jax.generation import functional
 
     mask = np.zeros(pictures.shape[1:3], bool)
     quarter = [size // 4 for size in mask.shape]
     mask[quarter[0] : -quarter[0], quarter[1] : -quarter[1]] = True
-    out = notebook.inpaint(gpt, tok, pictures, mask, words, seed=SEED.value, cfg_scale=CFG_SCALE.value)
+    out = functional.inpaint(gpt, tok, pictures, mask, words, seed=SEED.value, cfg_scale=CFG_SCALE.value)
     inside = pictures[:, mask].astype(float)
     mean = inside.mean(1, keepdims=True)
     return {
@@ -95,9 +95,10 @@ def inpainting(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> di
 
 def styles(gpt: Any, tok: Any, source: Any, rng: np.random.Generator) -> dict[str, Any]:
     """The figures of `styles`, over random pairs of drawings of one thing."""
-    from imagegpt_jax import images, notebook, sketches
-    from imagegpt_jax.evals.generation import derangement
-    from imagegpt_jax.sampling.plugins import plug_in
+    from imagegpt_jax import images
+    from imagegpt_jax.generation import functional, request
+    from imagegpt_jax.metrics.retrieval import derangement
+    from imagegpt_jax.plugins import plug_in
 
     features = plug_in(FEATURES.value, "features") if FEATURES.value else thumbnails
     pairs = source.pairs()
@@ -110,11 +111,11 @@ def styles(gpt: Any, tok: Any, source: Any, rng: np.random.Generator) -> dict[st
     before, after = (source.__getitems__([pair[k] for pair in chosen]) for k in (0, 1))
     given, wanted = (np.stack([_decoded(r) for r in records]) for records in (before, after))
     words = [
-        sketches.restyled(record["captions"][:1], other["style"], record["style"])[0]
+        request.restyled(record["captions"][:1], other["style"], record["style"])[0]
         for record, other in zip(before, after, strict=True)
     ]
     how = {"seed": SEED.value, "best_of": BEST_OF.value, "cfg_scale": CFG_SCALE.value}
-    out = notebook.variations(gpt, tok, given, STRENGTH.value, words, **how)
+    out = functional.variations(gpt, tok, given, STRENGTH.value, words, **how)
     again = images.to_uint8(tok.decode(tok.encode(given), gpt.setup.layout.grid))
     shuffled = derangement(len(out), SEED.value)
     made, true, own = features(out), features(wanted), features(given)
@@ -129,7 +130,7 @@ def styles(gpt: Any, tok: Any, source: Any, rng: np.random.Generator) -> dict[st
 
 def weights(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict[str, float]:
     """The figures of `weights`: -log2 P(picture | words) of a code, in each precision."""
-    from imagegpt_jax.generate import Sampling, image_job, run
+    from imagegpt_jax.sampling.jobs import Sampling, image_job, run
 
     codes, texts = tok.encode(pictures), [gpt.encode_text(text) for text in words]
     found = {}
@@ -145,7 +146,7 @@ def steps(gpt: Any, words: list[str]) -> dict[str, float]:
     """The figures of `steps`, as the decoder draws and greedily."""
     import dataclasses
 
-    from imagegpt_jax.generate import image_job, run
+    from imagegpt_jax.sampling.jobs import image_job, run
 
     texts, layout = [gpt.encode_text(text) for text in words[:32]], gpt.setup.layout
     found: dict[str, float] = {"codes": layout.num_codes, "window": WINDOW}
@@ -209,12 +210,12 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     """Measures the decoder that the flags name."""
     if PAGE.value and not OUTPUT.value:
-        raise cli.UserError("--page shows the figures of --output: give both.")
-    from imagegpt_jax import api
+        raise errors.UserError("--page shows the figures of --output: give both.")
     from imagegpt_jax.data.emoji import EmojiSource
-    from imagegpt_jax.evals.generation import choose_distinct
+    from imagegpt_jax.inference import loading
+    from imagegpt_jax.metrics.retrieval import choose_distinct
 
-    gpt = api.load_decoder(DECODER.value)
+    gpt = loading.load_decoder(DECODER.value)
     tok = gpt.load_tokenizer()
     res = gpt.setup.layout.grid[0] * tok.downsample
     source = EmojiSource(SPLIT.value, res=res)

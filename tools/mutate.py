@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 MUTATIONS = flags.DEFINE_integer("mutations", 200, "How many checkpoints to damage.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of what is damaged and how.")
@@ -71,7 +71,7 @@ def make_state(seed: int, dtype: Any) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    from imagegpt_jax.state import TrainState
+    from imagegpt_jax.train_state import TrainState
 
     rng = np.random.default_rng(seed)
 
@@ -140,7 +140,7 @@ def campaign(mutations: int, seed: int) -> dict[str, Any]:
                     outcome = "newest"
                 else:
                     outcome = "fell back" if same(restored[0], states[dtype][0]) else "silently wrong"
-            except cli.UserError:
+            except errors.UserError:
                 outcome = "refused"
             except Exception as e:
                 outcome = "crashed"
@@ -168,7 +168,7 @@ def main() -> None:
         pathlib.Path(OUTPUT.value).write_text(json.dumps(found, indent=1) + "\n")
     if found["unexpected"]:
         print(*found["unexpected"][:20], sep="\n", file=sys.stderr)
-        raise cli.UserError(f"{len(found['unexpected'])} of {found['mutations']} damaged checkpoints got through.")
+        raise errors.UserError(f"{len(found['unexpected'])} of {found['mutations']} damaged checkpoints got through.")
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from imagegpt_jax import cli
-from imagegpt_jax.cli import UserError
+from imagegpt_jax import cli, errors
 from imagegpt_jax.data.folder import FolderSource
 from imagegpt_jax.data.images import EXTENSIONS, FORMATS
 from imagegpt_jax.data.shards import ShardWriter, shard_ranges
+from imagegpt_jax.errors import UserError
 
 INPUT = flags.DEFINE_string("input", None, "A folder of images, or a pattern of .tar or .parquet files.")
 TFDS = flags.DEFINE_string("tfds", None, "Instead of --input: name of a TFDS set that is prepared on this machine.")
@@ -251,7 +251,7 @@ class TfdsInput:
         self._builder = open_builder(name, data_dir)
         self._split = split
         if split not in self._builder.info.splits:
-            raise UserError(f"{name} has no split {split!r}.{cli.suggest(split, self._builder.info.splits)}")
+            raise UserError(f"{name} has no split {split!r}.{errors.suggest(split, self._builder.info.splits)}")
         self._examples = TfdsExamples(self._builder)
         self.label_names = self._examples.label_names
         info = self._builder.info

@@ -16,7 +16,7 @@ from typing import Any
 import plan_search
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5e-256; default: the config's own.")
@@ -53,7 +53,7 @@ class Search:
     """
 
     def __init__(self, config: Any, topology: Any, share: float, effort: float = 0.0):
-        from imagegpt_jax import sharding
+        from imagegpt_jax.parallel import sharding
 
         self.config, self.topology, self.effort = config, topology, effort
         self.limit = share * topology.chip.hbm_bytes
@@ -65,13 +65,13 @@ class Search:
     def peak(self, at_once: int, remat: Any) -> int | None:
         """Compiled peak bytes; None where the compiler itself finds no way to fit."""
         if (at_once, remat) not in self.tried:
-            from imagegpt_jax import ahead
+            from imagegpt_jax.perf import aot
 
-            self.plan = ahead.Plan(self.configured(at_once, remat), self.topology)
+            self.plan = aot.Plan(self.configured(at_once, remat), self.topology)
             try:
                 report, _ = self.plan.compile(self._program(), effort=self.effort)
                 peak = report["peak_bytes"]
-            except ahead.OutOfMemory:
+            except aot.OutOfMemory:
                 peak = None
             self.tried[at_once, remat] = peak
             text = "does not compile into memory" if peak is None else f"peak {peak / GIB:.2f} GiB"
@@ -111,7 +111,7 @@ class Search:
 
     def found(self, at_once: int, remat: Any) -> dict[str, Any]:
         """The answer and what was compiled, as JSON values."""
-        from imagegpt_jax import ahead
+        from imagegpt_jax.perf import aot
 
         parts = self.config.accumulate
         return {
@@ -126,7 +126,7 @@ class Search:
             "inputs": self.plan.inputs,
             "limit_bytes": self.limit,
             "compiler_effort": self.effort,
-            "versions": ahead.versions(),
+            "versions": aot.versions(),
             "tried": [
                 {"batch_size": b * self.rows, "per_device": b * parts, "remat": r, "peak_bytes": p}
                 for (b, r), p in self.tried.items()
@@ -164,28 +164,31 @@ def table(plan: Any, peak: int) -> str:
 def main() -> None:
     """Plans what the flags describe."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from imagegpt_jax import ahead, hardware, programs, storage
+    from imagegpt_jax.perf import aot, aot_programs
+    from imagegpt_jax.runtime import filesystem, hardware
 
-    config = programs.given(CONFIG.value, INPUTS.value)
+    config = aot_programs.given(CONFIG.value, INPUTS.value)
     if not (TOPOLOGY.value or config.topology):
-        raise cli.UserError("this config is not written for a TPU slice: give --topology, such as --topology=v5e-16.")
+        raise errors.UserError(
+            "this config is not written for a TPU slice: give --topology, such as --topology=v5e-16."
+        )
     topology = hardware.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
-    search = Search(ahead.fit(config, topology), topology, SHARE.value, EFFORT.value)
+    search = Search(aot.fit(config, topology), topology, SHARE.value, EFFORT.value)
     if OUTPUT.value:
         # What cannot be written is told now, not after minutes of compiling.
-        storage.prepare_folder(pathlib.Path(OUTPUT.value).parent, OUTPUT.value)
+        filesystem.prepare_folder(pathlib.Path(OUTPUT.value).parent, OUTPUT.value)
     choices = remats(config)
     least = choices[-1]
     at_once = search.largest(least)
     if not at_once:
-        raise cli.UserError(
+        raise errors.UserError(
             f"not even one example a device fits {topology.name} with remat={least!r}: use a larger slice."
         )
     remat = next(r for r in choices if r == least or search.fits(at_once, r))
     peak = search.peak(at_once, remat)
     assert peak is not None
     limit = search.limit / GIB
-    plan = ahead.Plan(search.configured(at_once, remat), topology)
+    plan = aot.Plan(search.configured(at_once, remat), topology)
     print(f"largest batch of {plan.inputs}: {search.describe(at_once)}; cheapest remat at it: {remat!r}")
     print(table(plan, peak))
     over = search.peak(at_once + 1, least)
@@ -197,7 +200,7 @@ def main() -> None:
         print(f"  remat {cheaper!r} at the largest batch {shown}: over {limit:.2f} GiB")
     print(f"set: {search.flags(at_once, remat)}")
     if OUTPUT.value:
-        with storage.writing(OUTPUT.value):
+        with filesystem.writing(OUTPUT.value):
             pathlib.Path(OUTPUT.value).write_text(json.dumps(search.found(at_once, remat), indent=1) + "\n")
 
 

@@ -14,7 +14,7 @@ import time
 
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 CONFIG = cli.define_config()
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the trace.", required=True)
@@ -24,32 +24,32 @@ PHASE = flags.DEFINE_string("phase", None, "Phase of the task, such as adversari
 
 def main() -> None:
     """Traces what the flags describe."""
-    from imagegpt_jax import distributed, storage
+    from imagegpt_jax.runtime import distributed, filesystem
 
     if OUTPUT.value.startswith("gs://"):
-        raise cli.UserError(
+        raise errors.UserError(
             "--output is a folder of this machine, for JAX's profiler: copy the trace to gs:// from there."
         )
-    storage.prepare_folder(OUTPUT.value)  # what cannot be written is told now, not after the traced steps
+    filesystem.prepare_folder(OUTPUT.value)  # what cannot be written is told now, not after the traced steps
     distributed.initialize()
     import jax
 
-    from imagegpt_jax import sharding
-    from imagegpt_jax import state as state_lib
-    from imagegpt_jax.steps import Steps
+    from imagegpt_jax import train_state
+    from imagegpt_jax.parallel import sharding
+    from imagegpt_jax.training.steps import Steps
 
     config = CONFIG.value
     task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
     setup = task.setup(config)
     phase = PHASE.value or task.phase(setup, 0)
     if phase not in task.phases(setup):
-        raise cli.UserError(f"unknown phase {phase!r}.{cli.suggest(phase, task.phases(setup))}")
+        raise errors.UserError(f"unknown phase {phase!r}.{errors.suggest(phase, task.phases(setup))}")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     task.check_mesh(setup, mesh)
     with jax.set_mesh(mesh):
         make = functools.partial(task.init_state, setup)
-        state, layout = state_lib.init_sharded(make, setup.networks, mesh, config.seed)
+        state, layout = train_state.init_sharded(make, setup.networks, mesh, config.seed)
         if hasattr(task, "load_frozen"):
             state = task.load_frozen(setup, state, layout)
         rows = sharding.host_rows(mesh, config.batch_size)

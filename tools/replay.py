@@ -39,10 +39,11 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from imagegpt_jax import checkpoint, metrics, sharding
+    from imagegpt_jax import checkpoint, train_state
     from imagegpt_jax import config as config_lib
-    from imagegpt_jax import state as state_lib
-    from imagegpt_jax.steps import Steps
+    from imagegpt_jax.parallel import sharding
+    from imagegpt_jax.training import train_metrics
+    from imagegpt_jax.training.steps import Steps
 
     config = config_lib.load(WORKDIR.value)
     task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
@@ -50,7 +51,7 @@ def main() -> None:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         make = functools.partial(task.init_state, setup)
-        state, layout = state_lib.init_sharded(make, setup.networks, mesh, config.seed)
+        state, layout = train_state.init_sharded(make, setup.networks, mesh, config.seed)
         restored = checkpoint.Checkpoints(WORKDIR.value, config).restore(state, last=STEP.value)
         position, skipped = 0, ()
         if restored is not None:
@@ -85,7 +86,7 @@ def main() -> None:
 
     print(f"step {STEP.value} ({phase}), positions {held['position'].min()} to {held['position'].max()}")
     print(*(describe(name, x) for name, x in held.items()), sep="\n")
-    for name, value in metrics.fetch(values).items():
+    for name, value in train_metrics.fetch(values).items():
         print(f"{name} = {value:.6g}")
     for field in dataclasses.fields(new):
         tree = getattr(new, field.name)

@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 PAIRS = flags.DEFINE_integer("pairs", 0, "How many pairs of each task, drawn at random; 0 = all.", lower_bound=0)
 MINUTES = flags.DEFINE_float("minutes", 0.0, "Stop after so many, between two source meshes; 0 = never.")
@@ -53,8 +53,8 @@ class Campaign:
         import numpy as np
 
         from imagegpt_jax import config as config_lib
-        from imagegpt_jax import sharding
-        from imagegpt_jax import state as state_lib
+        from imagegpt_jax import train_state
+        from imagegpt_jax.parallel import sharding
 
         task = importlib.import_module(f"imagegpt_jax.tasks.{name}")
         root = pathlib.Path(__file__).resolve().parents[1]
@@ -72,11 +72,11 @@ class Campaign:
             mesh = sharding.make_mesh(sizes, jax.devices()[: shape[0] * shape[1] * shape[2]])
             try:
                 task.check_mesh(setup, mesh)
-            except cli.UserError:
+            except errors.UserError:
                 self.refused += 1
                 continue
             with jax.set_mesh(mesh):
-                layout = state_lib.shardings(abstract, setup.networks, mesh)
+                layout = train_state.shardings(abstract, setup.networks, mesh)
             self.meshes[shape] = mesh
             self._targets[shape] = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout
@@ -161,7 +161,7 @@ def main() -> None:
             f" {len(found['different'])} different; {found['refused']} meshes cannot hold its networks"
         )
     if different := {task: found["different"] for task, found in record.items() if found["different"]}:
-        raise cli.UserError(f"restored with other bits: {different}")
+        raise errors.UserError(f"restored with other bits: {different}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import marked
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 
 CELLS = flags.DEFINE_string("cells", "", "Pattern of cells to compile again, such as '20B*' or '* v5e-16'.")
 CHECK = flags.DEFINE_bool("check", False, "Recompile one small cell and compare it with what is kept.")
@@ -119,7 +119,7 @@ def compile_cell(name: str, arguments: list[str]) -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             words = done.stderr.strip().splitlines()
-            raise cli.UserError(f"cell {name!r} did not compile: {words[-1] if words else done.returncode}")
+            raise errors.UserError(f"cell {name!r} did not compile: {words[-1] if words else done.returncode}")
         (report,) = json.loads(output.read_text())
     return {"name": name, **report}
 
@@ -145,7 +145,7 @@ def choose(pattern: str, reports: dict[str, dict[str, Any]], versions: dict[str,
         return [name for name in cells() if reports.get(name, {}).get("versions") != versions]
     found = [name for name in cells() if fnmatch.fnmatch(name, pattern)]
     if not found:
-        raise cli.UserError(f"no cell is named {pattern!r}.{cli.suggest(pattern, cells())}")
+        raise errors.UserError(f"no cell is named {pattern!r}.{errors.suggest(pattern, cells())}")
     return found
 
 
@@ -156,18 +156,18 @@ def check() -> None:
       UserError: if peak memory or communication differ by more than 2%; if scores of attention or all float32 logits
         are ever in memory; if a parameter of more than 1 MiB is on every device.
     """
-    from imagegpt_jax import ahead
+    from imagegpt_jax.perf import aot
 
     old = kept()[CHECKED]
-    if old["versions"] != ahead.versions():
-        print(f"{CHECKED} is kept for {old['versions']}, and these are {ahead.versions()}: nothing to compare.")
+    if old["versions"] != aot.versions():
+        print(f"{CHECKED} is kept for {old['versions']}, and these are {aot.versions()}: nothing to compare.")
         return
     new = compile_cell(CHECKED, cells()[CHECKED])
     for key in ("peak_bytes", "collective_bytes"):
         change = new[key] / old[key] - 1
         print(f"{CHECKED}: {key} {new[key]:,} against {old[key]:,} ({change:+.2%})")
         if abs(change) > TOLERANCE:
-            raise cli.UserError(
+            raise errors.UserError(
                 f"{key} of cell {CHECKED!r} moved by {change:+.1%}: if that is meant, compile the cells again with"
                 " `make scale`."
             )
@@ -177,11 +177,11 @@ def check() -> None:
         f" {new['largest_replicated_parameter_bytes']:,}"
     )
     if new["attention_scores_bytes"]:
-        raise cli.UserError(f"the program of cell {CHECKED!r} holds length x length scores of attention.")
+        raise errors.UserError(f"the program of cell {CHECKED!r} holds length x length scores of attention.")
     if new["largest_float32_bytes"] >= new["full_logits_bytes"]:
-        raise cli.UserError(f"the program of cell {CHECKED!r} holds a float32 array as large as all logits.")
+        raise errors.UserError(f"the program of cell {CHECKED!r} holds a float32 array as large as all logits.")
     if new["largest_replicated_parameter_bytes"] > REPLICATED:
-        raise cli.UserError(f"cell {CHECKED!r} holds a parameter of more than {REPLICATED:,} bytes on every device.")
+        raise errors.UserError(f"cell {CHECKED!r} holds a parameter of more than {REPLICATED:,} bytes on every device.")
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -261,10 +261,10 @@ def main() -> None:
         check()
         return
     if not RENDER.value:
-        from imagegpt_jax import ahead
+        from imagegpt_jax.perf import aot
 
         reports, plan = kept(), cells()
-        wanted = choose(CELLS.value, reports, ahead.versions())
+        wanted = choose(CELLS.value, reports, aot.versions())
         for i, name in enumerate(wanted, 1):
             print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)
             reports[name] = compile_cell(name, plan[name])

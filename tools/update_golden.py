@@ -14,8 +14,9 @@ def specs() -> dict[str, Any]:
     """Preset -> its mesh, and the PartitionSpec of each parameter as text."""
     import jax
 
-    from imagegpt_jax import hardware, sharding
     from imagegpt_jax.config import sibling
+    from imagegpt_jax.parallel import sharding
+    from imagegpt_jax.runtime import hardware
     from imagegpt_jax.tasks import decoder, tokenizer
 
     found: dict[str, Any] = {}

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, errors
 from imagegpt_jax import config as config_lib
 
 CONFIGS_ONLY = flags.DEFINE_bool("configs_only", False, "Write the table of configs alone, which needs no demo.")
@@ -68,7 +68,7 @@ def scores_table(scores: dict[str, Any]) -> str:
 
 def config_table() -> str:
     """Every shipped size with its parameter count, counted on abstract networks."""
-    from imagegpt_jax import state
+    from imagegpt_jax import train_state
     from imagegpt_jax.tasks import decoder, tokenizer
 
     lines = ["| config | size | what it is | parameters |", "|---|---|---|---|"]
@@ -76,7 +76,7 @@ def config_table() -> str:
         module = config_lib.sibling(str(ROOT / "configs" / "x.py"), f"{name}.py")
         for size in module.MODELS:
             networks = task.setup_abstract(module.get_config(f"size={size}")).networks
-            count = state.count_params(networks[network].abstract) / 1e6
+            count = train_state.count_params(networks[network].abstract) / 1e6
             about = ABOUT.get((name, size), f"LlamaGen {size}: ImageNet classes to 256 px")
             lines.append(f"| `configs/{name}.py` | `{size}` | {about} | {count:,.{1 if count < 100 else 0}f} M |")
     return "\n".join(lines)
@@ -86,10 +86,10 @@ def notebook_output(text: str) -> str:
     """Runs the README's Python example and returns what it prints, as a block."""
     match = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     if match is None:
-        raise cli.UserError("README.md has no Python example: put it back.")
+        raise errors.UserError("README.md has no Python example: put it back.")
     done = subprocess.run([sys.executable, "-c", match[1]], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise cli.UserError(f"README.md's Python example failed: {done.stderr.strip().splitlines()[-1]}")
+        raise errors.UserError(f"README.md's Python example failed: {done.stderr.strip().splitlines()[-1]}")
     return f"```\n{done.stdout.strip()}\n```"
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     if not CONFIGS_ONLY.value:
         demo = pathlib.Path(DEMO.value)
         if not (demo / "metrics.json").exists():
-            raise cli.UserError(f"{demo} holds no finished demo: run `make demo` first, or give --demo.")
+            raise errors.UserError(f"{demo} holds no finished demo: run `make demo` first, or give --demo.")
         for source, target in PICTURES.items():
             (ROOT / target).parent.mkdir(exist_ok=True)
             with Image.open(demo / source) as picture:  # the pixels alone: the metadata of samples names local folders

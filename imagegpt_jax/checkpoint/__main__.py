@@ -12,10 +12,11 @@ import time
 
 from etils import epath
 
-from imagegpt_jax import cli, storage
+from imagegpt_jax import cli, errors
 from imagegpt_jax.checkpoint import comparing, folders
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged
+from imagegpt_jax.runtime import filesystem
 
 
 def ls(workdir: epath.Path) -> int:
@@ -61,7 +62,7 @@ def verify(workdir: epath.Path) -> int:
 
 def repair(workdir: epath.Path) -> int:
     """Leaves only steps that verify; not while the run trains."""
-    with storage.writing(folders.root(workdir)):
+    with filesystem.writing(folders.root(workdir)):
         _repair(workdir)
     return 0
 
@@ -84,12 +85,12 @@ def diff(workdir: epath.Path, chosen: list[int]) -> int:
     """Compares two steps, the last two by default."""
     have = folders.finished(workdir)
     if not chosen and len(have) < 2:
-        raise cli.UserError(f"{workdir} has {len(have)} finished checkpoints: there are not two to compare.")
+        raise errors.UserError(f"{workdir} has {len(have)} finished checkpoints: there are not two to compare.")
     for step in chosen:
         if step not in have:
-            raise cli.UserError(f"{workdir} holds no checkpoint of step {step}: it has {', '.join(map(str, have))}.")
+            raise errors.UserError(f"{workdir} holds no checkpoint of step {step}: it has {', '.join(map(str, have))}.")
     if len(chosen) == 1 or len(chosen) > 2:
-        raise cli.UserError("give two steps to compare, or none for the last two.")
+        raise errors.UserError("give two steps to compare, or none for the last two.")
     a, b = chosen or have[-2:]
     print("\n".join(comparing.compare(workdir, a, b)))
     return 0
@@ -108,11 +109,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     workdir = epath.Path(args.workdir).expanduser()
     try:
-        storage.check(args.workdir)
+        filesystem.check(args.workdir)
         if args.steps and args.command != "diff":
-            raise cli.UserError(f"{args.command} takes no steps: it goes through all.")
+            raise errors.UserError(f"{args.command} takes no steps: it goes through all.")
         if not folders.root(workdir).is_dir():
-            raise cli.UserError(f"{workdir} holds no checkpoints: give the --workdir of a training run.")
+            raise errors.UserError(f"{workdir} holds no checkpoints: give the --workdir of a training run.")
         if args.command == "diff":
             return diff(workdir, args.steps)
         if not folders.numbered(workdir):
@@ -120,9 +121,11 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return {"ls": ls, "verify": verify, "repair": repair}[args.command](workdir)
     except Exception as e:
-        if storage.is_refusal(e):
-            cli.fail(f"{workdir} cannot be read ({storage.reason(e)}): check its permissions, or give another folder.")
-        if isinstance(e, cli.UserError | Damaged):
+        if filesystem.is_refusal(e):
+            cli.fail(
+                f"{workdir} cannot be read ({filesystem.reason(e)}): check its permissions, or give another folder."
+            )
+        if isinstance(e, errors.UserError | Damaged):
             cli.fail(e)
         raise
 

@@ -37,7 +37,7 @@ def compare(workdir: epath.PathLike, a: int, b: int) -> list[str]:
 def _moved(workdir: epath.PathLike, a: int, b: int) -> list[str]:
     import numpy as np
 
-    from imagegpt_jax.state import flatten
+    from imagegpt_jax.train_state import flatten
 
     old, new = (flatten(_trainable(workdir, step)) for step in (a, b))
     lines = [f"{name}: only in step {a if name in old else b}" for name in sorted(old.keys() ^ new.keys())]

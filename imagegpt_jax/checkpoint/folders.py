@@ -13,7 +13,7 @@ from etils import epath
 
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 STATE = "state"
 _ASIDE = "damaged"

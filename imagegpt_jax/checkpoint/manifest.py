@@ -16,8 +16,8 @@ from typing import Any
 import xxhash
 from etils import epath
 
-from imagegpt_jax import storage
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import filesystem
 
 NAME = "manifest.json"
 # What it is called before it is whole; there from the beginning of a save.
@@ -136,13 +136,13 @@ def _reading(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if not storage.is_refusal(e):
+        if not filesystem.is_refusal(e):
             raise
         where = getattr(e, "filename", None) or path
         if isinstance(e, FileNotFoundError) or getattr(e, "errno", None) in _BAD_FILE:
-            raise Damaged(f"{where} is missing or cannot be read ({storage.reason(e)})") from e
+            raise Damaged(f"{where} is missing or cannot be read ({filesystem.reason(e)})") from e
         raise UserError(
-            f"{where} cannot be read ({storage.reason(e)}): mend that and start the same command again; nothing was"
+            f"{where} cannot be read ({filesystem.reason(e)}): mend that and start the same command again; nothing was"
             " changed."
         ) from e
 

@@ -10,8 +10,8 @@ from etils import epath
 from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged
-from imagegpt_jax.cli import UserError
-from imagegpt_jax.state import Params, TrainState, join
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.train_state import Params, TrainState, join
 
 
 def steps(workdir: epath.PathLike) -> list[int]:

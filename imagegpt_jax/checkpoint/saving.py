@@ -13,13 +13,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import distributed, events, storage
 from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import Config
-from imagegpt_jax.state import TrainState
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import distributed, filesystem
+from imagegpt_jax.train_state import TrainState
+from imagegpt_jax.training import event_log
 
 _LIBRARIES = ("imagegpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -38,9 +39,9 @@ class Checkpoints:
       log: where saves and restores are noted.
     """
 
-    def __init__(self, workdir: epath.PathLike, config: Config, log: events.Log | None = None):
+    def __init__(self, workdir: epath.PathLike, config: Config, log: event_log.Log | None = None):
         self._workdir, self._config = workdir, config
-        self._log = log or events.Log(None)
+        self._log = log or event_log.Log(None)
         self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._finishing: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -132,7 +133,7 @@ class Checkpoints:
             self._log.write("save_failed", step=step, reason=distributed.first_line(error))
         return UserError(
             f"the checkpoint of step {step} could not be written to {folders.root(self._workdir)}"
-            f" ({storage.reason(error)}): make room or mend the file system, and start the same command again to"
+            f" ({filesystem.reason(error)}): make room or mend the file system, and start the same command again to"
             " continue from the checkpoint before."
         )
 
@@ -222,7 +223,7 @@ class Checkpoints:
             except ValueError as e:
                 if not (different := _different(reader.metadata(folder).item_metadata.tree, abstract)):
                     raise UserError(
-                        f"{folder} cannot be read ({storage.reason(e)}): start the same command again."
+                        f"{folder} cannot be read ({filesystem.reason(e)}): start the same command again."
                     ) from e
                 raise UserError(
                     f"the checkpoint {folder.parent} is of other networks than this config's"

@@ -10,7 +10,7 @@ import pathlib
 import sys
 
 from imagegpt_jax import cli
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 
 def _arguments() -> argparse.Namespace:

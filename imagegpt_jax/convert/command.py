@@ -4,9 +4,10 @@ import pathlib
 import shutil
 import tempfile
 
-from imagegpt_jax.cli import UserError
-from imagegpt_jax.convert import files, formats, portable
+from imagegpt_jax.convert import formats, portable
 from imagegpt_jax.convert.formats import DECODER, TOKENIZER, Options
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.weight_files import files
 
 
 def convert(
@@ -74,17 +75,17 @@ def _to_portable(
 
 
 def _from_workdir(source: pathlib.Path, target: pathlib.Path, step: int | None) -> str:
-    from imagegpt_jax import api
     from imagegpt_jax import config as config_lib
-    from imagegpt_jax import state as state_lib
+    from imagegpt_jax import train_state
+    from imagegpt_jax.inference import loading
 
     run = config_lib.load(source)
     if run.task == TOKENIZER:
-        setup, params, step = api.read_tokenizer(source, step)
+        setup, params, step = loading.read_tokenizer(source, step)
         portable.save_params(TOKENIZER, setup.model, params, target, config_lib.to_dict(run))
         return f"step {step} of the tokenizer"
-    decoder = api.load_decoder(source, step)
-    params = state_lib.split(decoder.gpt)[1]
+    decoder = loading.load_decoder(source, step)
+    params = train_state.split(decoder.gpt)[1]
     portable.save_params(DECODER, decoder.gpt.config, params, target, config_lib.to_dict(run))
     shutil.copytree(source / "text_tokenizer", target / "text_tokenizer")
     shutil.copyfile(source / "labels.json", target / "labels.json")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 Shape = tuple[int, ...]
 # Targets that begin so are kept for the way back and are no parameters, such as counters of a published checkpoint.

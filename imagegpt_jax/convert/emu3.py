@@ -7,9 +7,9 @@ between both and the codes stand convolutions along time.
 from collections.abc import Mapping
 from typing import Any
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert.core import CONV3D, Change, Rule, carry, filled_in, rule
 from imagegpt_jax.convert.vqgan import SHARED, conv_rules, norm_rules, quantizer
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.vq import VQConfig
 
 # A linear map as a 1 x 1 convolution.

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.convert.core import LINEAR, Arrays, Change, Rule, cut, drop, filled_in, rule
+from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.rope import KINDS, RopeScaling
 

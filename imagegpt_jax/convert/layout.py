@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.packing import NO_LABEL, SEGMENT
+from imagegpt_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

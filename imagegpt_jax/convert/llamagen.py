@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert.core import LINEAR, Arrays, Change, Rule, Tensor, drop, join, rule
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt_config import GPTConfig
 
 # Heads by (layers, width): weights alone do not tell them.

@@ -8,9 +8,9 @@ Conv_1; `decoder` is Conv_0, the middle's blocks and those of all levels from lo
 import re
 from collections.abc import Mapping
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert.core import Rule, Tensor, rule
 from imagegpt_jax.convert.vqgan import MASKGIT, SHARED, quantizer
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.vq import VQConfig
 
 _CODEBOOK = "quantizer.codebook"

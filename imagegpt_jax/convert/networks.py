@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagegpt_jax import state as state_lib
+from imagegpt_jax import train_state
 from imagegpt_jax.convert.core import Shape
 from imagegpt_jax.models.gpt import GPT
 from imagegpt_jax.models.gpt_config import GPTConfig
@@ -24,21 +24,21 @@ _STACKED = "blocks"
 _ALIGNMENT = 64
 
 
-def network(config: Config) -> state_lib.Network:
+def network(config: Config) -> train_state.Network:
     """The network that a config describes; nothing is allocated."""
     if isinstance(config, GPTConfig):
-        return state_lib.network(lambda key: GPT(config, key=key))
+        return train_state.network(lambda key: GPT(config, key=key))
     if isinstance(config, PaletteConfig):
-        return state_lib.network(lambda key: Palette(config, key=key))
-    return state_lib.network(lambda key: VQModel(config, key=key))
+        return train_state.network(lambda key: Palette(config, key=key))
+    return train_state.network(lambda key: VQModel(config, key=key))
 
 
-def _leaves(net: state_lib.Network) -> dict[tuple[Any, ...], jax.ShapeDtypeStruct]:
-    params = state_lib.split(net.abstract)[1]
+def _leaves(net: train_state.Network) -> dict[tuple[Any, ...], jax.ShapeDtypeStruct]:
+    params = train_state.split(net.abstract)[1]
     return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def shapes(net: state_lib.Network) -> dict[str, Shape]:
+def shapes(net: train_state.Network) -> dict[str, Shape]:
     """Shape of every array by its name, all layers of one parameter after each other."""
     found: dict[str, Shape] = {}
     for path, leaf in _leaves(net).items():
@@ -54,10 +54,10 @@ def _layer_name(path: tuple[Any, ...], layer: int) -> str:
 
 
 def assemble(
-    net: state_lib.Network,
+    net: train_state.Network,
     arrays: Iterable[tuple[str, np.ndarray]],
     dtype_of: Callable[[str, np.dtype], np.dtype] = lambda name, dtype: dtype,
-) -> state_lib.Params:
+) -> train_state.Params:
     """Puts named arrays into the network's parameters, which keep the arrays' dtypes.
 
     Parameters are handed to JAX one by one as they become complete, so that with the arrays in the order of `shapes`
@@ -76,7 +76,7 @@ def assemble(
         else:
             place[".".join(map(str, path))] = (path, None)
     open_: dict[tuple[Any, ...], tuple[np.ndarray, set[int]]] = {}
-    params: state_lib.Params = {}
+    params: train_state.Params = {}
     for name, array in arrays:
         path, layer = place[name]
         dtype = jax.dtypes.canonicalize_dtype(dtype_of(name, array.dtype))

@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import state as state_lib
-from imagegpt_jax.cli import UserError, suggest
-from imagegpt_jax.convert import core, files, formats, networks
+from imagegpt_jax import train_state
+from imagegpt_jax.convert import core, formats, networks
 from imagegpt_jax.convert.core import Tensor
 from imagegpt_jax.convert.formats import Published
 from imagegpt_jax.convert.layout import ImageSpace, RasterLayout
+from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.palette import PaletteConfig
 from imagegpt_jax.models.vq import VQConfig
+from imagegpt_jax.weight_files import files
 
 FORMAT = "imagegpt_jax"
 WEIGHTS, ABOUT = "model.safetensors", "config.json"
@@ -64,7 +65,7 @@ class Portable:
 
     def params(
         self, dtype_of: Callable[[str, np.dtype], np.dtype] = lambda name, dtype: dtype
-    ) -> tuple[state_lib.Network, state_lib.Params]:
+    ) -> tuple[train_state.Network, train_state.Params]:
         """The network and its parameters; `dtype_of` as in `networks.assemble`."""
         net = networks.network(self.config)
         stream = core.convert(_ALL, self.tensors, networks.shapes(net), str(self.path))

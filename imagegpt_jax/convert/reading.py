@@ -1,4 +1,6 @@
-"""Weights -> what `api.load_tokenizer` and `api.load_decoder` hand out: published ones, and portable folders."""
+"""Weights -> what `inference.loading.load_tokenizer` and `inference.loading.load_decoder` hand out: published ones,
+and portable folders.
+"""
 
 import dataclasses
 import functools
@@ -10,12 +12,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imagegpt_jax import state as state_lib
-from imagegpt_jax.cli import UserError
-from imagegpt_jax.convert import core, files, formats, networks, portable
+from imagegpt_jax import train_state
+from imagegpt_jax.convert import core, formats, networks, portable
 from imagegpt_jax.convert.formats import Options, Published
 from imagegpt_jax.convert.layout import RasterLayout
 from imagegpt_jax.data import text as text_lib
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.weight_files import files
 
 # Codes are compared in float32 whatever the file keeps.
 _CODEBOOK = "quantize.embedding"
@@ -35,8 +38,8 @@ class Loaded:
     """
 
     config: networks.Config
-    network: state_lib.Network
-    params: state_lib.Params
+    network: train_state.Network
+    params: train_state.Params
     layout: RasterLayout | None = None
     run: Any = dataclasses.field(default_factory=dict)
     text: pathlib.Path | None = None
@@ -51,7 +54,7 @@ def is_weights(path: Any) -> bool:
     return bool(path) and files.holds_weights(pathlib.Path(path).expanduser())
 
 
-def describe(path: Any, kind: str) -> tuple[networks.Config, state_lib.Network]:
+def describe(path: Any, kind: str) -> tuple[networks.Config, train_state.Network]:
     """Config and structure of the network of weights, without reading them; errors as in `load`."""
     local = pathlib.Path(path).expanduser()
     if local.is_dir() and portable.is_portable(local):
@@ -89,9 +92,9 @@ def load(path: Any, kind: str, options: Options | None = None) -> Loaded:
     return read(published, str(path), _text_folder(local) if kind == formats.DECODER else None)
 
 
-def load_for(path: Any, kind: str, network: state_lib.Network) -> state_lib.Params:
+def load_for(path: Any, kind: str, network: train_state.Network) -> train_state.Params:
     """Parameters of weights in the dtypes that a network is built with; errors as in `load`."""
-    abstract = state_lib.split(network.abstract)[1]
+    abstract = train_state.split(network.abstract)[1]
 
     def cast(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
         # On the host: under the mesh of a training JAX computes nothing on one of its devices alone.
@@ -143,7 +146,7 @@ class DecoderSetup:
       folder: where it came from.
       tokenizer: the image tokenizer to draw with; "" = what lies beside the weights.
       text_folder: its text tokenizer; None without one.
-      encoder: the `text_encoder.TextEncoder` that reads its prompts; None without one.
+      encoder: the `inference.text_encoder.TextEncoder` that reads its prompts; None without one.
     """
 
     model: Any

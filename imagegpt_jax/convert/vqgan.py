@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert.core import CONV2D, SAME, Change, Rule, Tensor, carry, drop, filled_in, rule
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.quantizers import QuantizerConfig
 from imagegpt_jax.models.vq import VQConfig
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from etils import epath
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.images import EXTENSIONS
+from imagegpt_jax.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 # Larger files are not read: no picture or caption is so large.

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.data.decoding import Window, decode_and_crop, decode_any, import_tf
+from imagegpt_jax.errors import UserError, suggest
 
 METHODS = ("bilinear", "bicubic", "area", "lanczos3", "lanczos5", "nearest")
 Size = int | tuple[int, int]

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 ROUNDS = 16  # with 8, the 120 orders of five examples are visibly not equally likely
 MAX_PERIOD = 10_000

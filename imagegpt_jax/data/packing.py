@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = 0, 1
 # Kinds of target, and of loss: none (structure and padding), text, image.

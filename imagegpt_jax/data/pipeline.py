@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data import ops as ops_lib
 from imagegpt_jax.data.images import decode_image, sniff
 from imagegpt_jax.data.mixture import Mixture
@@ -31,6 +30,7 @@ from imagegpt_jax.data.order import Order, hash_positions
 from imagegpt_jax.data.quarantine import Quarantine
 from imagegpt_jax.data.read_ahead import AHEAD, ReadAhead
 from imagegpt_jax.data.sources import Source, first_record
+from imagegpt_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 

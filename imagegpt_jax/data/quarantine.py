@@ -24,9 +24,9 @@ import numpy as np
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
-from imagegpt_jax import storage
-from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.data.images import FORMATS
+from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.runtime import filesystem
 
 # What `accept` may name: these decode, each to one picture.
 KINDS = ("cmyk", "16-bit", "animated", "extension", "thin")
@@ -155,7 +155,7 @@ class Report:
     Args:
       workdir: the run's folder.
       process: number of this process; each writes a file of its own.
-      log: an `events.Log`.
+      log: an `training.event_log.Log`.
     """
 
     def __init__(self, workdir: epath.PathLike, process: int, log: Any):
@@ -176,7 +176,7 @@ class Report:
             if (source, name) in self._listed:
                 return
             self._listed.add((source, name))
-            with storage.writing(self._path), self._path.open("a") as file:
+            with filesystem.writing(self._path), self._path.open("a") as file:
                 file.write(json.dumps({"source": source, "id": name, "reason": reason}) + "\n")
         self._log.write("quarantine", source=source, id=name, reason=reason)
 

@@ -27,7 +27,7 @@ import msgpack
 import numpy as np
 from etils import epath
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 SIDECAR = "dataset.json"
 PLAN = "plan.json"

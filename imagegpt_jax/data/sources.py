@@ -16,8 +16,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.data.mixture import Mixture
+from imagegpt_jax.errors import UserError, suggest
 
 
 class Source(Protocol):

@@ -14,7 +14,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 BYTES = 256
 

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from imagegpt_jax.cli import UserError, quiet_logs, suggest
+from imagegpt_jax.cli import quiet_logs
+from imagegpt_jax.errors import UserError, suggest
 
 CAPTION_FEATURES = ("captions", "caption", "text")
 

@@ -15,9 +15,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from imagegpt_jax import per_device, sharding
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.flash import flash_attention, resolve
+from imagegpt_jax.parallel import manual_collectives, sharding
 
 if TYPE_CHECKING:
     from imagegpt_jax.models.gpt_config import GPTConfig
@@ -219,7 +219,7 @@ def attend_causally(
 
 def _head_keys(keys_B: jax.Array, kv_heads: int) -> jax.Array:
     """A key for each of the kv heads that this device computes, [B, K]: the same ones however heads are shared out."""
-    first = per_device.part_index("kv_heads") * kv_heads
+    first = manual_collectives.part_index("kv_heads") * kv_heads
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     return fold(keys_B, first + jnp.arange(kv_heads))
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from imagegpt_jax import per_device, sharding
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.attention import Attention, LayerCache, Visible
 from imagegpt_jax.models.gpt_config import GPTConfig
-from imagegpt_jax.per_device import STREAM
+from imagegpt_jax.parallel import manual_collectives, sharding
+from imagegpt_jax.parallel.manual_collectives import STREAM
 
 
 class MLP(nnx.Module):
@@ -77,16 +77,16 @@ class Block(nnx.Module):
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = modulate(self.modulation, condition_BD, 6)
         # Where `tensor` is written out, branches give parts of sums, of which dropout and gates are linear functions.
-        x_BLD = per_device.gather_columns(x_BLD)
+        x_BLD = manual_collectives.gather_columns(x_BLD)
         h_BLD = _whole(adapt(self.attention_norm(x_BLD), shift1, scale1))
         y_BLD, cache = self.attention(h_BLD, rotary, visible, cache, length, keys[0], layer)
         y_BLD = sharding.constrain(y_BLD, STREAM)
         y_BLD = gated(layers.dropout(y_BLD, config.residual_dropout, keys[1]), gate1)
-        x_BLD = x_BLD + per_device.sum_parts(y_BLD)
+        x_BLD = x_BLD + manual_collectives.sum_parts(y_BLD)
         h_BLD = _whole(adapt(self.mlp_norm(x_BLD), shift2, scale2))
         y_BLD = sharding.constrain(self.mlp(h_BLD), STREAM)
         y_BLD = gated(layers.dropout(y_BLD, config.mlp_dropout, keys[2]), gate2)
-        x_BLD = per_device.own_columns(x_BLD) + per_device.sum_to_own_columns(y_BLD)
+        x_BLD = manual_collectives.own_columns(x_BLD) + manual_collectives.sum_to_own_columns(y_BLD)
         return sharding.constrain(x_BLD, STREAM), cache
 
 

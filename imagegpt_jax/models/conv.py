@@ -13,9 +13,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from imagegpt_jax import fsdp, sharding
-from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.models import layers, winograd
+from imagegpt_jax.parallel import fsdp, sharding
 
 CONV_IMPLS = ("auto", "xla", "winograd")
 

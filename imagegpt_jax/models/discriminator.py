@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.conv import Conv, GroupNorm
 from imagegpt_jax.models.style_discriminator import LAST_SIDE, StyleDiscriminator

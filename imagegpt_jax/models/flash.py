@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import per_device, sharding
+from imagegpt_jax.parallel import manual_collectives, sharding
 
 if TYPE_CHECKING:
     from imagegpt_jax.models.gpt_config import GPTConfig
@@ -110,7 +110,7 @@ def _splash(q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segments_BL
 
     segments_BL = jnp.pad(segments_BL, ((0, 0), (0, padded - length)), constant_values=-1)
     heads = ("batch", "heads", None, None)
-    y_BNLH = per_device.map_shards(local, (heads, heads, heads, ("batch", None)), heads)(
+    y_BNLH = manual_collectives.map_shards(local, (heads, heads, heads, ("batch", None)), heads)(
         heads_first(q_BLNH / math.sqrt(head_dim)), heads_first(k_BLKH), heads_first(v_BLKH), segments_BL
     )
     return y_BNLH.swapaxes(1, 2)[:, :length].astype(q_BLNH.dtype)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from imagegpt_jax import fsdp, sharding
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.attention import EMPTY, Cache, cache_mask, visible, write
 from imagegpt_jax.models.blocks import Block, FeatureProjection, adapt, make_modulation, modulate
 from imagegpt_jax.models.gpt_config import GPTConfig, check, split_dims
+from imagegpt_jax.parallel import fsdp, sharding
 
 EMBED_STD = 0.02
 # What the backward pass finds saved of each block, beside its input; see `GPTConfig.remat`.

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.models import flash, layers
 from imagegpt_jax.models.rope import RopeScaling
 

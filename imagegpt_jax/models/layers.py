@@ -1,8 +1,8 @@
 """Layers that several networks share: linear maps, embeddings, norms, dropout and rotary positions.
 
 Parameters are kept in `param_dtype` and cast to the compute `dtype` where they are used; the statistics of norms are
-fp32 (float64 if the computation is: `wide`). Every parameter names its logical axes (`axes=`), which only `sharding.py`
-maps to a mesh.
+fp32 (float64 if the computation is: `wide`). Every parameter names its logical axes (`axes=`), which only
+`parallel/sharding.py` maps to a mesh.
 
 Shapes: B batch, L length, D input width, F output width, N heads, H head dim, V vocabulary; `_` any leading dimensions.
 """
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import per_device, sharding
-from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.models import rope
+from imagegpt_jax.parallel import manual_collectives, sharding
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "float64": jnp.float64}
 NORMS = ("rms", "layer")
@@ -122,7 +122,7 @@ class Linear(nnx.Module):
             y = x @ weight
         if self.bias is None:
             return y
-        return y + per_device.on_first(self.bias[...], self.weight.axes[0]).astype(self.dtype)
+        return y + manual_collectives.on_first(self.bias[...], self.weight.axes[0]).astype(self.dtype)
 
 
 class Embedding(nnx.Module):
@@ -158,19 +158,19 @@ class Embedding(nnx.Module):
         """
         vocab, width = self.weight.shape
         mesh = jax.sharding.get_abstract_mesh()
-        even = sharding.cuts_evenly((vocab, *ids_BL.shape, width), ("vocab", *per_device.STREAM))
+        even = sharding.cuts_evenly((vocab, *ids_BL.shape, width), ("vocab", *manual_collectives.STREAM))
         if not sharding.residual_axes(mesh) or not even:
             return self(ids_BL)
 
         def local(ids_BL: jax.Array, table_VD: jax.Array) -> jax.Array:
             size = table_VD.shape[0]
-            own_BL = jnp.clip(ids_BL, 0, vocab - 1) - per_device.part_index("vocab") * size
+            own_BL = jnp.clip(ids_BL, 0, vocab - 1) - manual_collectives.part_index("vocab") * size
             own_BL = jnp.where(own_BL < 0, size, own_BL)
             rows_BLD = table_VD.astype(wide(self.dtype)).at[own_BL].get(mode="fill", fill_value=0)
-            return per_device.sum_to_own_columns(rows_BLD.astype(self.dtype))
+            return manual_collectives.sum_to_own_columns(rows_BLD.astype(self.dtype))
 
-        axes = per_device.STREAM[:2], ("vocab", None)
-        return per_device.map_shards(local, axes, per_device.STREAM)(ids_BL, self.weight[...])
+        axes = manual_collectives.STREAM[:2], ("vocab", None)
+        return manual_collectives.map_shards(local, axes, manual_collectives.STREAM)(ids_BL, self.weight[...])
 
     def rows(self, start: int = 0, size: int | None = None) -> Float[Array, "V D"]:
         """Rows `start : start + size` of the table (`None`: to the end), in the compute dtype."""

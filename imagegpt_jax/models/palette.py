@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig
 

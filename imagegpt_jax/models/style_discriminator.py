@@ -15,9 +15,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from imagegpt_jax import fsdp
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import layers
+from imagegpt_jax.parallel import fsdp
 
 # Side of the map that is left when the last block has halved it.
 LAST_SIDE = 4

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from imagegpt_jax import fsdp
+from imagegpt_jax.parallel import fsdp
 
 # Frames of zeros before the first: what every convolution along time is padded by, whatever its kernel.
 _PADDING = 2

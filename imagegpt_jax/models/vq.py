@@ -14,10 +14,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import losses, sharding
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.losses import basic
 from imagegpt_jax.models import conv, layers, temporal
 from imagegpt_jax.models.quantizers import Quantized, Quantizer, QuantizerConfig
+from imagegpt_jax.parallel import sharding
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -48,8 +49,8 @@ class VQConfig:
         0 = a tokenizer of images.
       unit_pixels: the network's pixels lie in [0, 1]: images are mapped from [-1, 1] before it, and back after it.
       decoder: whether there is one; some published tokenizers come without.
-      logit_laplace: the decoder ends in a distribution of each pixel, `losses.logit_laplace`, with twice the channels.
-      norm_groups: groups of every group normalisation.
+      logit_laplace: the decoder ends in a distribution of each pixel, `losses.basic.logit_laplace`, with twice the
+      channels. norm_groups: groups of every group normalisation.
       conv_impl: "auto", "xla" or "winograd"; see `conv.Conv`.
       remat: whether to recompute each block in the backward pass instead of keeping its activations.
       dtype: of the computation; norms' statistics and the quantizer stay in float32 (float64 if this is float64).
@@ -368,7 +369,7 @@ class VQModel(nnx.Module):
         """What the last layer gives -> images, not clipped to [-1, 1]."""
         if not self.config.logit_laplace:
             return output_BHWC
-        return losses.logit_laplace_pixels(output_BHWC[..., : self.config.image_channels])
+        return basic.logit_laplace_pixels(output_BHWC[..., : self.config.image_channels])
 
     def to_pixels(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Features -> images, float32 (float64 in float64), not clipped to [-1, 1]."""

@@ -1,1 +1,3 @@
-"""Sampling from a decoder: settings, filters, the decoding loop and what is built on it. `generate.py` is its front."""
+"""Sampling from a decoder: settings, filters, the decoding loop and what is built on it. `sampling/jobs.py` is its
+front.
+"""

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT
-from imagegpt_jax.sampling import engine, tiles
-from imagegpt_jax.sampling.prepare import score
+from imagegpt_jax.sampling import batching, engine
+from imagegpt_jax.sampling.decode_weights import score
 from imagegpt_jax.sampling.settings import Sampling
 
 NO_END = -1  # of sequences that are all as long as they can be
@@ -36,7 +36,7 @@ class Found:
 
 def search(
     gpt: GPT,
-    job: tiles.Job,
+    job: batching.Job,
     sampling: Sampling,
     *,
     beams: int,
@@ -60,13 +60,13 @@ def search(
     """
     if not 1 <= beams <= job.size:
         raise UserError(f"beams={beams} must lie in 1 to {job.size}, the number of tokens to choose among.")
-    gpt = tiles.place(gpt, sampling.weights)
-    shape, settings = tiles.plan(job, sampling)
-    keys = tiles.sample_keys(0, np.arange(job.total))
+    gpt = batching.place(gpt, sampling.weights)
+    shape, settings = batching.plan(job, sampling)
+    keys = batching.sample_keys(0, np.arange(job.total))
     found_tokens, found_scores = [], []
     for first in range(0, job.total, tile):
         samples = np.minimum(np.arange(first, first + tile), job.total - 1)
-        rows = tiles.rows_of(job, keys, samples[None])
+        rows = batching.rows_of(job, keys, samples[None])
         tokens_BKN, scores_BK = _search(gpt, rows, settings, shape=shape, beams=beams, end=end)
         count = min(tile, job.total - first)
         found_tokens.append(np.asarray(tokens_BKN)[:count])

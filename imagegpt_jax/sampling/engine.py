@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from imagegpt_jax import per_device
 from imagegpt_jax.data.packing import SEGMENT
 from imagegpt_jax.models.attention import Cache
 from imagegpt_jax.models.gpt import GPT, Sequence
-from imagegpt_jax.sampling import draw
-from imagegpt_jax.sampling.prepare import score
+from imagegpt_jax.parallel import manual_collectives
+from imagegpt_jax.sampling import token_sampling
+from imagegpt_jax.sampling.decode_weights import score
 
 FREE = -1  # a token that is to be drawn, where others are given
 # Each stretch is a program of its own: so many at most, and none for fewer tokens than this.
@@ -154,7 +154,7 @@ class Settings:
     """
 
     offsets: Int[Array, "N 3"]
-    filters: draw.Filters
+    filters: token_sampling.Filters
     guidance: Float[Array, " N"]
     bias: Float[Array, " V"] | None = None
 
@@ -199,15 +199,15 @@ def _draw(
     state: State,
     hidden_RD: Float[Array, "R D"],
 ) -> State:
-    """Draws token number `state.count` from final states and the head's rows of the ids that may be drawn."""
+    """Draws token number `train_state.count` from final states and the head's rows of the ids that may be drawn."""
     i = state.count
     logits_BV = mixed(score(hidden_RD, table_VD), shape, rows.mix, settings.guidance[i])
     if settings.bias is not None:
         logits_BV = logits_BV + settings.bias
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     if shape.no_repeat:
-        logits_BV = jnp.where(draw.repeats(state.drawn, i, shape.no_repeat, shape.size), -jnp.inf, logits_BV)
-    tokens_B = draw.choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(rows.keys, i), settings.filters)
+        logits_BV = jnp.where(token_sampling.repeats(state.drawn, i, shape.no_repeat, shape.size), -jnp.inf, logits_BV)
+    tokens_B = token_sampling.choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(rows.keys, i), settings.filters)
     if rows.given is not None:
         given_B = jax.lax.dynamic_index_in_dim(rows.given, i, axis=1, keepdims=False)
         tokens_B = jnp.where(given_B == FREE, tokens_B, given_B)
@@ -279,7 +279,9 @@ def start(gpt: GPT, rows: Rows, settings: Settings, *, shape: Shape) -> State:
       settings: how to draw.
       shape: what the program is compiled for.
     """
-    return per_device.map_rows(functools.partial(_start, shape=shape), (False, True, False))(gpt, rows, settings)
+    return manual_collectives.map_rows(functools.partial(_start, shape=shape), (False, True, False))(
+        gpt, rows, settings
+    )
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -294,5 +296,5 @@ def advance(gpt: GPT, rows: Rows, settings: Settings, state: State, stop: Any, *
 
     The same arguments as for `start`.
     """
-    mapped = per_device.map_rows(functools.partial(_advance, shape=shape), (False, True, False, True, False))
+    mapped = manual_collectives.map_rows(functools.partial(_advance, shape=shape), (False, True, False, True, False))
     return mapped(gpt, rows, settings, state, jnp.asarray(stop, jnp.int32))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.packing import IMAGE, IMAGE_TO_TEXT, TEXT, TEXT_TO_IMAGE, Layout
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.gpt import GPT, Sequence
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import per_device
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, Sequence
-from imagegpt_jax.sampling import draw, engine
-from imagegpt_jax.sampling.prepare import score
+from imagegpt_jax.parallel import manual_collectives
+from imagegpt_jax.sampling import engine, token_sampling
+from imagegpt_jax.sampling.decode_weights import score
 
 Drawn = tuple[Int[Array, "B N"], Float[Array, " B"]]  # tokens, and the sum of their log-probabilities
 
@@ -42,7 +42,9 @@ def decode(gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: eng
     Raises:
       UserError: for a prompt of features alone.
     """
-    mapped = per_device.map_rows(functools.partial(_decode, shape=shape, together=together), (False, True, False))
+    mapped = manual_collectives.map_rows(
+        functools.partial(_decode, shape=shape, together=together), (False, True, False)
+    )
     return mapped(gpt, rows, settings)
 
 
@@ -69,7 +71,7 @@ def _decode(gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: en
         if settings.bias is not None:
             logits = logits + settings.bias
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        tokens = draw.choose(logits, fold(rows.keys, number_k).reshape(-1), settings.filters)
+        tokens = token_sampling.choose(logits, fold(rows.keys, number_k).reshape(-1), settings.filters)
         if given is not None:
             given_X = jax.lax.dynamic_slice_in_dim(given, first, k, axis=1).reshape(-1)
             tokens = jnp.where(given_X == engine.FREE, tokens, given_X)

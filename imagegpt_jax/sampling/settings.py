@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.errors import UserError, suggest
 
 SCHEDULES = ("constant", "interval", "linear", "cosine", "power_cosine")
 WEIGHTS = ("", "float32", "bfloat16", "int8")

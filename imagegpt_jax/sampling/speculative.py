@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import per_device
 from imagegpt_jax.models.attention import Cache
 from imagegpt_jax.models.gpt import GPT
-from imagegpt_jax.sampling import draw, engine
-from imagegpt_jax.sampling.prepare import score
+from imagegpt_jax.parallel import manual_collectives
+from imagegpt_jax.sampling import engine, token_sampling
+from imagegpt_jax.sampling.decode_weights import score
 
 
 @jax.tree_util.register_dataclass
@@ -36,10 +36,10 @@ class _State:
     q: Float[Array, "B W V"]
 
 
-def _probabilities(logits: Float[Array, "*_ V"], filters: draw.Filters) -> Float[Array, "*_ V"]:
+def _probabilities(logits: Float[Array, "*_ V"], filters: token_sampling.Filters) -> Float[Array, "*_ V"]:
     """What `draw.choose` draws from; at temperature 0 all of it on the likeliest."""
     flat = logits.reshape(-1, logits.shape[-1])
-    weights = draw.likelihoods(flat, filters)
+    weights = token_sampling.likelihoods(flat, filters)
     greedy = jax.nn.one_hot(jnp.argmax(flat, axis=-1), flat.shape[-1])
     weights = jnp.where(filters.temperature > 0, weights / jnp.sum(weights, axis=-1, keepdims=True), greedy)
     return weights.reshape(logits.shape)
@@ -49,7 +49,7 @@ def _picks(weights_BWV: Float[Array, "B W V"], keys_B: jax.Array) -> Int[Array, 
     """One draw from each of the distributions of each row."""
     samples, window, size = weights_BWV.shape
     uniform_BW = jax.vmap(lambda key: jax.random.uniform(key, (window,)))(keys_B)
-    return draw.pick(weights_BWV.reshape(-1, size), uniform_BW.reshape(-1)).reshape(samples, window)
+    return token_sampling.pick(weights_BWV.reshape(-1, size), uniform_BW.reshape(-1)).reshape(samples, window)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "window"))
@@ -62,7 +62,7 @@ def decode(
       (tokens, sum of their log-probabilities as in `engine.State`, passes of the network that each sample needed, the
       prompt's included; plain decoding takes N)
     """
-    mapped = per_device.map_rows(functools.partial(_decode, shape=shape, window=window), (False, True, False))
+    mapped = manual_collectives.map_rows(functools.partial(_decode, shape=shape, window=window), (False, True, False))
     return mapped(gpt, rows, settings)
 
 

@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import state
-from imagegpt_jax.cli import UserError
+from imagegpt_jax import train_state
 from imagegpt_jax.config import to_dataclass
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import gpt, vq
 from imagegpt_jax.models.gpt_config import GPTConfig
 
@@ -29,9 +29,9 @@ def get(name, arg):
 def build(name, config):
     if name == "tokenizer":
         model = to_dataclass(vq.VQConfig, config.model)
-        return state.network(lambda key: vq.VQModel(model, key=key))
+        return train_state.network(lambda key: vq.VQModel(model, key=key))
     model = to_dataclass(GPTConfig, {**config.model.to_dict(), "vocab_size": 1001 + 16384})
-    return state.network(lambda key: gpt.GPT(model, key=key))
+    return train_state.network(lambda key: gpt.GPT(model, key=key))
 
 
 def test_every_size_is_tested():
@@ -43,7 +43,7 @@ def test_every_size_is_tested():
 @pytest.mark.parametrize(("name", "size"), ALL)
 def test_networks_build_at_full_size_without_memory(name, size):
     net = build(name, get(name, f"size={size}"))
-    count = state.count_params(jax.tree.leaves(net.abstract)) / 1e6
+    count = train_state.count_params(jax.tree.leaves(net.abstract)) / 1e6
     if (name, size) in PARAMETERS:
         assert count == pytest.approx(PARAMETERS[name, size], rel=0.015)
     assert count > 0

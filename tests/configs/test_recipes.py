@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import optim, state
-from imagegpt_jax.cli import UserError
+from imagegpt_jax import train_state
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.tasks import decoder, tokenizer
+from imagegpt_jax.training import optimizers
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs"
 IMAGENET = 1_281_167
@@ -79,7 +80,7 @@ def assert_has(section, expected):
 def assert_rates(config, rates):
     for which in ("optim", "discriminator_optim"):
         if which in config:
-            schedule = optim.schedule(config[which], config.steps)
+            schedule = optimizers.schedule(config[which], config.steps)
             np.testing.assert_allclose([schedule(s) for s in rates], list(rates.values()), rtol=1e-3)
 
 
@@ -96,7 +97,7 @@ def traced(task, setup, config):
     assert shapes(after) == shapes(made)
     assert "loss" in values
     network = "generator" if task is tokenizer else "decoder"
-    return state.count_params(made.trainable[network]) / 1e6
+    return train_state.count_params(made.trainable[network]) / 1e6
 
 
 def test_every_recipe_is_tested():
@@ -223,7 +224,7 @@ def test_decoder_recipe(recipe):
 
 def test_imagegpt_takes_an_epoch_to_warm_up():
     config = get("decoder", "imagegpt_S")
-    schedule = optim.schedule(config.optim, config.steps)
+    schedule = optimizers.schedule(config.optim, config.steps)
     assert schedule(IMAGENET // 128) == pytest.approx(config.optim.lr)
     assert schedule(IMAGENET // 128 // 2) == pytest.approx(config.optim.lr / 2, rel=1e-3)
 

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert import core
+from imagegpt_jax.errors import UserError
 
 TABLE = [
     core.rule("wte.weight", "embed.weight"),

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import imagegpt_jax as ig
-from imagegpt_jax.cli import UserError
-from imagegpt_jax.convert import command, files, formats
+from imagegpt_jax.convert import command, formats
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.weight_files import files
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "weights"
 EXPECTED = np.load(GOLDEN / "expected.npz")

@@ -17,14 +17,14 @@ import tokenizers
 
 import imagegpt_jax as ig
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import events, warm_start
-from imagegpt_jax import state as state_lib
-from imagegpt_jax.cli import UserError
+from imagegpt_jax import train_state
 from imagegpt_jax.convert import command
 from imagegpt_jax.data import text as text_lib
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, Sequence
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.tasks import decoder as decoder_task
+from imagegpt_jax.training import event_log, warm_start
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "weights"
@@ -53,8 +53,8 @@ def test_a_decoder_is_trained_over_a_published_tokenizer(form, tmp_path):
 
 
 def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_path):
-    """The image tokenizer, the text encoder and the warm start of a decoder as `loop.run` has them read, and rows of
-    samples as its evaluations draw them: under a mesh of devices that are not all of this process."""
+    """The image tokenizer, the text encoder and the warm start of a decoder as `training.loop.run` has them read, and
+    rows of samples as its evaluations draw them: under a mesh of devices that are not all of this process."""
     folder = tmp_path / "gpt2"
     shutil.copytree(GOLDEN / "gpt2", folder)
     whole = safetensors.numpy.load_file(folder / "model.safetensors")
@@ -68,16 +68,24 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
         port, index, tokenizer, encoder = sys.argv[1:]
         jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
 
-        from imagegpt_jax import config, events, sharding, state, warm_start
+        from imagegpt_jax import config
+        from imagegpt_jax.training import event_log
+        from imagegpt_jax.parallel import sharding
+        from imagegpt_jax import train_state
+        from imagegpt_jax.training import warm_start
         from imagegpt_jax.convert import reading
-        from imagegpt_jax.data.packing import Layout, TokenSpace
-        from imagegpt_jax.evals import features, reconstructed
-        from imagegpt_jax.evals.common import to_host
-        from imagegpt_jax.generate import Sampling, image_job
+        from imagegpt_jax.data.packing import Layout
+        from imagegpt_jax.data.packing import TokenSpace
+        from imagegpt_jax.metrics import features
+        from imagegpt_jax.metrics import reconstructed
+        from imagegpt_jax.metrics.common import to_host
+        from imagegpt_jax.sampling.jobs import Sampling
+        from imagegpt_jax.sampling.jobs import image_job
         from imagegpt_jax.models import gpt
         from imagegpt_jax.models.gpt_config import GPTConfig
-        from imagegpt_jax.sampling import tiles
-        from imagegpt_jax.tasks.decoder import assembly, scoring
+        from imagegpt_jax.sampling import batching
+        from imagegpt_jax.tasks.decoder import setup as assembly
+        from imagegpt_jax.tasks.decoder import evaluation
 
         made = config.sibling("configs/x.py", "decoder.py").get_config("size=test")
         made.update({"tokenizer": tokenizer, "text_encoder": encoder})
@@ -92,29 +100,29 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
                 layout = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs, is_leaf=is_spec)
                 params = read(setup, layout)
                 assert jax.tree.map(lambda x: x.sharding, params) == layout
-                kinds = jax.tree.map(lambda x: x.dtype, state.split(net.abstract)[1])
+                kinds = jax.tree.map(lambda x: x.dtype, train_state.split(net.abstract)[1])
                 assert jax.tree.map(lambda x: x.dtype, params) == kinds
                 here = read(setup)
                 jax.tree.map(np.testing.assert_array_equal, to_host(params), here)
-            for x in jax.tree.leaves(scoring._decode_on(setup, mesh)[1]):
+            for x in jax.tree.leaves(evaluation._decode_on(setup, mesh)[1]):
                 assert x.is_fully_replicated and len(x.sharding.device_set) == 2
 
-        net = state.network(lambda key: gpt.GPT(GPTConfig(**MODEL), key=key))
-        whole = state.split(net.construct(jax.random.key(0)))[1]
+        net = train_state.network(lambda key: gpt.GPT(GPTConfig(**MODEL), key=key))
+        whole = train_state.split(net.construct(jax.random.key(0)))[1]
         params = sharding.put_whole(whole, jax.tree.map(lambda _: sharding.replicated(mesh), whole))
         fields = dict(trainable={"decoder": params}, frozen={"decoder": {}}, opt={"decoder": ()}, ema={}, stats={})
-        begun = state.TrainState(step=jax.numpy.zeros((), jax.numpy.int32), **fields)
+        begun = train_state.TrainState(step=jax.numpy.zeros((), jax.numpy.int32), **fields)
         with jax.set_mesh(mesh):
             warm = config.ConfigDict({"init_from": encoder, "init_partial": False})
-            begun = warm_start.load_params(begun, warm, events.Log(None)).trainable["decoder"]
+            begun = warm_start.load_params(begun, warm, event_log.Log(None)).trainable["decoder"]
         expected = np.asarray(reading.load(encoder, "decoder").params["embed"]["weight"]).astype(np.float32)
         np.testing.assert_array_equal(to_host(begun)["embed"]["weight"][:len(expected)], expected)
 
         layout = Layout(space=TokenSpace(text_vocab=8, num_classes=0, num_codes=16), text_length=2, grid=(2, 2))
         texts = [[1], [2], [3], [4]]
         with jax.set_mesh(mesh):
-            keys, job = tiles.sample_keys(1, np.arange(4)), image_job(layout, [(texts, None)], Sampling())
-            rows = tiles.rows_of(job, keys, np.arange(4).reshape(2, 2), mesh)
+            keys, job = batching.sample_keys(1, np.arange(4)), image_job(layout, [(texts, None)], Sampling())
+            rows = batching.rows_of(job, keys, np.arange(4).reshape(2, 2), mesh)
             scale = jax.jit(lambda: jax.numpy.ones(3), out_shardings=sharding.replicated(mesh))()
             mean = features.Network("mean", {}, np.asarray, lambda scale, x: {"pool": x.mean((1, 2)) * scale}, scale)
             held = reconstructed.Held("held", np.arange(36, dtype=np.uint8).reshape(3, 2, 2, 3))
@@ -166,9 +174,9 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
 
 def begin(model, **settings):
     """The state of a decoder's run after its warm start."""
-    net = state_lib.network(lambda key: GPT(GPTConfig(**model), key=key))
-    params = state_lib.split(net.construct(jax.random.key(0)))[1]
-    state = state_lib.TrainState(
+    net = train_state.network(lambda key: GPT(GPTConfig(**model), key=key))
+    params = train_state.split(net.construct(jax.random.key(0)))[1]
+    state = train_state.TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable={"decoder": params},
         frozen={"decoder": {}},
@@ -177,7 +185,7 @@ def begin(model, **settings):
         stats={},
     )
     config = config_lib.ConfigDict({"init_from": str(GOLDEN / "gpt2"), "init_partial": False, **settings})
-    return net, params, warm_start.load_params(state, config, events.Log(None)).trainable["decoder"]
+    return net, params, warm_start.load_params(state, config, event_log.Log(None)).trainable["decoder"]
 
 
 def test_gpt2_is_a_warm_start_for_the_words_of_a_decoder():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.emoji import STYLES, EmojiSource, catalog, pictures, render
+from imagegpt_jax.errors import UserError
 
 # Update these when tools/build_emoji.py or the splits change, which changes every result on the set.
 COUNTS = {

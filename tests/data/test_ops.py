@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data import images, ops
+from imagegpt_jax.errors import UserError
 
 
 def encoded(image, format="PNG", **options):

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.order import Order, hash_positions, keys, permute, quotas, schedule
+from imagegpt_jax.errors import UserError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 100, 1000, 4097])

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.packing import IMAGE, IMAGE_TO_TEXT, NONE, TEXT, Layout, TokenSpace
+from imagegpt_jax.errors import UserError
 
 SPACE = TokenSpace(text_vocab=20, num_classes=3, num_codes=30)
 LAYOUT = Layout(space=SPACE, text_length=4, grid=(2, 3), text_weight=0.5)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.mixture import Mixture
 from imagegpt_jax.data.pipeline import Batches
+from imagegpt_jax.errors import UserError
 
 OPS = "decode|random_crop(8)|flip_lr|value_range(-1,1)"
 

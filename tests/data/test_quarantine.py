@@ -15,10 +15,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from imagegpt_jax import events
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data import images, quarantine, shards, sources
 from imagegpt_jax.data.pipeline import Batches, position_after
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.training import event_log
 
 
 def picture(seed, size=(24, 24)):
@@ -317,7 +317,7 @@ def test_memory_stays_bounded(folder):
 
 def test_the_list_of_a_workdir_has_each_record_once(tmp_path):
     for process in (0, 1):
-        report = quarantine.Report(tmp_path, process, events.Log(tmp_path))
+        report = quarantine.Report(tmp_path, process, event_log.Log(tmp_path))
         for _ in range(2):  # the training set, and the validation set of the same folder
             source = types.SimpleNamespace(name="folder:x")
             quarantine.attach({"train": source}, ConfigDict({"max_share": 0.5, "accept": ()}), report)
@@ -325,7 +325,7 @@ def test_the_list_of_a_workdir_has_each_record_once(tmp_path):
             source.quarantine.add(3, "a.png", "torn")
     lines = [json.loads(x) for p in tmp_path.glob("quarantine*.jsonl") for x in p.read_text().splitlines()]
     assert lines == [{"source": "folder:x", "id": "a.png", "reason": "torn"}]
-    assert [e["id"] for e in events.read(tmp_path)] == ["a.png"]
+    assert [e["id"] for e in event_log.read(tmp_path)] == ["a.png"]
 
 
 def out_of(windows, position):
@@ -353,8 +353,8 @@ def test_windows_that_are_left_out(start):
 def test_a_training_on_five_percent_of_them_ends_the_same_twice(tmp_path):
     """The whole program: listed once each, gone around, and the same state both times."""
     from imagegpt_jax import config as config_lib
-    from imagegpt_jax import loop
     from imagegpt_jax.tasks import tokenizer
+    from imagegpt_jax.training import loop
 
     folder = write_folder(tmp_path / "data", good=19 * len(files()))
     configs = pathlib.Path(__file__).resolve().parents[2] / "configs"

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.mixture import Mixture
 from imagegpt_jax.data.shards import ShardSource, ShardWriter, decode_record, encode_record, shard_ranges
 from imagegpt_jax.data.sources import open_source
+from imagegpt_jax.errors import UserError
 
 
 def put_image(path, size=(8, 6), colour=(200, 10, 10)):

@@ -5,9 +5,9 @@ import sys
 import pytest
 import tokenizers
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data import text
 from imagegpt_jax.data.emoji import pictures
+from imagegpt_jax.errors import UserError
 
 STRANGE = [
     "",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import discriminator
 from imagegpt_jax.models.discriminator import BatchNorm, Discriminator, DiscriminatorConfig
 from imagegpt_jax.models.style_discriminator import EqualConv, batch_deviation, blur

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import attention, flash, gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.tasks import decoder
-from imagegpt_jax.tasks.decoder.examples import used_length
+from imagegpt_jax.tasks.decoder.batches import used_length
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagegpt_jax import state
-from imagegpt_jax.cli import UserError
+from imagegpt_jax import train_state
 from imagegpt_jax.data.packing import IMAGE_TO_TEXT, Layout, TokenSpace
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.attention import Cache
 from imagegpt_jax.models.gpt import GPT, GPTConfig, Output, Sequence
 
@@ -255,7 +255,7 @@ def test_parameter_counts_at_published_shapes(size):
     space = TokenSpace(text_vocab=0, num_classes=1000, num_codes=16384)
     config = GPTConfig(vocab_size=space.vocab_size, width=width, depth=depth, heads=heads, mlp_width=mlp_width)
     gpt = jax.eval_shape(lambda key: GPT(config, key=key), jax.random.key(0))
-    count = state.count_params(gpt)
+    count = train_state.count_params(gpt)
     block = 4 * width**2 + 3 * width * mlp_width + 2 * width
     theirs = depth * block + width + (2 * 16384 + 1001) * width
     # One more special token than their "no class" row to embed, and a head row for every class and special token.
@@ -268,9 +268,9 @@ def test_parameter_counts_at_published_shapes(size):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_names_its_axes(name):
     """One name for each dimension; stacked parameters have the axis of layers besides."""
-    net = state.network(lambda key: GPT(GPTConfig(**(SMALL | VARIANTS[name])), key=key))
+    net = train_state.network(lambda key: GPT(GPTConfig(**(SMALL | VARIANTS[name])), key=key))
     axes = dict(jax.tree_util.tree_leaves_with_path(net.axes, is_leaf=lambda x: isinstance(x, tuple)))
-    shapes = dict(jax.tree_util.tree_leaves_with_path(state.split(net.abstract)[1]))
+    shapes = dict(jax.tree_util.tree_leaves_with_path(train_state.split(net.abstract)[1]))
     assert axes.keys() == shapes.keys()
     for path, names in axes.items():
         stacked = "blocks" in jax.tree_util.keystr(path)

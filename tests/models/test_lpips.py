@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.pretrained import lpips
 from imagegpt_jax.models.pretrained.lpips import LPIPS, MIN_SIZE
 

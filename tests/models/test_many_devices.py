@@ -28,7 +28,8 @@ def test_a_codebook_is_searched_in_pieces(kind, update):
         import math, re, sys
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from imagegpt_jax import sharding, state
+        from imagegpt_jax.parallel import sharding
+        from imagegpt_jax import train_state
         from imagegpt_jax.models import quantizers
 
         K, Z, CHUNK, N = 2048, 32, 512, 512
@@ -37,7 +38,7 @@ def test_a_codebook_is_searched_in_pieces(kind, update):
             kind=kind, num_codes=K, code_dim=Z, chunk_codes=CHUNK, entropy_weight=0.1, entropy_temperature=0.5,
             revival_steps=3, codebook_update=update, index_weight=0.3
         )
-        net = state.network(lambda key: quantizers.Quantizer(config, key=key))
+        net = train_state.network(lambda key: quantizers.Quantizer(config, key=key))
         codebook_KZ = jax.random.normal(jax.random.key(1), (K, Z))
         # Each code of the first half appears again in the second: in another piece, and in the same chunk.
         codebook_KZ = codebook_KZ.at[K // 2 :].set(codebook_KZ[: K // 2])
@@ -91,16 +92,18 @@ def test_batch_norm_is_that_of_the_whole_batch():
     """Logits and gradients as on one device, of rows so unlike that a device's own statistics would be far off."""
     on_eight_devices("""
         import jax, jax.numpy as jnp, numpy as np
-        from imagegpt_jax import sharding, state
-        from imagegpt_jax.models.discriminator import Discriminator, DiscriminatorConfig
+        from imagegpt_jax.parallel import sharding
+        from imagegpt_jax import train_state
+        from imagegpt_jax.models.discriminator import Discriminator
+        from imagegpt_jax.models.discriminator import DiscriminatorConfig
 
         config = DiscriminatorConfig(base_width=8, num_layers=2)
-        graphdef, params = state.split(Discriminator(config, key=jax.random.key(0)))
+        graphdef, params = train_state.split(Discriminator(config, key=jax.random.key(0)))
         scale_B = jnp.arange(1, 9)[:, None, None, None] / 8
         images = scale_B * jax.random.normal(jax.random.key(1), (8, 16, 16, 3))
 
         def logits(params, images):
-            return state.merge(graphdef, params)(images)
+            return train_state.merge(graphdef, params)(images)
 
         def step(params, images):
             return logits(params, images), jax.grad(lambda p: jnp.sum(jnp.sin(logits(p, images))))(params)
@@ -122,8 +125,8 @@ def test_parts_of_a_batch_are_cut_where_they_lie():
     on_eight_devices("""
         import re
         import jax, jax.numpy as jnp, numpy as np
-        from imagegpt_jax import sharding
-        from imagegpt_jax.accumulate import accumulate
+        from imagegpt_jax.parallel import sharding
+        from imagegpt_jax.training.grad_accumulation import accumulate
 
         mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
         rows = sharding.batch_sharding(mesh)
@@ -149,12 +152,14 @@ def test_a_stream_cut_over_tensor_is_gathered_once_for_all_that_read_it():
     on_eight_devices("""
         import jax, jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from imagegpt_jax import collectives, sharding, state
+        from imagegpt_jax.perf import hlo
+        from imagegpt_jax.parallel import sharding
+        from imagegpt_jax import train_state
         from imagegpt_jax.models import gpt
 
         DEPTH = 3
         config = gpt.GPTConfig(vocab_size=64, width=32, depth=DEPTH, heads=4, mlp_width=48, remat="full", bias=True)
-        net = state.network(lambda key: gpt.GPT(config, key=key))
+        net = train_state.network(lambda key: gpt.GPT(config, key=key))
         ids = jnp.zeros((8, 16), jnp.int32)
 
         def total(params):
@@ -164,12 +169,12 @@ def test_a_stream_cut_over_tensor_is_gathered_once_for_all_that_read_it():
         with jax.set_mesh(mesh):
             specs = sharding.module_specs(net.abstract, mesh)
             layout = jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
-            make = jax.jit(lambda: state.split(gpt.GPT(config, key=jax.random.key(0)))[1], out_shardings=layout)
+            make = jax.jit(lambda: train_state.split(gpt.GPT(config, key=jax.random.key(0)))[1], out_shardings=layout)
             params = make()
             # Forward; then forward, recomputed and backward; and the embedding once each way. Scatters are all-to-alls
-            # on CPU, and so are their gradients (`per_device.scatter_rows`).
+            # on CPU, and so are their gradients (`parallel.manual_collectives.scatter_rows`).
             for function, expected in ((total, (DEPTH, DEPTH + 1)), (jax.grad(total), (2 * DEPTH, 3 * DEPTH + 2))):
-                moved = collectives.count(jax.jit(function).lower(params).compile().as_text())
+                moved = hlo.count(jax.jit(function).lower(params).compile().as_text())
                 assert (moved["all-gather"].count, moved["all-to-all"].count) == expected, moved
         print("ok")
     """)
@@ -181,7 +186,8 @@ def test_blocks_of_every_kind_are_the_same_on_any_mesh(dtype):
     code = """
         import dataclasses, math, sys
         import jax, jax.numpy as jnp, numpy as np
-        from imagegpt_jax import sharding, state
+        from imagegpt_jax.parallel import sharding
+        from imagegpt_jax import train_state
         from imagegpt_jax.models import gpt
 
         dtype = sys.argv[1]
@@ -198,7 +204,7 @@ def test_blocks_of_every_kind_are_the_same_on_any_mesh(dtype):
                 "vocab_size": 64, "width": 32, "depth": 2, "heads": 4, "mlp_width": 48, "dtype": dtype,
                 "param_dtype": "float64" if dtype == "float64" else "float32", **kind,
             })
-            graphdef, params = state.split(gpt.GPT(config, key=jax.random.key(0)))
+            graphdef, params = train_state.split(gpt.GPT(config, key=jax.random.key(0)))
             params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape, x.dtype), params)
             sequence = gpt.plain_sequence(ids)
             if "conditioning" in kind:
@@ -206,7 +212,7 @@ def test_blocks_of_every_kind_are_the_same_on_any_mesh(dtype):
             drops = keys if "mlp_dropout" in kind else None
 
             def loss(params):
-                return jnp.mean(jnp.sin(state.merge(graphdef, params)(sequence, key=drops).logits))
+                return jnp.mean(jnp.sin(train_state.merge(graphdef, params)(sequence, key=drops).logits))
 
             def run(shape):
                 sizes = dict(zip(("data", "fsdp", "tensor"), shape))

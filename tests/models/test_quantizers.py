@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import quantizers
 from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig, init_stats, update_stats
 

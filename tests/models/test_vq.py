@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import to_dataclass
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.quantizers import QuantizerConfig
 from imagegpt_jax.models.vq import VQConfig, VQModel
 

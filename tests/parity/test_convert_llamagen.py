@@ -16,10 +16,10 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 import imagegpt_jax as ig
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert import command
-from imagegpt_jax.generate import Sampling, generate_codes
-from imagegpt_jax.text_encoder import open_encoder
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference.text_encoder import open_encoder
+from imagegpt_jax.sampling.jobs import Sampling, generate_codes
 
 pytestmark = pytest.mark.parity
 

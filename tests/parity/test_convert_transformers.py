@@ -18,8 +18,8 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 import imagegpt_jax as ig
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.convert import command
+from imagegpt_jax.errors import UserError
 
 pytestmark = pytest.mark.parity
 

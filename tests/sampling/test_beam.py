@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.packing import Layout, TokenSpace
-from imagegpt_jax.generate import Sampling, caption_job, image_job, run
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, GPTConfig
 from imagegpt_jax.sampling import beam
+from imagegpt_jax.sampling.jobs import Sampling, caption_job, image_job, run
 
 SPACE = TokenSpace(text_vocab=4, num_classes=0, num_codes=6)
 LAYOUT = Layout(space=SPACE, text_length=3, grid=(2, 2))

@@ -22,10 +22,15 @@ def on_eight_devices(code):
 def test_the_same_bits_on_one_device_and_on_eight_and_logits_to_1e_5_under_tensor_parallelism():
     on_eight_devices("""
         import jax, jax.numpy as jnp, numpy as np
-        from imagegpt_jax import sharding
-        from imagegpt_jax.data.packing import Layout, TokenSpace
-        from imagegpt_jax.generate import Sampling, image_job, place, run
-        from imagegpt_jax.models.gpt import GPT, GPTConfig
+        from imagegpt_jax.parallel import sharding
+        from imagegpt_jax.data.packing import Layout
+        from imagegpt_jax.data.packing import TokenSpace
+        from imagegpt_jax.sampling.jobs import Sampling
+        from imagegpt_jax.sampling.jobs import image_job
+        from imagegpt_jax.sampling.jobs import place
+        from imagegpt_jax.sampling.jobs import run
+        from imagegpt_jax.models.gpt import GPT
+        from imagegpt_jax.models.gpt import GPTConfig
 
         space = TokenSpace(text_vocab=20, num_classes=4, num_codes=64)
         layout = Layout(space=space, text_length=4, grid=(3, 3))

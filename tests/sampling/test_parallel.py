@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.packing import Layout, TokenSpace
-from imagegpt_jax.generate import FREE, Sampling, caption_job, image_job, run
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, GPTConfig, Sequence
-from imagegpt_jax.sampling import parallel, tiles
+from imagegpt_jax.sampling import batching, parallel
+from imagegpt_jax.sampling.jobs import FREE, Sampling, caption_job, image_job, run
 
 SPACE = TokenSpace(text_vocab=20, num_classes=3, num_codes=30)
 LAYOUT = Layout(space=SPACE, text_length=3, grid=(2, 3), target_positions=True)
@@ -32,9 +32,9 @@ def gpt():
 def test_one_at_a_time_is_plain_decoding(gpt, sampling):
     job = image_job(LAYOUT, [(TEXTS, [0, -1, 2])], sampling)
     plain = run(gpt, job, sampling, 3, tile=3)
-    shape, settings = tiles.plan(job, sampling)
-    rows = tiles.rows_of(job, tiles.sample_keys(3, np.arange(3)), np.arange(3)[None])
-    tokens, log_likelihood = parallel.decode(tiles.place(gpt), rows, settings, shape=shape, together=1)
+    shape, settings = batching.plan(job, sampling)
+    rows = batching.rows_of(job, batching.sample_keys(3, np.arange(3)), np.arange(3)[None])
+    tokens, log_likelihood = parallel.decode(batching.place(gpt), rows, settings, shape=shape, together=1)
     np.testing.assert_array_equal(tokens, plain.tokens)
     np.testing.assert_allclose(log_likelihood, plain.log_likelihood, rtol=1e-4)
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.packing import Layout, TokenSpace
-from imagegpt_jax.generate import FREE, Sampling, image_job, run
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, GPTConfig
+from imagegpt_jax.sampling.jobs import FREE, Sampling, image_job, run
 
 DRAWS = 40_000
 

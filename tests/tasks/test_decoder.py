@@ -11,13 +11,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import sharding
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data import packing
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import gpt
-from imagegpt_jax.state import flatten
+from imagegpt_jax.parallel import sharding
 from imagegpt_jax.tasks import decoder
-from imagegpt_jax.tasks.decoder import examples
+from imagegpt_jax.tasks.decoder import batches
+from imagegpt_jax.train_state import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
@@ -224,23 +224,23 @@ def random_setup():
 
 def test_random_orders_anneal_to_raster(random_setup):
     """All sequences before step 4, half of them at step 6, none from step 8 on; batches are of 8."""
-    share = examples.random_share(random_setup, np.array([0, 8 * 4 - 1, 8 * 4, 8 * 6, 8 * 7, 8 * 8, 10**6]))
+    share = batches.random_share(random_setup, np.array([0, 8 * 4 - 1, 8 * 4, 8 * 6, 8 * 7, 8 * 8, 10**6]))
     np.testing.assert_allclose(share, [1, 1, 1, 0.5, 0.25, 0, 0])
     raster = np.arange(random_setup.layout.num_codes)
     for step, expected in ((0, 0.0), (6, 0.5), (8, 1.0)):
         wide = dataclasses.replace(random_setup, config=ConfigDict(random_setup.config.to_dict()))
         wide.config.batch_size = 4000
-        orders = examples.orders(wide, 4000 * step + np.arange(4000))
+        orders = batches.orders(wide, 4000 * step + np.arange(4000))
         assert np.all(np.sort(orders, axis=1) == raster)
         assert np.mean(np.all(orders == raster, axis=1)) == pytest.approx(expected, abs=0.03)
 
 
 def test_each_place_is_as_often_the_first(random_setup):
-    orders = examples.orders(random_setup, np.arange(32))
-    np.testing.assert_array_equal(orders, examples.orders(random_setup, np.arange(64))[:32])  # of the position alone
+    orders = batches.orders(random_setup, np.arange(32))
+    np.testing.assert_array_equal(orders, batches.orders(random_setup, np.arange(64))[:32])  # of the position alone
     wide = dataclasses.replace(random_setup, config=ConfigDict(random_setup.config.to_dict()))
     wide.config.batch_size = 8000
-    counts = np.bincount(examples.orders(wide, np.arange(8000))[:, 0], minlength=16)
+    counts = np.bincount(batches.orders(wide, np.arange(8000))[:, 0], minlength=16)
     assert np.all(np.abs(counts - 500) < 5 * np.sqrt(500))
 
 

@@ -12,9 +12,12 @@ import pytest
 import safetensors.numpy
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import flops, guard, losses, state
-from imagegpt_jax.cli import UserError
+from imagegpt_jax import train_state
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.losses import basic
+from imagegpt_jax.models import flops
 from imagegpt_jax.tasks import tokenizer
+from imagegpt_jax.training import step_guard
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
@@ -48,10 +51,10 @@ def updates(setup, phase):
 def generator_loss(setup, made, params, weight):
     model = setup.networks["generator"].module(params)
     recon, quantized = model.reconstruct(IMAGES)
-    loss = losses.l2(recon, IMAGES) + quantized.loss
+    loss = basic.l2(recon, IMAGES) + quantized.loss
     if weight is not None:
         critic = setup.networks["discriminator"].module(made.trainable["discriminator"])
-        loss = loss + weight * losses.hinge_generator(critic(recon))
+        loss = loss + weight * basic.hinge_generator(critic(recon))
     return loss
 
 
@@ -106,7 +109,7 @@ def test_discriminator_sees_real_and_fake_apart():
 
     def loss(params):
         critic = setup.networks["discriminator"].module(params)
-        return losses.hinge_discriminator(critic(IMAGES), critic(fake))
+        return basic.hinge_discriminator(critic(IMAGES), critic(fake))
 
     value, expected = jax.value_and_grad(loss)(made.trainable["discriminator"])
     np.testing.assert_allclose(values["gan_discriminator"].compute(), value, rtol=1e-5)
@@ -133,7 +136,7 @@ def test_the_guard_sees_a_gradient_of_the_discriminator_that_is_not_finite(first
 
         monkeypatch.setattr(tokenizer, "accumulate", differentiated)
         after, values = tokenizer.train_step(setup, "adversarial", made, {"image": IMAGES})
-        good, _ = guard.judge(config.guard, made.guard["adversarial"], made.step, values)
+        good, _ = step_guard.judge(config.guard, made.guard["adversarial"], made.step, values)
         return good, jax.tree.leaves(after.trainable["discriminator"])
 
     for slope in (1.0, np.nan):
@@ -150,9 +153,9 @@ def test_logit_laplace_is_the_likelihood_of_what_the_decoder_gives():
         quantized = model.quantize(model.encode(IMAGES))
         output = model.output(model.decode_features(quantized.zq))
         assert output.shape == (4, 16, 16, 6)
-        nll = losses.logit_laplace(output[..., :3], output[..., 3:], IMAGES)
-        recon = losses.logit_laplace_pixels(output[..., :3])
-        return 0.5 * nll + 0.3 * losses.l2(recon, IMAGES) + quantized.loss, (nll, recon)
+        nll = basic.logit_laplace(output[..., :3], output[..., 3:], IMAGES)
+        recon = basic.logit_laplace_pixels(output[..., :3])
+        return 0.5 * nll + 0.3 * basic.l2(recon, IMAGES) + quantized.loss, (nll, recon)
 
     expected, (nll, recon) = jax.jit(jax.grad(loss, has_aux=True))(made.trainable["generator"])
     assert_trees_close(update["generator"], expected)
@@ -189,7 +192,7 @@ def test_frozen_parts_do_not_move():
     assert "encoder" not in made.trainable["generator"]
     assert set(made.frozen["generator"]) == {"encoder"}
     assert any(np.abs(x).max() for x in jax.tree.leaves(update["generator"]["decoder"]))
-    assert state.count_params(made.params("generator")) == state.count_params(
+    assert train_state.count_params(made.params("generator")) == train_state.count_params(
         dataclasses.replace(made, ema={}).eval_params("generator")
     )
 
@@ -200,7 +203,7 @@ def test_every_optimizer_trains_what_is_not_frozen(name):
     _, setup = make(**changes)
     made = jax.eval_shape(lambda key: tokenizer.init_state(setup, key), jax.random.key(0))
     for network, optimizer in setup.optimizers.items():
-        assert state.count_params(made.frozen[network])
+        assert train_state.count_params(made.frozen[network])
         params = made.trainable[network]
         updates, _ = jax.eval_shape(optimizer.update, params, made.opt[network], params)
         assert jax.tree.structure(updates) == jax.tree.structure(params)
@@ -248,7 +251,7 @@ def test_perceptual_weights_are_state_and_no_constants(tmp_path):
     safetensors.numpy.save_file({name: np.asarray(p[...]) for name, p in network.parameters().items()}, path)
     _, setup = make(**{"loss.lpips": 0.5, "loss.lpips_weights": str(path)})
     shapes = jax.eval_shape(lambda key: tokenizer.init_state(setup, key), jax.random.key(0))
-    assert state.count_params(shapes.trainable["perceptual"]) == 0
+    assert train_state.count_params(shapes.trainable["perceptual"]) == 0
     drawn = jax.tree.map(lambda x: 0.1 * jnp.ones(x.shape, x.dtype), shapes)
     everywhere = jax.tree.map(lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
     made = tokenizer.load_frozen(setup, drawn, everywhere)
@@ -285,7 +288,7 @@ def critic_loss(setup, made, fake, params):
     slope = jax.grad(lambda images: judge(images).sum())(IMAGES)
     lecam = jnp.mean(jax.nn.relu(real) ** 2) + jnp.mean(jax.nn.relu(-fake) ** 2)
     r1 = 0.5 * jnp.mean(jnp.sum(slope**2, axis=(1, 2, 3)))
-    return losses.hinge_discriminator(real, fake) + setup.loss.lecam * lecam + setup.loss.r1 * r1, (real, fake)
+    return basic.hinge_discriminator(real, fake) + setup.loss.lecam * lecam + setup.loss.r1 * r1, (real, fake)
 
 
 def test_discriminator_first_with_lecam_and_r1():
@@ -316,7 +319,7 @@ def test_discriminator_first_with_lecam_and_r1():
         model = setup.networks["generator"].module(params)
         recon, quantized = model.reconstruct(IMAGES)
         logits = setup.networks["discriminator"].module(updated)(recon)
-        return losses.l2(recon, IMAGES) + quantized.loss + 0.5 * losses.nonsaturating_generator(logits)
+        return basic.l2(recon, IMAGES) + quantized.loss + 0.5 * basic.nonsaturating_generator(logits)
 
     gradient = jax.jit(jax.grad(generator))(made.trainable["generator"])
     update = jax.tree.map(lambda a, b: a - b, made.trainable["generator"], after.trainable["generator"])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from imagegpt_jax import host_memory
+from imagegpt_jax.runtime import malloc
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -121,11 +121,11 @@ def test_every_side_has_its_process(tool, monkeypatch):
     ran = []
 
     def record(command, env, **_):
-        ran.append((command[1].rpartition("/")[2], env.get(host_memory.KEEP)))
+        ran.append((command[1].rpartition("/")[2], env.get(malloc.KEEP)))
         return subprocess.CompletedProcess(command, 0, "{}", "")
 
     monkeypatch.setattr(tool.subprocess, "run", record)
-    monkeypatch.delenv(host_memory.KEEP, raising=False)
+    monkeypatch.delenv(malloc.KEEP, raising=False)
     flags.FLAGS(["benchmark"])
     for name in tool.SIDES:
         assert tool.run_worker(name, "decoder") == {}
@@ -208,7 +208,7 @@ def test_mistakes_are_one_sentence(arguments, words):
 def test_without_torch_it_says_what_to_install(tool, monkeypatch):
     from absl import flags
 
-    from imagegpt_jax.cli import UserError
+    from imagegpt_jax.errors import UserError
 
     flags.FLAGS(["benchmark"])
     monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_emoji.py"
 

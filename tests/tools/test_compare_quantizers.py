@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

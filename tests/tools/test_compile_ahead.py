@@ -8,9 +8,9 @@ import types
 import pytest
 from absl import flags
 
-from imagegpt_jax import ahead, programs
 from imagegpt_jax import config as config_lib
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.perf import aot, aot_programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -42,10 +42,10 @@ def tool(monkeypatch):
             def compile(self, program, options=None, effort=0.0):
                 compiled.append(program.name)
                 if program.name in large:
-                    raise ahead.OutOfMemory("RESOURCE_EXHAUSTED: 129.88G exceeds 95.74G")
+                    raise aot.OutOfMemory("RESOURCE_EXHAUSTED: 129.88G exceeds 95.74G")
                 return {"program": program.name}, "HLO"
 
-        monkeypatch.setattr(ahead, "Plan", Plan)
+        monkeypatch.setattr(aot, "Plan", Plan)
         config = config_lib.sibling(str(ROOT / "configs" / "x.py"), "decoder.py").get_config("size=test")
         values = {"config": config, "topology": "v5e-16", "slices": 1, "batch_size": 512, "programs": [], "xla": "",
                   "output": None, "hlo": None, "effort": 0.0, "inputs": "tokens"} | values  # fmt: skip
@@ -71,20 +71,20 @@ def test_a_program_that_does_not_fit_does_not_take_the_others_with_it(tool, tmp_
 def test_a_step_is_given_what_the_flag_says(tool, inputs):
     module = tool(inputs=inputs)
     module.main()
-    assert programs.inputs_of(module.given) == inputs
+    assert aot_programs.inputs_of(module.given) == inputs
 
 
 def test_what_was_compiled_is_there_whatever_ends_the_next(tool, tmp_path, monkeypatch):
     output = tmp_path / "cells.json"
     module = tool(output=str(output))
-    compile_one = ahead.Plan.compile
+    compile_one = aot.Plan.compile
 
     def interrupted(self, program, options=None, effort=0.0):
         if program.name == "decode":
             raise KeyboardInterrupt
         return compile_one(self, program, options, effort)
 
-    monkeypatch.setattr(ahead.Plan, "compile", interrupted)
+    monkeypatch.setattr(aot.Plan, "compile", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module.main()
     assert [report["program"] for report in json.loads(output.read_text())] == ["train", "prefill"]

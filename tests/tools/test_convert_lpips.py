@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from absl import flags
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_lpips.py"
 

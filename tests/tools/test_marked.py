@@ -2,7 +2,7 @@ import pathlib
 
 import pytest
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,8 @@ import pytest
 from absl import flags
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax import hardware
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import hardware
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT = 900
@@ -46,7 +46,7 @@ def test_the_largest_batch_is_found_in_few_looks_and_the_next_was_looked_at(monk
 @pytest.fixture
 def plan(monkeypatch):
     """The tool, with the compiler's answers as told: `plan(config, topology, peak)` sets its flags and returns it."""
-    from imagegpt_jax import ahead, programs
+    from imagegpt_jax.perf import aot, aot_programs
 
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -58,7 +58,7 @@ def plan(monkeypatch):
     for name in set(flags.FLAGS) - before:  # several tools have flags of one name
         delattr(flags.FLAGS, name)
     monkeypatch.setattr(tool, "table", lambda plan, peak: "")
-    monkeypatch.setattr(ahead, "versions", lambda: {"jax": "1"})
+    monkeypatch.setattr(aot, "versions", lambda: {"jax": "1"})
 
     def told(config, topology, peak, **values):
         efforts = tool.efforts = []
@@ -68,7 +68,7 @@ def plan(monkeypatch):
             setup = None
 
             def __init__(self, config, topology):
-                self.config, self.inputs = config, programs.inputs_of(config)
+                self.config, self.inputs = config, aot_programs.inputs_of(config)
 
             def programs(self):
                 yield "train"
@@ -78,7 +78,7 @@ def plan(monkeypatch):
                 efforts.append(effort)
                 return {"peak_bytes": peak(self.config)}, ""
 
-        monkeypatch.setattr(ahead, "Plan", Plan)
+        monkeypatch.setattr(aot, "Plan", Plan)
         values = {
             "config": config,
             "topology": topology,

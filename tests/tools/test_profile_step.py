@@ -5,8 +5,8 @@ import types
 import pytest
 from absl import flags
 
-from imagegpt_jax import distributed
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import distributed
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,7 @@ import pathlib
 import pytest
 from absl import flags
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NOW, BEFORE = {"jax": "2"}, {"jax": "1"}

@@ -14,10 +14,11 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from imagegpt_jax import checkpoint, events, loop
+from imagegpt_jax import checkpoint
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.checkpoint import manifest
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.training import event_log, loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -107,7 +108,7 @@ def test_what_saving_costs_is_the_time_it_held_the_steps_up(tools):
 
 def test_a_real_run_adds_up(tools, tmp_path):
     loop.run(tools.tiny.Task(), tools.tiny.make_config(), tmp_path)
-    found = events.read(tmp_path)
+    found = event_log.read(tmp_path)
     seconds = tools.goodput.shares(found)
     assert sum(seconds.values()) == pytest.approx(found[-1]["time"] - found[0]["time"], abs=0.05)
     assert seconds["steps"] > 0

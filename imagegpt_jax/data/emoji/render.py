@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.data.emoji import catalog
+from imagegpt_jax.errors import UserError
 
 # Part of the cache key: raise it when worker.py or svg_document give other pixels for the same drawing.
 _RENDERING = 1

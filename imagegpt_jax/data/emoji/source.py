@@ -7,8 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from imagegpt_jax.cli import UserError, suggest
 from imagegpt_jax.data.emoji import catalog, render
+from imagegpt_jax.errors import UserError, suggest
 
 CAPTIONS = ("name", "keywords")
 MAX_RES = 2048

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from imagegpt_jax.cli import UserError
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.pretrained import weights
 
 SIZE = 224  # pixels of a side that the network was trained at

@@ -18,9 +18,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from imagegpt_jax import sharding
 from imagegpt_jax.models import winograd
 from imagegpt_jax.models.pretrained import inception_torchscript, weights
+from imagegpt_jax.parallel import sharding
 
 SIZE = 299  # pixels of a side that the network works on
 NUM_FEATURES, NUM_CLASSES = 2048, 1008

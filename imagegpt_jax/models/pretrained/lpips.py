@@ -19,8 +19,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from imagegpt_jax.cli import UserError
 from imagegpt_jax.config import choose
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.conv import Conv
 from imagegpt_jax.models.pretrained import weights
 

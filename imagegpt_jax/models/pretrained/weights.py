@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-from imagegpt_jax.cli import UserError
-from imagegpt_jax.convert import files
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.weight_files import files
 
 CACHE = "IMAGEGPT_JAX_CACHE"  # environment variable: the folder of downloaded files
 _TIMEOUT_SECONDS = 20

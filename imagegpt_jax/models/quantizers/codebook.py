@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import sharding
+from imagegpt_jax.parallel import sharding
 
 # How a vector and a code are compared; either grows with their likeness.
 EUCLIDEAN, DOT = "euclidean", "dot"

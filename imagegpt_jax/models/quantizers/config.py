@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from imagegpt_jax.cli import UserError, suggest
+from imagegpt_jax.errors import UserError, suggest
 
 KINDS = ("vq", "ibq", "fsq", "lfq")
 # Kinds that keep a learned table of codes; the codes of the others follow from their index.

@@ -14,7 +14,6 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax import sharding
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.quantizers import lattice
 from imagegpt_jax.models.quantizers.codebook import (
@@ -27,6 +26,7 @@ from imagegpt_jax.models.quantizers.codebook import (
 )
 from imagegpt_jax.models.quantizers.config import QuantizerConfig
 from imagegpt_jax.models.quantizers.use import UseSums
+from imagegpt_jax.parallel import sharding
 
 Losses = dict[str, Float[Array, ""]]
 

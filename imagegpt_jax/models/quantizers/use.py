@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from imagegpt_jax import sharding
 from imagegpt_jax.models.quantizers.config import QuantizerConfig
+from imagegpt_jax.parallel import sharding
 
 # A code whose average count is below this keeps its place: there is nothing to average.
 MIN_COUNT = 1e-5

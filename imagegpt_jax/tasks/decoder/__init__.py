@@ -1,10 +1,12 @@
 """Stage 2: a GPT over one sequence of text and image tokens.
 
 Trains on token shards made by `imagegpt_jax.encode`, or on images that a frozen tokenizer encodes within the step.
-These are the names by which `loop.py`, the compiler's tools and the binaries know a stage.
+These are the names by which `training/loop.py`, the compiler's tools and the binaries know a stage.
 """
 
-from imagegpt_jax.tasks.decoder.assembly import (
+from imagegpt_jax.tasks.decoder.batches import abstract_batch, batches, pack, prepare_batch
+from imagegpt_jax.tasks.decoder.evaluation import evaluate, predict_fns
+from imagegpt_jax.tasks.decoder.setup import (
     Setup,
     check_mesh,
     save_assets,
@@ -13,9 +15,7 @@ from imagegpt_jax.tasks.decoder.assembly import (
     setup_for_inference,
     tokenizer_params,
 )
-from imagegpt_jax.tasks.decoder.examples import abstract_batch, batches, pack, prepare_batch
-from imagegpt_jax.tasks.decoder.scoring import evaluate, predict_fns
-from imagegpt_jax.tasks.decoder.training import (
+from imagegpt_jax.tasks.decoder.train_step import (
     check_frozen,
     forward_flops,
     init_state,

@@ -1,0 +1,1 @@
+"""Scores of checkpoints, image folders and prompts; votes; reports."""

@@ -1,0 +1,202 @@
+"""Pictures of a list of prompts, drawn by a checkpoint to be scored as a set: the files of published protocols.
+
+Pictures are PNGs that say what drew them, in a folder that grows until it is whole: the same command goes on where it
+was cut short. Picture i depends on the seed and i alone, so any number of processes draw the same ones.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.generation import output
+from imagegpt_jax.metrics import prompts
+from imagegpt_jax.metrics.files import write
+from imagegpt_jax.metrics.protocols import Protocol
+from imagegpt_jax.sampling.settings import Sampling
+
+if TYPE_CHECKING:
+    from imagegpt_jax.inference.loading import Decoder, Tokenizer
+
+PLAN, CAPTIONS = "plan.json", "captions.jsonl"
+CLASSES = "classes"  # in place of a file of prompts: every class
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What is to be drawn.
+
+    Attributes:
+      checkpoint: workdir, exported folder or published weights of a decoder.
+      prompts: file of prompts, in the protocol's format; or "classes".
+      folder: where the pictures go.
+      protocol: which prompts, and how many pictures of each.
+      step: checkpoint step; None for the newest.
+      tokenizer: of images; "" for the one that the decoder was trained with.
+      each: pictures of each prompt; 0 for the protocol's number.
+      count: only so many pictures, the first ones; 0 for all.
+      seed: of the draw of captions, and of the pictures.
+      sampler: settings of `Sampling` in place of the decoder's own.
+    """
+
+    checkpoint: str
+    prompts: str
+    folder: str
+    protocol: Protocol
+    step: int | None = None
+    tokenizer: str = ""
+    each: int = 0
+    count: int = 0
+    seed: int = 0
+    sampler: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def per_prompt(self) -> int:
+        """Pictures of each prompt."""
+        return self.each or self.protocol.each
+
+
+def parse_sampler(values: Sequence[str]) -> dict[str, float | str]:
+    """`["cfg_scale=3", ...]` -> settings of `Sampling`.
+
+    Raises:
+      UserError: for a setting that there is not, or no number where one is needed.
+    """
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Sampling)}
+    found: dict[str, float | str] = {}
+    for value in values:
+        name, separator, text = value.partition("=")
+        if name not in kinds:
+            raise UserError(f"unknown setting {name!r} in --sampler.{suggest(name, kinds)}")
+        try:
+            found[name] = kinds[name](text)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise UserError(f"--sampler={value} is not NAME=VALUE: write {name}={getattr(Sampling(), name)}.")
+    Sampling(**found)  # type: ignore[arg-type]
+    return found
+
+
+def read(order: Order) -> list[Row]:
+    """The rows of the file of prompts, each with its "text"; [] for classes, which the decoder knows.
+
+    Raises:
+      UserError: if the file is none of the protocol's.
+    """
+    if order.prompts == CLASSES:
+        return []
+    rows = -(-order.count // order.per_prompt) if order.count else 0
+    return [*prompts.of_protocol(order.protocol.name, order.prompts, rows, order.seed)]
+
+
+def draw(order: Order, rows: Sequence[Row]) -> None:
+    """Draws the pictures that are not yet in the folder, together with the other processes.
+
+    Args:
+      order: what.
+      rows: from `read`.
+
+    Raises:
+      UserError: if the decoder cannot draw these, or the folder holds other pictures.
+    """
+    from imagegpt_jax.inference import loading
+    from imagegpt_jax.runtime import distributed
+
+    decoder = loading.load_decoder(order.checkpoint, order.step, tokenizer=order.tokenizer or None)
+    tok = decoder.load_tokenizer()
+    sampling = decoder.sampling(**order.sampler)  # type: ignore[arg-type]
+    if order.prompts == CLASSES:
+        count = decoder.setup.space.num_classes
+        if not count:
+            raise UserError(f"{order.checkpoint} was not trained on classes: give a file of prompts.")
+        names = decoder.setup.labels or [""] * count
+        rows = [{"text": names[number], "class": number} for number in range(count)]
+    total = len(rows) * order.per_prompt
+    total = min(order.count, total) if order.count else total
+    if order.prompts == CLASSES:  # class after class: the parts that ADM's Inception Score is cut into hold all of them
+        asked = [rows[i % len(rows)] for i in range(total)]
+    else:
+        asked = [rows[i // order.per_prompt] for i in range(total)]
+    about = output.about(decoder, tok, sampling, order.seed) | {"finish": {}}
+    folder = epath.Path(order.folder)
+    if distributed.is_first():
+        _begin(folder, {**about, "pictures": total, "prompts": _digest(asked)})
+        lines = [json.dumps({**row, "file_name": file_name(i)}) for i, row in enumerate(asked)]
+        write(folder / CAPTIONS, ("\n".join(lines) + "\n").encode())
+    distributed.meet()
+    _draw(decoder, tok, sampling, asked, about, folder)
+    distributed.meet()
+
+
+def file_name(number: int) -> str:
+    """The file of a picture."""
+    return f"{number:06d}.png"
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    import hashlib
+
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
+
+def _begin(folder: epath.Path, plan: Mapping[str, Any]) -> None:
+    """Makes the folder, or finds that it holds pictures of the same plan."""
+    if folder.exists() and any(folder.iterdir()):
+        held = json.loads((folder / PLAN).read_text()) if (folder / PLAN).exists() else {}
+        if held != json.loads(json.dumps(plan)):
+            differ = sorted(name for name in plan.keys() | held.keys() if plan.get(name) != held.get(name))
+            raise UserError(
+                f"{folder} holds other pictures ({', '.join(differ) if held else 'which were not drawn here'}): give"
+                " another --samples_dir, or remove it."
+            )
+        return
+    write(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+
+
+def _draw(
+    decoder: "Decoder",
+    tok: "Tokenizer",
+    sampling: Sampling,
+    asked: Sequence[Row],
+    about: Mapping[str, Any],
+    folder: epath.Path,
+) -> None:
+    """Draws this process's share of what is missing."""
+    import jax
+    from tqdm import tqdm
+
+    from imagegpt_jax import images
+    from imagegpt_jax.generation import pipeline
+    from imagegpt_jax.parallel import sharding
+
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices) if len(devices) > 1 else None
+    held = {path.name for path in folder.iterdir()}
+    turn = pipeline.TILE * len(devices)
+    mine = [
+        i
+        for i in range(len(asked))
+        if i // turn % jax.process_count() == jax.process_index() and file_name(i) not in held
+    ]
+    if not mine:
+        return
+    words = {i: "" if "class" in asked[i] else asked[i]["text"] for i in mine}
+    sketch = pipeline.Sketch(prompts=list(words.values()), classes=[asked[i].get("class") for i in mine])
+
+    def pictures() -> Iterator[Any]:
+        for part in pipeline.draw(decoder, tok, sketch, sampling, about["seed"], draws=mine, mesh=mesh):
+            yield from zip(part.images, part.log_likelihood, strict=True)
+
+    with tqdm(desc="draw", unit="image", total=len(mine), mininterval=1.0) as bar:
+        for i, (picture, likelihood) in zip(mine, pictures(), strict=True):
+            text, label = words[i], asked[i].get("class")
+            request = {"prompt": [text] if text else [], **({} if label is None else {"class": [str(label)]})}
+            row = {"index": i, "prompt": text, "class": label, "request": request, "draw": i, **about}
+            row["found"] = {"log_likelihood": float(likelihood)}
+            write(folder / file_name(i), images.png_bytes(picture, row))
+            bar.update()

@@ -1,0 +1,1 @@
+"""From a request to images: modes, pipeline, post-processing, safety, scorers, output."""

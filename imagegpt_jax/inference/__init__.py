@@ -1,0 +1,1 @@
+"""Trained networks, loaded and placed on devices, ready to call."""

@@ -1,0 +1,1 @@
+"""Losses: of pixels and discriminators, and chunked cross-entropy over a vocabulary."""

@@ -1,0 +1,173 @@
+"""Features of image sets, in tiles of a fixed number of rows, by one process or by many together.
+
+Tile k holds the same images whatever the batch size and however many processes there are, and every process sees the
+features of all tiles in the order of the images: what is summed from them is the same to the last bit.
+Shapes: N images, H W pixels, T rows of a tile.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from imagegpt_jax.metrics.sets import ImageSet
+from imagegpt_jax.parallel import sharding
+
+TILE = 8
+_READERS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A frozen network that turns images into features.
+
+    Attributes:
+      name: such as "inception".
+      about: where its weights are from: path and SHA-256.
+      prepare: uint8 [H, W, 3] -> what it takes, on the host.
+      apply: pure function (params, prepared [T, ...]) -> {output: array [T, ...]}. Equal ones are compiled once.
+      params: its first argument.
+      size: pixels of a side that `prepare` resizes to; 0 where the network takes any.
+    """
+
+    name: str
+    about: Mapping[str, str]
+    prepare: Callable[[np.ndarray], np.ndarray]
+    apply: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
+    params: Any
+    size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Features of some images, which follow those of the part before.
+
+    Attributes:
+      start: number of the first image.
+      digests: uint8 [N, 32], SHA-256 of each image's pixels.
+      features: (network, output) -> float32 [N, ...].
+    """
+
+    start: int
+    digests: np.ndarray
+    features: Mapping[tuple[str, str], np.ndarray]
+
+
+def digest(image_HWC: np.ndarray) -> np.ndarray:
+    """SHA-256 of an image's shape and pixels, uint8 [32]."""
+    pixels = np.ascontiguousarray(image_HWC)
+    return np.frombuffer(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest(), np.uint8)
+
+
+class _Reader:
+    """Reads images by number ahead of their use, `batch_size` at a time."""
+
+    def __init__(self, images: ImageSet, numbers: Sequence[int], batch_size: int):
+        self._images, self._numbers, self._size = images, numbers, batch_size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        with (
+            concurrent.futures.ThreadPoolExecutor(1) as ahead,
+            concurrent.futures.ThreadPoolExecutor(1 if self._images.in_order else _READERS) as readers,
+        ):
+
+            def load(start: int) -> list[np.ndarray]:
+                return list(readers.map(self._images.read, self._numbers[start : start + self._size]))
+
+            starts = range(0, len(self._numbers), self._size)
+            waiting = ahead.submit(load, 0) if starts else None
+            for start in starts:
+                assert waiting is not None
+                loaded = waiting.result()
+                if start + self._size < len(self._numbers):
+                    waiting = ahead.submit(load, start + self._size)
+                yield from loaded
+
+
+def extract(
+    images: ImageSet,
+    networks: Sequence[Network],
+    outputs: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 64,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> Iterator[Part]:
+    """Computes features of all images.
+
+    Args:
+      images: the set; the same for every process.
+      networks: what computes.
+      outputs: the (network, output) that are wanted.
+      batch_size: images that a process reads at once; no result depends on it.
+      advance: told how many images have been done since the last call.
+
+    Returns:
+      an iterator over parts; in every process over all of them.
+
+    Raises:
+      UserError: if an image is damaged.
+    """
+    # Virtual devices of one CPU would only share it.
+    devices = jax.local_devices() if jax.default_backend() != "cpu" else jax.local_devices()[:1]
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices)
+    # By way of the host: what was read under a mesh of all processes' devices is on all of these.
+    held = {network.name: jax.tree.map(np.asarray, network.params) for network in networks}
+    params = jax.device_put(held, sharding.replicated(mesh))
+    rows, count = TILE * mesh.size, len(images)
+    turn = rows * jax.process_count()
+    mine = [
+        number
+        for start in range(jax.process_index() * rows, count, turn)
+        for number in range(start, min(start + rows, count))
+    ]
+    source = iter(_Reader(images, mine, batch_size))
+
+    def dispatch(start: int) -> tuple[np.ndarray, dict[tuple[str, str], jax.Array]]:
+        first = start + jax.process_index() * rows
+        tile = [next(source) for _ in range(max(0, min(rows, count - first)))]
+        digests = np.stack([digest(image) for image in tile]) if tile else np.zeros((0, 32), np.uint8)
+        filled = tile or [np.zeros(images.shape, np.uint8)]
+        computed = {}
+        for network in networks:
+            prepared = np.stack([network.prepare(image) for image in filled])
+            prepared = np.concatenate([prepared, np.repeat(prepared[-1:], rows - len(prepared), axis=0)])
+            with jax.set_mesh(mesh):  # the caller may be at work on a mesh of all processes' devices
+                placed = jax.device_put(prepared, sharding.batch_sharding(mesh))
+                found = _run(network.apply, params[network.name], placed)
+            computed |= {key: value for o, value in found.items() if (key := (network.name, o)) in outputs}
+        padded = np.zeros((rows, 32), np.uint8)
+        padded[: len(digests)] = digests
+        return padded, computed
+
+    running = None
+    for start in [*range(0, count, turn), None]:
+        dispatched = None if start is None else (start, *dispatch(start))
+        if running is not None:
+            part = _gathered(*running, count)
+            advance(len(part.digests))
+            yield part
+        running = dispatched
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(apply: Callable[..., Any], params: Any, rows: jax.Array) -> Mapping[str, jax.Array]:
+    return apply(params, rows)
+
+
+def _gathered(start: int, digests: np.ndarray, computed: Mapping[tuple[str, str], jax.Array], count: int) -> Part:
+    """The tiles of all processes, one after another, without what fills the last one up."""
+    arrays = {name: np.asarray(value, np.float32) for name, value in computed.items()}
+    if jax.process_count() > 1:
+        digests, *values = multihost_utils.process_allgather((digests, *arrays.values()))
+        digests = np.asarray(digests).reshape(-1, 32)
+        arrays = {
+            name: np.asarray(value).reshape(-1, *value.shape[2:]) for name, value in zip(arrays, values, strict=True)
+        }
+    stop = min(len(digests), count - start)
+    return Part(start, digests[:stop], {name: value[:stop] for name, value in arrays.items()})

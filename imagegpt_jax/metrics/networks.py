@@ -1,0 +1,219 @@
+"""The frozen networks that scores are made of, loaded from files and ready for `features.extract`."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from imagegpt_jax import train_state
+from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.metrics import resizing, score, ssim
+from imagegpt_jax.metrics.features import Network
+from imagegpt_jax.models.pretrained import clip, dinov2, efficientnet, inception, lpips, weights
+
+Loader = Callable[[str, str], Network]
+_TEXTS = 64  # of a tile
+
+
+def load(name: str, path: str, resize: str) -> Network:
+    """Loads a network.
+
+    Args:
+      name: such as "inception".
+      path: file of its weights; "" for the public file, downloaded once.
+      resize: how images come to its size, see `resizing`.
+
+    Raises:
+      UserError: if there is no such network, or its weights are missing or do not fit.
+    """
+    if name not in LOADERS:
+        raise UserError(f"unknown feature network {name!r}.{suggest(name, LOADERS)}")
+    return LOADERS[name](path, resize)
+
+
+def check_weights(name: str, path: str, flag: str) -> None:
+    """Finds out early whether a network's weights are there: fetches the public file if `path` is "".
+
+    Args:
+      name: of the network.
+      path: file of its weights, or "".
+      flag: what to type to name a file, for the error.
+
+    Raises:
+      UserError: if there is no such network, or its weights are missing.
+    """
+    if name not in LOADERS:
+        raise UserError(f"unknown feature network {name!r}.{suggest(name, LOADERS)}")
+    if path and not epath.Path(path).exists():
+        raise UserError(f"there are no weights of {name} at {path}: give the file by {flag}.")
+    if not path and name == "inception":
+        weights.fetch(inception.FILE, flag)
+
+
+def wrap(
+    name: str,
+    about: Mapping[str, str],
+    module: nnx.Module,
+    prepare: Callable[[np.ndarray], np.ndarray],
+    outputs: Callable[[Any, jax.Array], Mapping[str, jax.Array]],
+) -> Network:
+    """A network from a module; `outputs` calls it: (module, prepared images) -> {output: array}."""
+    graph, params = train_state.split(module)
+    return Network(name, about, prepare, _Apply(graph, outputs), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """A module's pure function; those of equal modules are equal, and compiled once."""
+
+    graph: Any
+    outputs: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
+
+    def __call__(self, params: Any, images: jax.Array) -> Mapping[str, jax.Array]:
+        with jax.default_matmul_precision("float32"):  # which accelerators do not have by default
+            return self.outputs(train_state.merge(self.graph, params), images)
+
+
+def _about(path: str, file: weights.File, flag: str) -> dict[str, str]:
+    found = path or str(weights.fetch(file, flag))
+    return {"path": found, "sha256": weights.sha256(found)}
+
+
+def _inception_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
+    found = module(images)
+    return {"pool": found.pool, "spatial": found.spatial, "logits": found.logits}
+
+
+def _inception(path: str, resize: str) -> Network:
+    if path:
+        module = inception.Inception.load(path)  # before its hash: tells what is wrong with the path
+    about = _about(path, inception.FILE, "--feature_weights=FILE")
+    if not path:
+        module = inception.Inception.load(about["path"])
+    prepare = resizing.to_size(resize, inception.SIZE)
+    return wrap("inception", about, module, prepare, _inception_outputs)
+
+
+def _clip(path: str, resize: str) -> Network:
+    del resize  # CLIP is defined with its own
+    score.require_weights("clip", path)
+    module = clip.CLIP.load(path)
+    prepare = resizing.to_size("pil_bicubic_crop", module.size)
+    return wrap("clip", _about_folder(path), module, prepare, _clip_outputs)
+
+
+def _clip_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
+    return {"embedding": module.embed_images(images)}
+
+
+def _dinov2(path: str, resize: str) -> Network:
+    del resize
+    score.require_weights("dinov2", path)
+    module = dinov2.DINOv2.load(path)
+    prepare = resizing.to_size("pil_bicubic_crop", dinov2.SIZE)
+    return wrap("dinov2", _about_folder(path), module, prepare, _pool_outputs)
+
+
+def _efficientnet(path: str, resize: str) -> Network:
+    file = path or efficientnet.packaged()
+    module = efficientnet.EfficientNetLite0.load(file)
+    prepare = resizing.to_size(resize, efficientnet.SIZE)
+    about = {"path": file, "sha256": weights.sha256(file)}
+    network = wrap("efficientnet_lite0", about, module, prepare, _pool_outputs)
+    return dataclasses.replace(network, size=efficientnet.SIZE)
+
+
+def _pool_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
+    return {"pool": module(images)}
+
+
+def _about_folder(path: str) -> dict[str, str]:
+    """Path and SHA-256 of a file, or of a folder's files of weights one after another."""
+    place = epath.Path(path)
+    if not place.is_dir():
+        return {"path": path, "sha256": weights.sha256(place)}
+    found = sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
+    digest = hashlib.sha256("".join(weights.sha256(file) for file in found).encode())
+    return {"path": path, "sha256": digest.hexdigest()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compare:
+    """Metrics of image pairs; LPIPS is the module with parameters."""
+
+    names: tuple[str, ...]
+    graph: Any
+
+    def __call__(self, params: Any, pairs_B2HWC: jax.Array) -> Mapping[str, jax.Array]:
+        a, b = pairs_B2HWC[:, 0].astype(jnp.float32), pairs_B2HWC[:, 1].astype(jnp.float32)
+        found = {name: ssim.METRICS[name](a, b) for name in self.names if name != "lpips"}
+        if "lpips" in self.names:
+            with jax.default_matmul_precision("float32"):
+                found["lpips"] = train_state.merge(self.graph, params)(a / 127.5 - 1, b / 127.5 - 1)
+        return found
+
+
+def pairs(names: Sequence[str], path: str) -> Network:
+    """The metrics of image pairs as a network, whose outputs have their names; `path` has the weights of LPIPS.
+
+    Raises:
+      UserError: if LPIPS is asked for without weights.
+    """
+    if "lpips" not in names:
+        return Network("pairs", {}, np.asarray, _Compare(tuple(names), None), {})
+    score.require_weights("lpips", path)
+    graph, params = train_state.split(lpips.LPIPS.load(path))
+    return Network("pairs", _about_folder(path), np.asarray, _Compare(tuple(names), graph), params)
+
+
+def embed_texts(path: str, texts: Sequence[str]) -> np.ndarray:
+    """CLIP's embeddings of texts, float32 [N, E], in tiles of a fixed size.
+
+    Args:
+      path: folder with CLIP's weights and the files of its tokenizer.
+      texts: any; what is longer than CLIP's context is cut.
+
+    Raises:
+      UserError: if the folder has no tokenizer.
+    """
+    module = clip.CLIP.load(path)
+    ids_NL = _tokenize(path, texts, module.length)
+    rows = []
+    for start in range(0, len(ids_NL), _TEXTS):
+        tile = ids_NL[start : start + _TEXTS]
+        filled = np.concatenate([tile, np.repeat(tile[-1:], _TEXTS - len(tile), axis=0)])
+        rows.append(np.asarray(_embed(module, filled))[: len(tile)])
+    return np.concatenate(rows)
+
+
+@jax.jit
+def _embed(module: clip.CLIP, ids_BL: jax.Array) -> jax.Array:
+    return module.embed_texts(ids_BL)
+
+
+def _tokenize(path: str, texts: Sequence[str], length: int) -> np.ndarray:
+    import tokenizers
+
+    folder = epath.Path(path) if epath.Path(path).is_dir() else epath.Path(path).parent
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise UserError(f"CLIP's tokenizer is not beside its weights: put its tokenizer.json into {folder}.")
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(length)
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    # Filled up with the end's id, as `transformers` does: the first one counts.
+    return np.array([ids + [max(ids)] * (length - len(ids)) for ids in encoded], np.int32)
+
+
+LOADERS: Mapping[str, Loader] = {
+    "inception": _inception,
+    "clip": _clip,
+    "dinov2": _dinov2,
+    "efficientnet_lite0": _efficientnet,
+}

@@ -1,0 +1,151 @@
+"""The captions and prompts that published protocols draw images for, and GenEval's judging. Nothing here starts JAX.
+
+The files are those of their authors: COCO's `captions_val2014.json`, `PartiPrompts.tsv`, GenEval's
+`evaluation_metadata.jsonl`.
+"""
+
+import collections
+import csv
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.generation.prompts import read_prompts
+
+COCO_COUNT = 30_000
+Scorer = Callable[[np.ndarray, Mapping[str, Any]], bool]
+
+
+def _text(path: epath.PathLike) -> str:
+    file = epath.Path(path)
+    if not file.is_file():
+        raise UserError(f"there is no file {path}.")
+    return file.read_text()
+
+
+def coco_captions(path: epath.PathLike, count: int = COCO_COUNT, seed: int = 0) -> list[dict[str, Any]]:
+    """Captions of COCO 2014's validation images, drawn without replacement, as Parti's authors describe.
+
+    Args:
+      path: `captions_val2014.json`.
+      count: how many.
+      seed: of the draw.
+
+    Returns:
+      [{"file_name", "text", "id"}], in the order of the draw; an image may come up with several of its captions.
+
+    Raises:
+      UserError: if the file is none of COCO's, or has fewer captions.
+    """
+    try:
+        found = json.loads(_text(path))
+        names = {image["id"]: image["file_name"] for image in found["images"]}
+        rows = sorted(found["annotations"], key=lambda row: row["id"])
+        every = [{"file_name": names[r["image_id"]], "text": r["caption"].strip(), "id": r["id"]} for r in rows]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is not COCO's file of captions ({e}): give captions_val2014.json.") from e
+    if len(every) < count:
+        raise UserError(f"{path} has {len(every)} captions, and {count} are to be drawn.")
+    return [every[i] for i in np.random.default_rng(seed).choice(len(every), count, replace=False)]
+
+
+def listed(path: epath.PathLike) -> list[dict[str, str]]:
+    """The prompts of a table with tabs, such as PartiPrompts, in order: [{"text", and "category", "challenge"}].
+
+    Raises:
+      UserError: if the file has no column `Prompt`.
+    """
+    rows = list(csv.DictReader(_text(path).splitlines(), delimiter="\t"))
+    if not rows or "Prompt" not in rows[0]:
+        raise UserError(f"{path} has no column Prompt: give PartiPrompts.tsv, or LlamaGen's coco_captions.csv.")
+    kept = {name: name.lower() for name in ("Category", "Challenge") if name in rows[0]}
+    return [{"text": row["Prompt"].strip(), **{ours: row[name] for name, ours in kept.items()}} for row in rows]
+
+
+def of_protocol(name: str, path: epath.PathLike, count: int, seed: int) -> list[dict[str, Any]]:
+    """What a protocol draws pictures of.
+
+    Args:
+      name: of the protocol; those without prompts of their own take any file that `sample` does.
+      path: the file of its authors.
+      count: only so many; 0 for all.
+      seed: of the draw, where there is one.
+
+    Returns:
+      rows with "text", and what else the file says.
+
+    Raises:
+      UserError: if the file is none of the protocol's.
+    """
+    found: list[dict[str, Any]]
+    if name == "coco30k_zero_shot":
+        if epath.Path(path).suffix == ".json":
+            return coco_captions(path, count or COCO_COUNT, seed)
+        found = [*listed(path)]
+    elif name == "parti_prompts":
+        found = [*listed(path)]
+    elif name == "geneval":
+        found = [{**row, "text": row["prompt"]} for row in geneval(path)]
+    else:
+        found = [{"text": text} for text in read_prompts(os.fspath(path))]
+    return found[:count] if count else found
+
+
+def geneval(path: epath.PathLike) -> list[dict[str, Any]]:
+    """GenEval's prompts with what a detector should find: [{"prompt", "tag", "include", ...}].
+
+    Raises:
+      UserError: if a line is none.
+    """
+    rows = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows.append({"include": [], **row, "prompt": row["prompt"], "tag": row["tag"]})
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"line {number} of {path} is no prompt of GenEval's ({e}).") from e
+    if not rows:
+        raise UserError(f"{path} is empty: give GenEval's evaluation_metadata.jsonl.")
+    return rows
+
+
+def load_scorer(name: str) -> Scorer:
+    """A judge of images: `module:function`, where function(image uint8 [H, W, 3], row of the prompt) -> bool.
+
+    Raises:
+      UserError: if it cannot be imported.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"the scorer {name!r} cannot be imported ({e}): write it as module:function.") from e
+
+
+def geneval_score(right: Sequence[bool], rows: Sequence[Mapping[str, Any]]) -> tuple[float, dict[str, float]]:
+    """GenEval's score: the mean over kinds of prompts of the share of right images.
+
+    Args:
+      right: the judgement of each image, all images of the first prompt first.
+      rows: the prompts; as many images of each.
+
+    Returns:
+      (score, {tag: share}).
+
+    Raises:
+      UserError: if the images do not divide among the prompts.
+    """
+    if not right or len(right) % len(rows):
+        raise UserError(f"{len(right)} images do not divide among {len(rows)} prompts: draw as many of each.")
+    each = len(right) // len(rows)
+    found: dict[str, list[bool]] = collections.defaultdict(list)
+    for i, hit in enumerate(right):
+        found[rows[i // each]["tag"]].append(bool(hit))
+    shares = {tag: float(np.mean(hits)) for tag, hits in sorted(found.items())}
+    return float(np.mean(list(shares.values()))), shares

@@ -1,0 +1,205 @@
+"""Protocols: named, complete descriptions of how scores are computed, so that equal names mean comparable numbers.
+
+A protocol fixes the network and its resizing, the reference, how many images of which size and format, how KID and the
+Inception Score draw, and for generated images the captions and the sampler. Nothing here starts JAX.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.metrics.kernels import Subsets
+from imagegpt_jax.metrics.resizing import Crop
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionSplits:
+    """How the Inception Score cuts its images: into `count` equal parts, or into parts of `size` images.
+
+    Attributes:
+      count: number of parts; 0 if `size` counts.
+      size: images of a part.
+      shuffle_seed: images are shuffled by `RandomState(seed)` before; None keeps their order.
+    """
+
+    count: int = 10
+    size: int = 0
+    shuffle_seed: int | None = None
+
+    def of(self, images: int) -> int:
+        """How many parts so many images make."""
+        return self.count or max(1, -(-images // self.size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How scores are computed.
+
+    Attributes:
+      name: what it is called.
+      about: where it is from, in a sentence.
+      metrics: what is computed unless --metrics says otherwise.
+      features: network of FID, KID, precision and the like.
+      resize: how images come to the network's size, see `resizing`.
+      reference: what to compare with.
+      count: images that published scores are of; 0 if any number.
+      side: pixels of a side of the images; 0 if any.
+      lossless: whether the images have to be stored without loss.
+      kid: how KID draws its subsets.
+      inception: how the Inception Score cuts.
+      neighbours: of precision and recall.
+      captions: which captions are drawn, for generated images.
+      prefix: what stands before captions where CLIP compares them with images.
+      each: images of each caption.
+      reference_crop: how reference photographs come to `side` where they differ in size or are larger, see `resizing`;
+        "" where they must be alike.
+      image_crop: the same of the images.
+      sampler: how they are drawn.
+    """
+
+    name: str
+    about: str
+    metrics: tuple[str, ...]
+    reference: str
+    features: str = "inception"
+    resize: str = "tf1_bilinear"
+    count: int = 0
+    side: int = 0
+    lossless: bool = True
+    kid: Subsets = dataclasses.field(default_factory=Subsets)
+    inception: InceptionSplits = dataclasses.field(default_factory=InceptionSplits)
+    neighbours: int = 3
+    captions: str = ""
+    prefix: str = ""
+    each: int = 1
+    reference_crop: str = ""
+    image_crop: str = ""
+    sampler: str = "the sampler that the images' metadata names"
+
+    def crop(self, name: str) -> Crop | None:
+        """The crop of this name to `side`; None for ""."""
+        return Crop(name, self.side) if name else None
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that two scores must have in common to be compared."""
+        return dataclasses.asdict(self)
+
+    def with_subsets(self, count: int | None, size: int | None) -> "Protocol":
+        """The protocol with other numbers for KID, where they are given."""
+        given = {name: value for name, value in (("count", count), ("size", size)) if value is not None}
+        return dataclasses.replace(self, kid=dataclasses.replace(self.kid, **given)) if given else self
+
+    def with_splits(self, count: int | None) -> "Protocol":
+        """The protocol with another number of splits for the Inception Score, if it is given."""
+        if count is None:
+            return self
+        return dataclasses.replace(self, inception=dataclasses.replace(self.inception, count=count, size=0))
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    p.name: p
+    for p in (
+        Protocol(
+            name="adm_imagenet256",
+            about="class-conditional ImageNet 256 as ADM's evaluator scores it (arXiv:2105.05233)",
+            metrics=("fid", "sfid", "is", "precision", "recall"),
+            reference="ADM's VIRTUAL_imagenet256_labeled.npz: its statistics, and its 10,000 images for precision",
+            count=50_000,
+            side=256,
+            inception=InceptionSplits(count=0, size=5000),
+            each=50,
+            reference_crop="adm_center_crop",
+            sampler="50 images of each of the 1000 classes",
+        ),
+        Protocol(
+            name="clean_fid",
+            about="clean-fid's mode `clean` (arXiv:2104.11222)",
+            metrics=("fid", "kid"),
+            reference="a folder of real images, or its statistics made with this protocol",
+            resize="pil_bicubic_float",
+            kid=Subsets(seed=0, reference_first=False),
+        ),
+        Protocol(
+            name="torch_fidelity",
+            about="torch-fidelity's defaults",
+            metrics=("fid", "is", "kid"),
+            reference="a folder of real images",
+            inception=InceptionSplits(count=10, shuffle_seed=2020),
+        ),
+        Protocol(
+            name="coco30k_zero_shot",
+            about="zero-shot MS-COCO 2014 (arXiv:2206.10789) as LlamaGen and GigaGAN compute it (arXiv:2406.06525)",
+            metrics=("fid", "clip_score"),
+            reference="all images of COCO 2014 validation, as they are",
+            resize="pil_bicubic_float",
+            count=30_000,
+            side=256,
+            captions="LlamaGen's coco_captions.csv in order, or as many drawn from captions_val2014.json without"
+            " replacement, see `prompts.coco_captions`",
+            prefix="A photo depicts ",
+            reference_crop="pil_lanczos_square",
+            image_crop="pil_lanczos_square",
+            sampler="one image of each caption",
+        ),
+        Protocol(
+            name="parti_prompts",
+            about="the 1632 prompts of PartiPrompts, which have no reference images (arXiv:2206.10789)",
+            metrics=("clip_score",),
+            reference="none: images are compared with their prompts",
+            count=1632,
+            captions="PartiPrompts.tsv, all of its rows in order",
+            sampler="one image of each prompt",
+        ),
+        Protocol(
+            name="geneval",
+            about="compositional prompts judged by an object detector (arXiv:2310.11513)",
+            metrics=("geneval",),
+            reference="none: a scorer judges each image by its prompt's metadata",
+            count=2212,
+            captions="evaluation_metadata.jsonl, 553 prompts",
+            each=4,
+            sampler="four images of each prompt",
+        ),
+        Protocol(
+            name="rfid_imagenet_val",
+            about="reconstructions of ImageNet's 50,000 validation images, as tokenizers are compared",
+            metrics=("fid", "is", "psnr", "ssim"),
+            reference="the validation images themselves, cropped to 256 by adm_center_crop",
+            count=50_000,
+            side=256,
+            inception=InceptionSplits(count=10),
+            reference_crop="adm_center_crop",
+            sampler="each validation image, encoded and decoded",
+        ),
+        Protocol(
+            name="emoji",
+            about="this program's own: no download, small sets",
+            metrics=("kid",),
+            reference="emoji of concepts that were not trained on",
+            features="efficientnet_lite0",
+            resize="pil_bicubic_float",
+            kid=Subsets(count=100, size=200),
+        ),
+    )
+}
+
+
+def find(name: str) -> Protocol:
+    """The protocol of this name.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if name not in PROTOCOLS:
+        raise UserError(f"unknown protocol {name!r}.{suggest(name, PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What two protocols' facts differ in, a phrase each."""
+    return [
+        f"{name}: {a.get(name)!r} against {b.get(name)!r}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name) and name != "about"
+    ]

@@ -1,0 +1,222 @@
+"""What `perf/aot.py` compiles, abstract up to its compilation: the two programs of sampling, and what a decoder's step
+has to do besides where its pictures are encoded within it.
+
+Shapes: R rows, D width, V ids that may be drawn.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from imagegpt_jax import train_state
+from imagegpt_jax.config import Config
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.models import gpt
+from imagegpt_jax.parallel import manual_collectives, sharding
+from imagegpt_jax.sampling.decode_weights import score
+from imagegpt_jax.sampling.jobs import prefill, prepare, step
+from imagegpt_jax.tasks import decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a config on a slice, abstract up to its compilation.
+
+    Attributes:
+      name: "train" (decoder), "reconstruction", "adversarial" (tokenizer), "prefill", "decode" (sampling).
+      lower: traces it: () -> jax.stages.Lowered.
+      model_flops: FLOPs that the model needs, all devices together.
+      parameters: () -> tree of all that it is given, trained and frozen, with shardings.
+      reads: for "decode", () -> bytes of the weights and of the cache on one device, which it reads once.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    model_flops: float
+    parameters: Callable[[], Any]
+    reads: Callable[[], dict[str, int]] | None = None
+
+
+class Sampling:
+    """Prefill with its first scores, and one guided step; rows are twice the samples, and each device has its own.
+
+    Weights are laid out as `sampling.jobs.place` does: cut over `tensor` alone, in the compute dtype. They are traced
+    where they are first asked for.
+
+    Args:
+      setup: the decoder's static part.
+      mesh: the devices.
+      params: abstract parameters of the decoder, as trained.
+      samples: number of pictures.
+    """
+
+    def __init__(self, setup: decoder.Setup, mesh: Mesh, params: Any, samples: int):
+        self.setup, self.mesh, self.params = setup, mesh, params
+        self.rows = 2 * samples
+        self.cut = sharding.batch_sharding(self.mesh)
+        layout, model = self.setup.layout, self.setup.model
+        slots = layout.prompt_length + (model.feature_length if model.conditioning == "prefix" else 0)
+        self.capacity = slots + layout.num_codes - 1
+        self.start_rows = jax.jit(lambda *args: manual_collectives.map_rows(self._begin, (False, True))(*args))
+
+    def programs(self) -> Iterator[Program]:
+        """ "prefill" and "decode"."""
+        count = functools.partial(decoder.forward_flops, self.setup, self.rows)
+
+        def weights() -> Any:
+            return self.weights
+
+        def reads() -> dict[str, int]:
+            cache = self.cache
+            return {"weights": held_bytes(self.weights), "cache": held_bytes((cache.keys, cache.values))}
+
+        yield Program(
+            "prefill",
+            lambda: self.start_rows.lower(self.weights, self.prompt),
+            count(self.setup.layout.prompt_length, 1),
+            weights,
+        )
+        yield Program("decode", self._lower_step, count(1, 1, self.capacity), weights, reads)
+
+    def _array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((self.rows, *shape), dtype, sharding=self.cut)
+
+    @functools.cached_property
+    def weights(self) -> Any:
+        """The decoder's parameters."""
+
+        def make(params: Any) -> Any:
+            return prepare(self.setup.networks["decoder"].module(params))
+
+        with jax.set_mesh(self.mesh):
+            abstract = jax.eval_shape(make, self.params)
+            return with_shardings(abstract, sharding.tensor_shardings(abstract, self.mesh))
+
+    @property
+    def prompt(self) -> gpt.Sequence:
+        """The rows' prompts, as `Layout.prompt` packs them, with features where a text encoder reads the words."""
+        model = self.setup.model
+        packed = self.setup.layout.prompt([[]])
+        if model.feature_width:
+            packed["features"] = np.zeros((1, model.feature_length, model.feature_width), np.float32)
+            packed["feature_mask"] = np.zeros((1, model.feature_length), bool)
+        return gpt.Sequence.from_batch({name: self._array(x.shape[1:], x.dtype) for name, x in packed.items()})
+
+    @functools.cached_property
+    def cache(self) -> Any:
+        """What prefill leaves."""
+        with jax.set_mesh(self.mesh):
+            cache = jax.eval_shape(self.start_rows, self.weights, self.prompt)[1]
+        heads = NamedSharding(self.mesh, sharding.activation_spec(("batch", "kv_heads", None, None), self.mesh))
+        where = {4: heads, 2: self.cut}
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=where.get(x.ndim, sharding.replicated(self.mesh))
+            ),
+            cache,
+        )
+
+    def _begin(self, weights: Any, prompt: gpt.Sequence) -> Any:
+        hidden_RD, cache = prefill(weights, prompt, self.capacity)
+        return score(hidden_RD, weights.output_table(*self.setup.layout.image_ids)), cache
+
+    def _lower_step(self) -> Any:
+        model, ids = self.setup.model, self.setup.layout.image_ids
+        table_VD = jax.eval_shape(lambda weights: weights.output_table(*ids), self.weights)
+        cut_V = NamedSharding(self.mesh, sharding.activation_spec(("vocab", None), self.mesh))
+        table_VD = jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype, sharding=cut_V)
+        targets_R3 = self._array((3,)) if model.target_positions else None
+        prompt = self.prompt if model.conditioning == "adaptive_norm" else None
+
+        def add(weights: Any, table_VD: Any, state: Any, prompt: Any) -> Any:  # the table is cut before the loop
+            cache, tokens_R, positions_R3, targets_R3 = state
+            hidden_RD, cache = step(
+                weights, cache, tokens_R, positions_R3, target_positions_R3=targets_R3, prompt=prompt
+            )
+            return score(hidden_RD, table_VD), cache
+
+        add_token = jax.jit(
+            lambda *args: manual_collectives.map_rows(add, (False, False, True, True))(*args), donate_argnums=2
+        )
+        state = self.cache, self._array(()), self._array((3,)), targets_R3
+        return add_token.lower(self.weights, table_VD, state, prompt)
+
+
+def inputs_of(config: Config) -> str:
+    """What a config's `data.train` names: "images", or "tokens" that were made of them; of a mixture the first part."""
+    return "tokens" if re.match(r"\s*([\d.]+\s*\*\s*)?tokens:", config.data.train) else "images"
+
+
+def given(config: Config, inputs: str) -> Config:
+    """A copy of a config whose step is given "images" or "tokens"; token shards need not be there. An image tokenizer's
+    step is given images.
+
+    Raises:
+      UserError: for images, if `data.train` names token shards.
+    """
+    config = ConfigDict(config.to_dict())
+    if config.task == "decoder" and inputs_of(config) != inputs:
+        if inputs == "images":
+            raise UserError(f"data.train={config.data.train} are token shards: leave out --inputs=images.")
+        config.data.train = "tokens:shards"
+    return config
+
+
+class Encoding:
+    """What a decoder's step does besides where it encodes the images itself.
+
+    Args:
+      setup: the decoder's static part, for token shards.
+
+    Attributes:
+      setup: the same with the image tokenizer among its networks.
+      reads: for each of the tokenizer's parameters, in the order of their leaves, whether encoding reads it.
+    """
+
+    def __init__(self, setup: decoder.Setup):
+        network = setup.tokenizer.networks["generator"]
+        self.setup = dataclasses.replace(setup, networks={**setup.networks, "tokenizer": network})
+        params = train_state.split(network.abstract)[1]
+
+        def encode(params: Any, image: jax.Array) -> jax.Array:
+            return network.module(params).encode_codes(image)  # pyright: ignore[reportAttributeAccessIssue]
+
+        jaxpr = jax.make_jaxpr(encode)(params, self.batch(1)["image"]).jaxpr
+        read = {x for equation in jaxpr.eqns for x in equation.invars if isinstance(x, core.Var)}
+        self.reads = [x in read for x in jaxpr.invars[: len(jax.tree.leaves(params))]]
+
+    def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of what a batch holds besides."""
+        data, tokenizer = self.setup.config.data, self.setup.tokenizer.model
+        rows, columns = data.grid
+        sides = (rows * tokenizer.downsample, columns // tokenizer.quantizer.codes_per_vector * tokenizer.downsample)
+        found = {"image": jax.ShapeDtypeStruct((size, *sides, tokenizer.in_channels), jnp.float32)}
+        if data.order.raster_from:
+            found["order"] = jax.ShapeDtypeStruct((size, rows * columns), jnp.int32)
+        return found
+
+
+def largest_replicated(parameters: Any) -> int:
+    """Bytes of the largest of some parameters that every device holds whole; 0 where there is one device."""
+    held = (x for x in jax.tree.leaves(parameters) if x.sharding.num_devices > 1 and x.sharding.is_fully_replicated)
+    return max((x.size * x.dtype.itemsize for x in held), default=0)
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """An abstract tree that carries its layout."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

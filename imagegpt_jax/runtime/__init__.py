@@ -1,0 +1,1 @@
+"""Processes and machines: distributed start, watchdog, preemption, file systems, hardware."""

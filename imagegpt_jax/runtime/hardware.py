@@ -1,0 +1,177 @@
+"""What accelerators can do: peak rates of chips, and the shapes of TPU slices.
+
+Figures are the vendors' own for dense bf16 products and the whole chip; an estimate made from them is no measurement.
+Sources: the Cloud TPU system architecture pages (v4, v5e, v5p, v6e) and NVIDIA's data sheets (no sparsity; SXM parts
+where there are several). Shapes of v4 and v5p follow the rule of https://cloud.google.com/tpu/docs/types-topologies.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+import os
+import re
+from typing import Any
+
+from imagegpt_jax.errors import UserError, suggest
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+      flops: peak of bf16 products, FLOP/s.
+      hbm_bytes: memory.
+      hbm_bandwidth: bytes/s.
+      ici_bandwidth: bytes/s over all links to other chips of a slice (NVLink on GPUs), one way.
+    """
+
+    flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    ici_bandwidth: float
+
+
+TPUS = {
+    "v4": Chip(275e12, 32 * GIB, 1.228e12, 300e9),
+    "v5e": Chip(197e12, 16 * GIB, 0.819e12, 200e9),
+    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 600e9),
+    "v6e": Chip(918e12, 32 * GIB, 1.640e12, 448e9),
+}
+# Keys are words of what JAX calls the device: an H100 PCIe or NVL, for one, has other rates, and no row here.
+GPUS = {
+    "A100 40GB": Chip(312e12, 40 * GIB, 1.555e12, 300e9),
+    "A100 80GB": Chip(312e12, 80 * GIB, 2.0e12, 300e9),
+    "H100 HBM3": Chip(989e12, 80 * GIB, 3.35e12, 450e9),
+    "H200": Chip(989e12, 141 * GIB, 4.8e12, 450e9),
+    "B200": Chip(2250e12, 180 * GIB, 8.0e12, 900e9),
+    "GB200": Chip(2500e12, 186 * GIB, 8.0e12, 900e9),
+    "L4": Chip(121e12, 24 * GIB, 0.3e12, 32e9),
+    "L40": Chip(181e12, 48 * GIB, 0.864e12, 32e9),
+    "L40S": Chip(362e12, 48 * GIB, 0.864e12, 32e9),
+}
+# Words of a device that is a share of a GPU, or a card that is slower than the part of that name.
+_OTHER_PARTS = {"GRID", "MIG", "NVL"}
+# What JAX calls the devices of each generation.
+_TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+              "TPU v6 lite": "v6e", "TPU v6e": "v6e"}  # fmt: skip
+# Chips of a slice -> shape of its torus.
+_SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_SHAPES_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}  # larger ones are of whole cubes
+_CUBE = 4  # chips along its sides
+_LARGEST_3D = {"v4": 4096, "v5p": 6144}  # chips
+_LONGEST_SIDE = 256  # chips: Google's list of v5p slices, as its tool xpk has it, leaves out those that are longer
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a device by JAX's `device_kind`; None for one that is not in the tables, such as a CPU."""
+    if device_kind in _TPU_KINDS:
+        return TPUS[_TPU_KINDS[device_kind]]
+    words = set(re.split(r"\W+", device_kind))
+    if words & _OTHER_PARTS:
+        return None
+    return next((chip for name, chip in GPUS.items() if words.issuperset(name.split())), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A TPU slice, or several alike.
+
+    Attributes:
+      name: as given, such as "v5p-512".
+      generation: "v4", "v5e", "v5p" or "v6e".
+      shape: of the torus, such as "8x8x4".
+      slices: number of slices.
+    """
+
+    name: str
+    generation: str
+    shape: str
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        """Number of chips, which is the number of JAX devices."""
+        return math.prod(map(int, self.shape.split("x"))) * self.slices
+
+    @property
+    def chip(self) -> Chip:
+        """What each can do."""
+        return TPUS[self.generation]
+
+    def devices(self) -> list[Any]:
+        """Stand-ins of its devices, from the TPU compiler on this machine.
+
+        Raises:
+          UserError: if the compiler (libtpu) is not installed, or does not know the slice.
+        """
+        # Without these the library looks for the machine's TPUs, and complains that there are none.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{self.generation}-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no device from anybody
+        from jax.experimental import topologies
+
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        if self.generation == "v4":
+            options["chip_config_name"] = "megacore"  # one device a chip, as Cloud TPU VMs run it
+        if self.shape == "1x1":
+            options["chips_per_host_bounds"] = (1, 1, 1)  # a host has four chips by default
+        try:
+            description = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{self.generation}:{self.shape}", **options
+            )
+        except (ImportError, RuntimeError, ValueError, NotImplementedError) as e:
+            if importlib.util.find_spec("libtpu") is None:
+                raise UserError("the TPU compiler is not installed here: pip install -e '.[tpu]'.") from e
+            raise UserError(f"the TPU compiler gives no topology {self.name}: {str(e).splitlines()[0]}") from e
+        return list(description.devices)
+
+
+@functools.cache
+def _shapes(generation: str) -> dict[int, str]:
+    """Chips -> shape of the torus, for every slice of a generation, smallest first."""
+    if generation not in _LARGEST_3D:
+        return _SHAPES_2D
+    cubes = range(1, _LARGEST_3D[generation] // _CUBE**3 + 1)
+    large = {count * _CUBE**3: [_CUBE * side for side in _nearest_cube(count)] for count in cubes}
+    return _SHAPES_3D | {n: "x".join(map(str, sides)) for n, sides in large.items() if sides[-1] <= _LONGEST_SIDE}
+
+
+def _nearest_cube(count: int) -> tuple[int, int, int]:
+    """The three whole numbers, ascending, whose product is `count` and which are nearest to each other."""
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    sides = ((a, b, count // (a * b)) for a, b in itertools.combinations_with_replacement(divisors, 2))
+    return min((s for s in sides if math.prod(s) == count and s[1] <= s[2]), key=sum)
+
+
+def parse_topology(name: str, slices: int = 1) -> Topology:
+    """Reads a name as Cloud gives it: v4-N and v5p-N count cores, two a chip; v5e-N and v6e-N count chips.
+
+    `v5litepod-N`, as Cloud's commands have it, is v5e-N.
+
+    Raises:
+      UserError: for an unknown generation, no size, or a size that there is no slice of.
+    """
+    generation, _, count = name.partition("-")
+    generation = "v5e" if generation == "v5litepod" else generation
+    if generation not in TPUS:
+        raise UserError(
+            f"unknown topology {name!r}: write v4-128, v5e-256, v5p-512, v6e-256.{suggest(generation, TPUS)}"
+        )
+    if not count.isdecimal():
+        raise UserError(f"topology {name!r} has no size: write {generation}-N, such as {generation}-16.")
+    if slices < 1:
+        raise UserError(f"{slices} slices are not possible: use 1 or more.")
+    shapes, cores = _shapes(generation), 2 if generation in _LARGEST_3D else 1
+    chips, rest = divmod(int(count), cores)
+    if rest or chips not in shapes:
+        sizes = [n * cores for n in shapes]
+        below, above = [n for n in sizes if n < int(count)][-1:], [n for n in sizes if n > int(count)][:1]
+        near = " and ".join(f"{generation}-{n}" for n in below + above)
+        raise UserError(f"there is no slice {name}: the nearest in size are {near}.")
+    return Topology(f"{generation}-{int(count)}", generation, shapes[chips], slices)

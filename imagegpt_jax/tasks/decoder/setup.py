@@ -1,0 +1,355 @@
+"""The static part of the decoder's stage: config, token space, networks, text tokenizer and data, checked."""
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from imagegpt_jax import checkpoint, train_state
+from imagegpt_jax import config as config_lib
+from imagegpt_jax.config import Config, to_dataclass
+from imagegpt_jax.convert import reading
+from imagegpt_jax.data import ops as ops_lib
+from imagegpt_jax.data import packing, quarantine, sources
+from imagegpt_jax.data import text as text_lib
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference import text_encoder
+from imagegpt_jax.models import gpt
+from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.parallel import sharding
+from imagegpt_jax.sampling import settings
+from imagegpt_jax.tasks import input as splits
+from imagegpt_jax.tasks import tokenizer as tokenizer_task
+from imagegpt_jax.train_state import Network
+from imagegpt_jax.training import config_checks
+from imagegpt_jax.training import optimizers as optim
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """The static part of the stage.
+
+    Attributes:
+      config: the run's config.
+      model: shape of the decoder.
+      layout: token space and sequence layout.
+      text: text tokenizer; None where the setup is abstract.
+      labels: class names, may be empty.
+      networks: "decoder", and "tokenizer" and "encoder" where images and words are encoded within the step.
+      optimizers: of "decoder".
+      tokenizer: the image tokenizer's static part.
+      encoder: the frozen language model whose states are features of the words; None without one.
+      sources: split -> opened source; empty for inference.
+    """
+
+    config: Config
+    model: GPTConfig
+    layout: packing.Layout
+    text: Any
+    labels: tuple[str, ...]
+    networks: dict[str, Network]
+    optimizers: dict[str, optax.GradientTransformation]
+    tokenizer: tokenizer_task.Setup
+    encoder: text_encoder.TextEncoder | None
+    sources: dict[str, Any]
+
+    @property
+    def space(self) -> packing.TokenSpace:
+        """The one vocabulary."""
+        return self.layout.space
+
+
+def tokenizer_config(config: Config) -> Config:
+    """Config of the image tokenizer that a decoder's config names; "" is an untrained one, seeded by `config.seed`."""
+    if config.tokenizer:
+        try:
+            found = config_lib.load(config.tokenizer)
+        except UserError as e:
+            raise UserError(f"config.tokenizer={config.tokenizer} is no tokenizer: {e}") from e
+        if found.task != "tokenizer":
+            raise UserError(f"config.tokenizer={config.tokenizer} holds a {found.task}: give a tokenizer's workdir.")
+        return found
+    untrained = ConfigDict(config.untrained_tokenizer.to_dict())
+    untrained.seed = config.seed
+    return untrained
+
+
+def _image_tokenizer(config: Config) -> tokenizer_task.Setup:
+    """Static part of the image tokenizer: of a run, of published or portable weights, or untrained."""
+    if reading.is_weights(config.tokenizer):
+        return tokenizer_task.setup_for_weights(*reading.describe(config.tokenizer, "tokenizer"))
+    return tokenizer_task.setup_for_inference(tokenizer_config(config), config.tokenizer)
+
+
+def _build(
+    config: Config,
+    text: text_lib.TextTokenizer | None,
+    labels: tuple[str, ...],
+    opened: dict[str, Any],
+    encode: bool,
+    num_classes: int,
+    train: bool = True,
+) -> Setup:
+    data = config.data
+    image_tokenizer = _image_tokenizer(config)
+    encoder, sizes = _text_encoder(config)
+    space = packing.TokenSpace(
+        text_vocab=text.vocab_size if text is not None else 0 if words_are_features(config) else data.text_vocab_size,
+        num_classes=num_classes if data.use_labels else 0,
+        num_codes=image_tokenizer.model.quantizer.num_ids,
+    )
+    layout = packing.Layout(
+        space=space,
+        text_length=int(data.use_labels) if words_are_features(config) else data.text_length,
+        grid=tuple(data.grid),
+        text_weight=data.text_weight,
+        image_weight=data.image_weight,
+        target_positions=config.model.target_positions,
+    )
+    config_checks.at_least("data.order.random_until", data.order.random_until, 0, "never draws an order")
+    if data.order.random_until > data.order.raster_from or (data.order.raster_from and not layout.target_positions):
+        raise UserError(
+            f"data.order is random until step {data.order.random_until} and raster from {data.order.raster_from}: the"
+            " second must not be before the first, and random orders need model.target_positions=True."
+        )
+    config_checks.at_least("data.vocab_multiple", data.vocab_multiple, 1, "adds no rows")
+    config_checks.at_least("logit_chunk", config.logit_chunk, 1)
+    rows = math.ceil(space.vocab_size / data.vocab_multiple) * data.vocab_multiple
+    model = to_dataclass(GPTConfig, {**config.model.to_dict(), **sizes, "vocab_size": rows})
+    networks = {"decoder": train_state.network(lambda key: gpt.GPT(model, key=key))}
+    optim.check_average(config.ema_decay)
+    trained = config_checks.trained_axes("decoder", networks["decoder"].axes, config.frozen)
+    optimizers = {"decoder": optim.make(config.optim, config.steps, trained)}
+    if encode:
+        networks["tokenizer"] = image_tokenizer.networks["generator"]
+    if encoder is not None and train:
+        networks["encoder"] = encoder.network
+    return Setup(config, model, layout, text, labels, networks, optimizers, image_tokenizer, encoder, opened)
+
+
+def words_are_features(config: Config) -> bool:
+    """Whether a text encoder reads the words, which then are no tokens of the sequence."""
+    return bool(config.text_encoder or config.model.feature_width)
+
+
+def _text_encoder(config: Config) -> tuple[text_encoder.TextEncoder | None, dict[str, int]]:
+    """The text encoder that a config names, and the decoder's `feature_width` and `feature_length`."""
+    if not words_are_features(config):
+        return None, {}
+    data, model = config.data, config.model
+    length = model.feature_length or data.text_length - int(data.use_labels)
+    if length < 1:
+        raise UserError("a text encoder needs places for its features: set --config.data.text_length=64, for example.")
+    if not config.text_encoder:
+        return None, {"feature_length": length}
+    encoder = text_encoder.open_encoder(config.text_encoder, length, model.feature_width, model.dtype)
+    return encoder, {"feature_length": length, "feature_width": encoder.model.width}
+
+
+def setup(config: Config) -> Setup:
+    """Reads the config, opens the data, and reads or trains the text tokenizer.
+
+    Raises:
+      UserError: for a value that cannot work, or data that are not there.
+    """
+    data = config.data
+    for name in ("train_ops", "eval_ops"):
+        ops_lib.parse(data[name])
+    if not reading.is_weights(config.tokenizer):
+        tokenizer_config(config)
+    featured = words_are_features(config)
+    if featured and not config.text_encoder:
+        raise UserError(
+            f"model.feature_width={config.model.feature_width} needs features of the words: give the folder of a"
+            " language model that reads them, --config.text_encoder=FOLDER --config.model.feature_width=0."
+        )
+    if featured and data.image_to_text:
+        raise UserError("a decoder over a text encoder writes no captions: set data.image_to_text=0.")
+    needs = "label" if data.use_labels else "captions" if data.text_vocab_size or featured else None
+    opened = {split: sources.open_source(data[split], require=needs) for split in ("train", "validation")}
+    if featured or not (data.text_tokenizer or data.text_vocab_size):
+        text = text_lib.no_words()
+    elif data.text_tokenizer:
+        text = text_lib.load_tokenizer(data.text_tokenizer)
+    else:
+        text = text_lib.train_tokenizer(_captions(opened["train"], data.text_tokenizer_examples), data.text_vocab_size)
+    encode = "codes" not in sources.first_record(opened["train"])
+    labels = opened["train"].label_names
+    if data.use_labels and data.num_classes not in (0, len(labels)):
+        raise UserError(
+            f"config.data.num_classes={data.num_classes}, and {data.train} has {len(labels)} classes: set"
+            f" --config.data.num_classes={len(labels)}, or 0 to take what the data have."
+        )
+    built = _build(config, text, labels, opened, encode, len(labels))
+    for split, source in opened.items():
+        _check_codes(built, split, source)
+        if encode:
+            _check_images(built, split, source)
+    config_checks.share("data.guidance_dropout", data.guidance_dropout)
+    config_checks.share("data.image_to_text", data.image_to_text)
+    if built.model.position == "learned" and built.model.max_length <= built.layout.max_position:
+        raise UserError(
+            f"model.max_length={built.model.max_length} learned positions are too few for sequences that go to position"
+            f" {built.layout.max_position}: set --config.model.max_length={built.layout.max_position + 1} or more."
+        )
+    sampling_of(config)
+    if not all(isinstance(prompt, str) for prompt in config.sample_prompts):
+        raise UserError(
+            f"config.sample_prompts={tuple(config.sample_prompts)} are not all texts: write"
+            " --config.sample_prompts=\"('a red heart', '3 dogs')\"."
+        )
+    if config.eval_samples:
+        from imagegpt_jax.metrics import in_training  # and with it all networks
+
+        in_training.check(config)
+    return built
+
+
+def sampling_of(config: Config) -> settings.Sampling:
+    """How evaluations draw: `config.sampling`.
+
+    Raises:
+      UserError: for a value that is not possible.
+    """
+    try:
+        return to_dataclass(settings.Sampling, config.sampling)
+    except UserError as e:
+        raise UserError(f"config.sampling cannot be used: {e}") from e
+
+
+def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
+    """Like `setup` for a finished run: takes text tokenizer and class names from the workdir and opens no data."""
+    folder = epath.Path(workdir)
+    text = text_lib.load_tokenizer(folder / "text_tokenizer")
+    labels = tuple(json.loads((folder / "labels.json").read_text()))
+    return _build(config, text, labels, {}, False, len(labels), train=False)
+
+
+def setup_abstract(config: Config) -> Setup:
+    """Like `setup` from the config alone, for token shards: enough to compile, not to run; see
+    `perf.aot_programs.Encoding`.
+    """
+    return _build(config, None, (), {}, False, config.data.num_classes)
+
+
+def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
+    """Keeps in the workdir what sampling needs beside config and checkpoints."""
+    folder = epath.Path(workdir)
+    setup.text.save(folder / "text_tokenizer")
+    (folder / "labels.json").write_text(json.dumps(setup.labels))
+
+
+def encoder_params(setup: Setup, sharding_tree: Any = None) -> train_state.Params:
+    """Parameters of the text encoder."""
+    assert setup.encoder is not None
+    params = setup.encoder.params()
+    return params if sharding_tree is None else sharding.put_whole(params, sharding_tree)
+
+
+def _captions(source: Any, limit: int) -> list[str]:
+    """All sound captions of at most `limit` records, evenly spread."""
+    indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source)), dtype=np.int64))
+    records = sources.readable_records(source, indices.tolist())
+    captions = [caption for record in records for caption in record.get("captions", [])]
+    return [caption for caption in captions if quarantine.refuse_caption(caption) is None]
+
+
+def _check_codes(setup: Setup, split: str, source: Any) -> None:
+    """Raises UserError if token shards were made by a tokenizer of another shape, or images do not fit the grid."""
+    record = sources.first_record(source)
+    if "codes" not in record:
+        if "tokenizer" not in setup.networks:
+            raise UserError(
+                f"config.data.{split} holds images and config.data.train token shards: encode both, or none."
+            )
+        return
+    if "tokenizer" in setup.networks:
+        raise UserError(f"config.data.{split} holds token shards and config.data.train images: encode both, or none.")
+    grid = tuple(int(x) for x in record["grid"])
+    if grid != tuple(setup.layout.grid):
+        raise UserError(
+            f"the token shards {source.name} have a grid of {grid[0]} x {grid[1]} codes, and config.data.grid is"
+            f" {tuple(setup.layout.grid)}: set --config.data.grid={grid}."
+        )
+    made_with = getattr(source, "info", {}).get("num_codes", setup.space.num_codes)
+    if made_with != setup.space.num_codes:
+        raise UserError(
+            f"the token shards {source.name} hold codes of a codebook of {made_with}, and config.tokenizer ="
+            f" {setup.config.tokenizer!r} has {setup.space.num_codes}: give the tokenizer that made them."
+        )
+
+
+def _check_images(setup: Setup, split: str, source: Any) -> None:
+    """Raises UserError if the first image of a split does not give the codes of the config's grid.
+
+    Else that would be found in the trace of the first step.
+    """
+    shape, ops = splits.first_shape(setup.config, split, source), splits.ops_key(split)
+    if shape is None:
+        return
+    (height, width, _), tokenizer = shape, setup.tokenizer.model
+    pixels, codes = tokenizer.downsample, tokenizer.quantizer.codes_per_vector
+    grid = (height // pixels, width // pixels * codes)
+    if height % pixels or width % pixels:
+        raise UserError(
+            f"config.data.{ops} gives images of {height} x {width} pixels, and the tokenizer takes sides that are"
+            f" multiples of {pixels}: change the size there."
+        )
+    if grid != tuple(setup.layout.grid):
+        raise UserError(
+            f"config.data.{ops} gives images of {height} x {width} pixels, which are {grid[0]} x {grid[1]} codes, and"
+            f" config.data.grid is {tuple(setup.layout.grid)}: set --config.data.grid={grid}, or change the size there."
+        )
+
+
+def check_mesh(setup: Setup, mesh: Mesh) -> None:
+    """Raises UserError if the network cannot be cut over the mesh: it names the numbers and what would do."""
+    model = setup.model
+    if model.attention == "cudnn":
+        with jax.set_mesh(mesh):
+            platform = sharding.platform()
+        if platform not in ("gpu", "cuda"):
+            raise UserError(
+                f"model.attention='cudnn' needs a GPU, and the mesh is of {platform} devices: set"
+                " --config.model.attention=auto, which takes what there is."
+            )
+    sizes = {"heads": model.heads, "kv_heads": model.num_kv_heads, "mlp_width": model.mlp_width, "width": model.width}
+    sharding.check_divides({f"model.{name}": size for name, size in sizes.items()}, "tensor", mesh)
+    tensor = mesh.shape["tensor"]
+    if model.vocab_size % tensor:
+        raise UserError(
+            f"a vocabulary of {model.vocab_size} ids does not divide over mesh.tensor={tensor}: set"
+            f" --config.data.vocab_multiple={math.lcm(setup.config.data.vocab_multiple, tensor)}, which fills it up."
+        )
+    train_state.check_layout(setup.networks, mesh)
+
+
+def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> train_state.Params:
+    """Parameters of the image tokenizer: from its workdir or weights, or those of the untrained one."""
+    if reading.is_weights(setup.config.tokenizer):
+        params = reading.load_for(setup.config.tokenizer, "tokenizer", setup.tokenizer.networks["generator"])
+        return params if sharding_tree is None else sharding.put_whole(params, sharding_tree)
+    if setup.config.tokenizer:
+        make = functools.partial(tokenizer_task.init_state, setup.tokenizer)
+        abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
+        return checkpoint.load_params(setup.config.tokenizer, abstract, "generator", sharding=sharding_tree)
+    return jax.device_put(_untrained(setup), sharding_tree)
+
+
+@functools.cache
+def _untrained(setup: Setup) -> train_state.Params:
+    """Parameters of the untrained image tokenizer, drawn once: compiling that takes seconds.
+
+    Host arrays, since a training step donates what it is given.
+    """
+    init = tokenizer_task.init_state
+    draw = jax.jit(lambda key: init(setup.tokenizer, key).params("generator"))
+    return jax.device_get(draw(jax.random.key(setup.tokenizer.config.seed)))

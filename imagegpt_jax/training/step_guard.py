@@ -1,0 +1,112 @@
+"""Steps that go wrong: an update whose loss or gradient is not finite, or whose loss leaps, is left out on the device.
+
+The state keeps what it was, the step counts, the data go on, and nothing waits for the host. When that happens
+`config.guard.patience` times in a row, the guard trips: the loop, which looks at it whenever it fetches metrics or
+saves, goes back to the last checkpoint and leaves out the window of the data in which it began.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from imagegpt_jax.config import Config
+from imagegpt_jax.training.train_metrics import Totals
+
+State = dict[str, jax.Array]
+Tree = TypeVar("Tree")
+# The metrics of a step that must be finite, where it has them: any NaN of the update is in one of them.
+_FINITE = ("loss", "gradient_norm", "gan_discriminator", "discriminator_gradient_norm")
+
+
+def init(phases: Iterable[str]) -> dict[str, State]:
+    """The first state: by phase, since a loss of another phase is another loss.
+
+    Of each: `mean` and `variance` of the loss, of `count` good steps; `skipped` steps in all; `in_a_row` bad ones at
+    the moment, of which `first` was the first (its number, counted from 0); `newest`, the last bad step; `tripped`,
+    the first of the row that tripped the guard. Step numbers are -1 where there is none.
+    """
+    numbers = {"mean": 0.0, "variance": 0.0}
+    counts = {"count": 0, "skipped": 0, "in_a_row": 0, "first": -1, "newest": -1, "tripped": -1}
+    return {
+        phase: {
+            **{name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()},
+            **{name: jnp.asarray(value, jnp.int32) for name, value in counts.items()},
+        }
+        for phase in phases
+    }
+
+
+def judge(config: Config, state: State, step: jax.Array, values: Totals) -> tuple[jax.Array, State]:
+    """Whether a step counts.
+
+    Args:
+      config: `config.guard`: `spike`, how many standard deviations above its running mean a loss may be (0 = any), over
+        about `window` steps, of which the first `window` are not judged; `patience`, after how many bad steps in a row
+        the guard trips (0 = never).
+      state: of the phase, before the step.
+      step: number of the step, from 0.
+      values: its metrics.
+
+    Returns:
+      (whether the step counts, state after it)
+    """
+    good = jnp.asarray(True)
+    for name in _FINITE:
+        if name in values:
+            good &= jnp.isfinite(values[name].compute())
+    loss = values["loss"].compute().astype(jnp.float32)
+    deviation = loss - state["mean"]
+    if config.spike:
+        judged = state["count"] >= config.window
+        good &= ~(judged & (deviation > config.spike * jnp.sqrt(state["variance"])))
+
+    share = jnp.maximum(1.0 / (state["count"] + 1.0), 1.0 / config.window)
+    first = jnp.where(state["in_a_row"] > 0, state["first"], step)
+    in_a_row = jnp.where(good, 0, state["in_a_row"] + 1)
+    trips = (state["tripped"] < 0) & (config.patience > 0) & (in_a_row >= config.patience)
+    return good, {
+        "mean": jnp.where(good, state["mean"] + share * deviation, state["mean"]),
+        "variance": jnp.where(
+            good, (1.0 - share) * (state["variance"] + share * deviation * deviation), state["variance"]
+        ),
+        "count": state["count"] + good,
+        "skipped": state["skipped"] + ~good,
+        "in_a_row": in_a_row,
+        "first": jnp.where(good, -1, first),
+        "newest": jnp.where(good, state["newest"], step),
+        "tripped": jnp.where(trips, first, state["tripped"]),
+    }
+
+
+def calm(state: Mapping[str, State]) -> dict[str, State]:
+    """The state without the memory of the last bad row, as training goes on with after it went back."""
+    fresh = {"in_a_row": 0, "first": -1, "tripped": -1}
+    return {
+        phase: {
+            k: jax.device_put(jnp.asarray(fresh[k], x.dtype), x.sharding) if k in fresh else x for k, x in s.items()
+        }
+        for phase, s in state.items()
+    }
+
+
+def choose(good: jax.Array, new: Tree, old: Tree) -> Tree:
+    """`new` if `good`, else `old`; leaves that are the same array are passed on."""
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(good, a, b), new, old)
+
+
+def tripped(state: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """The first step of the row that tripped the guard; None if it has not tripped. Waits for the state's arrays."""
+    found = [int(phase["tripped"]) for phase in jax.device_get(dict(state)).values()]
+    return next((step for step in found if step >= 0), None)
+
+
+def skipped(state: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many steps were left out so far."""
+    return sum(int(phase["skipped"]) for phase in jax.device_get(dict(state)).values())
+
+
+def newest(state: Mapping[str, Mapping[str, Any]]) -> int:
+    """The last step that was left out, -1 if none was."""
+    return max(int(phase["newest"]) for phase in jax.device_get(dict(state)).values())

@@ -1,0 +1,1 @@
+"""Readers of safetensors and PyTorch files, without PyTorch."""

@@ -1,0 +1,301 @@
+"""Files of weights: opened without being read, and written an array at a time.
+
+safetensors (one file, or shards with an index), PyTorch's zip format, and Flax's msgpack. A folder is one of these with
+its `config.json`.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from imagegpt_jax.convert.core import Shape, Tensor
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.weight_files import torch_file
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+Sizes = Mapping[str, tuple[Shape, np.dtype]]
+Arrays = Iterable[tuple[str, np.ndarray]]
+_NAMES = {np.dtype(kind): name for name, kind in _DTYPES.items()}
+_TORCH = (".pt", ".pth", ".ckpt", ".bin")
+# What a folder's weights may be called, first what is preferred.
+_IN_FOLDERS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+# What `transformers` calls the settings of an image processor.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights that somebody published.
+
+    Attributes:
+      path: file or folder.
+      config: the `config.json` beside the weights; {} without one.
+      tensors: all arrays by name.
+      extras: what a PyTorch checkpoint holds besides tensors, such as `args`.
+    """
+
+    path: pathlib.Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    extras: Mapping[str, Any]
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the files lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def holds_weights(path: pathlib.Path) -> bool:
+    """Whether a path is a file of weights, or a folder with some that is not one of our workdirs."""
+    if path.is_file():
+        return True
+    if not path.is_dir() or (path / "checkpoints").exists():
+        return False
+    names = {p.name for p in path.iterdir()}
+    endings = (".safetensors", ".safetensors.index.json", ".msgpack", *_TORCH)
+    return bool(names & set(PROCESSORS)) or any(name.endswith(endings) for name in names)
+
+
+def open_source(path: pathlib.Path) -> Source:
+    """Opens a file or a folder of weights.
+
+    Raises:
+      UserError: if there is none, or it is damaged.
+    """
+    if path.is_file():
+        config = path.parent / "config.json"
+        tensors, extras = _open_file(path)
+        return Source(path, _read_json(config) if config.exists() else {}, tensors, extras)
+    if not path.is_dir():
+        raise UserError(f"there is no file or folder {path}: give a file of weights, or a folder with one.")
+    config = _read_json(path / "config.json") if (path / "config.json").exists() else {}
+    indices = sorted(path.glob("*.index*.json"), key=lambda p: (".safetensors." not in p.name, len(p.name)))
+    if indices and not any((path / name).exists() for name in _IN_FOLDERS):
+        return Source(path, config, _open_shards(indices[0]), {})
+    for name in _IN_FOLDERS:
+        if (path / name).exists():
+            tensors, extras = _open_file(path / name)
+            return Source(path, config, tensors, extras)
+    if any((path / name).exists() for name in PROCESSORS):  # the colours of an ImageGPT are all its tokenizer has
+        return Source(path, config, {}, {})
+    found = sorted(p for p in path.iterdir() if p.suffix in (*_TORCH, ".safetensors", ".msgpack"))
+    if len(found) == 1:
+        tensors, extras = _open_file(found[0])
+        return Source(path, config, tensors, extras)
+    raise UserError(f"{path} holds {len(found) or 'no'} files of weights: give the one to read.")
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON ({e}): copy it again.") from e
+
+
+def _suffix(path: pathlib.Path) -> str:
+    """What a file's name should end in, by its first bytes where it ends in something else.
+
+    Raises:
+      UserError: if nothing tells.
+    """
+    known = (".safetensors", ".msgpack", *_TORCH)
+    if path.suffix in known:
+        return path.suffix
+    with open(path, "rb") as file:
+        begin = file.read(9)
+    if begin[:2] == b"PK":
+        return ".pt"
+    if begin[8:] == b"{":
+        return ".safetensors"
+    if begin and (0x81 <= begin[0] <= 0x8F or begin[0] in (0xDE, 0xDF)):  # a map of msgpack
+        return ".msgpack"
+    raise UserError(f"{path} is not a known kind of file: weights end in {', '.join(known)}.")
+
+
+def _open_file(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    suffix = _suffix(path)
+    if suffix == ".safetensors":
+        return open_safetensors(path)[0], {}
+    if suffix == ".msgpack":
+        return _open_msgpack(path), {}
+    tree = torch_file.read(path)
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path} holds no dict of tensors.")
+    extras = {key: value for key, value in tree.items() if not isinstance(value, Mapping | Tensor)}
+    # Checkpoints of training hold the optimizer's moments too: these are the names of the weights' part.
+    for key in ("ema", "model", "state_dict", "module"):
+        if isinstance(tree.get(key), Mapping) and torch_file.tensors(tree[key]):
+            tree = tree[key]
+            break
+    return torch_file.tensors(tree), extras
+
+
+def open_safetensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Arrays and metadata of a safetensors file.
+
+    Raises:
+      UserError: if the file is damaged.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{path} is not a safetensors file, or it was cut short: copy it again.")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as e:
+            raise UserError(f"{path} is not a safetensors file ({e}): copy it again.") from e
+    metadata = header.pop("__metadata__", {})
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{path}: {name} is {entry['dtype']}, which is not read here: save it as BF16 or F32.")
+        if 8 + length + end > size:
+            raise UserError(f"{path} was cut short: {name} ends at byte {8 + length + end} of {size}. Copy it again.")
+        found[name] = _lazy(path, 8 + length + start, tuple(entry["shape"]), np.dtype(_DTYPES[entry["dtype"]]))
+    return found, metadata
+
+
+def _lazy(path: pathlib.Path, offset: int, shape: Shape, dtype: np.dtype) -> Tensor:
+    def read() -> np.ndarray:
+        # Not memory-mapped: pages of the file would count as memory of this process until something needs the room.
+        return np.fromfile(path, dtype, int(np.prod(shape)), offset=offset).reshape(shape)
+
+    return Tensor(shape, dtype, read)
+
+
+def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
+    places = _read_json(index)["weight_map"]
+    found: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        path = index.parent / shard
+        if not path.exists():
+            raise UserError(f"{index} names {shard}, which is not there: copy it too.")
+        tensors = _open_file(path)[0]
+        found.update({name: tensor for name, tensor in tensors.items() if places.get(name) == shard})
+    missing = sorted(set(places) - set(found))
+    if missing:
+        raise UserError(f"{index} names {missing[0]}, which its shard does not hold: copy the folder again.")
+    return found
+
+
+def _open_msgpack(path: pathlib.Path) -> dict[str, Tensor]:
+    from flax import serialization  # imports JAX, for which nothing else here has a use
+
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+    except Exception as e:  # the library raises what it happens to meet
+        raise UserError(f"{path} is not Flax's msgpack ({e}): copy it again.") from e
+    found: dict[str, Tensor] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(item, f"{name}.{key}" if name else str(key))
+        else:
+            array = np.asarray(value)
+            found[name] = Tensor(array.shape, array.dtype, lambda: array)
+
+    walk(tree.get("params", tree) if isinstance(tree, Mapping) else tree, "")
+    return found
+
+
+def write_safetensors(
+    path: pathlib.Path,
+    shapes: Mapping[str, tuple[Shape, np.dtype]],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file, an array at a time, whole or not at all.
+
+    Args:
+      path: the file.
+      shapes: shape and dtype of every array.
+      arrays: the arrays, in any order.
+      metadata: strings for the header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end, places = 0, {}
+    for name, (shape, dtype) in shapes.items():
+        start, end = end, end + int(np.prod(shape)) * dtype.itemsize
+        places[name] = start
+        header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    written = set()
+    with open(temporary, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, array in arrays:
+            file.seek(8 + len(encoded) + places[name])
+            np.ascontiguousarray(array, shapes[name][1]).tofile(file)
+            written.add(name)
+        file.truncate(8 + len(encoded) + end)
+    assert written == set(shapes), sorted(written ^ set(shapes))
+    temporary.replace(path)
+
+
+# What writes a published layout: (folder, shapes and dtypes, arrays, `config.json`).
+Writer = Callable[[pathlib.Path, Sizes, Arrays, Mapping[str, Any]], None]
+
+
+def write_folder(
+    target: pathlib.Path,
+    sizes: Sizes,
+    arrays: Arrays,
+    about: Mapping[str, Any],
+) -> None:
+    """Writes `model.safetensors` as PyTorch's libraries expect it, and `config.json` if there is something to say."""
+    write_safetensors(target / "model.safetensors", sizes, arrays, {"format": "pt"})
+    if about:
+        (target / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def write_msgpack(
+    target: pathlib.Path,
+    sizes: Sizes,
+    arrays: Arrays,
+    about: Mapping[str, Any],
+    under: str = "",
+) -> None:
+    """Writes `flax_model.msgpack`, under a key of its own if there is one, and `config.json` if that says something."""
+    from flax import serialization
+
+    tree: dict[str, Any] = {}
+    for name, array in arrays:
+        *path, last = name.split(".")
+        place = tree
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = np.ascontiguousarray(array)
+    (target / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize({under: tree} if under else tree))
+    if about:
+        (target / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def write_clusters(
+    target: pathlib.Path,
+    sizes: Sizes,
+    arrays: Arrays,
+    about: Mapping[str, Any],
+) -> None:
+    """Writes the `preprocessor_config.json` of an ImageGPT."""
+    ((_, colours),) = arrays
+    (target / PROCESSORS[0]).write_text(json.dumps({**about, "clusters": colours.tolist()}, indent=2) + "\n")

@@ -162,7 +162,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
             if joins:
                 from imagegpt_jax.runtime import distributed
 
-                distributed.tell(e)
+                distributed.report_failure(e)
             fail(e)
         except KeyboardInterrupt:
             fail("stopped by a signal before the end.", 130)

@@ -113,7 +113,7 @@ def write(
     missing = [shard for shard in shards if not writer.is_finished(shard)]
     planned = sum(stop - start for start, stop in writer.ranges)
     total = sum(stop - start for start, stop in (writer.ranges[shard] for shard in missing))
-    if total < planned and distributed.is_first():
+    if total < planned and distributed.is_main_process():
         print(f"{planned - total} of {planned} images are finished or another process's.", file=sys.stderr)
     grids = set()
     with tqdm(total=total, desc="encode", unit="image", mininterval=1.0) as bar:
@@ -143,7 +143,7 @@ def main() -> None:
     from imagegpt_jax.runtime import distributed
 
     config_lib.load(TOKENIZER.value)  # a wrong folder is told before JAX starts
-    with distributed.together():
+    with distributed.distributed_context():
         encode()
 
 
@@ -175,10 +175,10 @@ def encode() -> None:
     made_from = {"source": source.fingerprint, "ops": ops, "seed": SEED.value, "tokenizer": tok.fingerprint}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = epath.Path(OUTPUT.value)
-    distributed.agree(output=str(folder), data_and_tokenizer=digest)
+    distributed.assert_equal(output=str(folder), data_and_tokenizer=digest)
     about = folder / shards_lib.SIDECAR
     if about.exists() and json.loads(about.read_text()).get("made_from") == digest:
-        if distributed.is_first():
+        if distributed.is_main_process():
             print(f"Already encoded: tokens:{folder}", file=sys.stderr)
         return
 
@@ -186,10 +186,10 @@ def encode() -> None:
     ranges = shards_lib.shard_ranges(len(source), SHARD_SIZE.value)
     count, index = jax.process_count(), jax.process_index()
     if index:
-        distributed.meet()  # the first one has written the plan
+        distributed.barrier()  # the first one has written the plan
     writer = shards_lib.ShardWriter(folder, "tokens", ranges, kind="tokens", made_from=digest)
     if not index:
-        distributed.meet()
+        distributed.barrier()
     mine = range(len(ranges) * index // count, len(ranges) * (index + 1) // count)
     try:
         write(tok, source, ops, writer, mine, SEED.value)
@@ -200,7 +200,7 @@ def encode() -> None:
             with contextlib.suppress(OSError):  # the folder may hold other things
                 folder.rmdir()
         raise
-    distributed.meet()  # all shards are written
+    distributed.barrier()  # all shards are written
 
     # --- The description of the whole, which makes it a data set.
     if index == 0:

@@ -211,7 +211,7 @@ def score_checkpoints() -> None:
     )
     for path in settings.checkpoints:  # a wrong folder is told before JAX starts
         checkpoint_data.task_of(path)
-    with distributed.together():
+    with distributed.distributed_context():
         checkpoints.score(settings)
 
 
@@ -221,7 +221,7 @@ def score_images() -> None:
 
     request = request_of(IMAGES.value)
     opened = image_sets.open_sets(request)
-    with distributed.together():
+    with distributed.distributed_context():
         write_scores(request, opened)
 
 
@@ -251,7 +251,7 @@ def score_prompts() -> None:
     rows = generate_for_prompts.read(order)
     request = request_of(folder, captions="" if order.prompts == generate_for_prompts.CLASSES else order.prompts)
     reference = image_sets.open_reference(request)
-    with distributed.together():
+    with distributed.distributed_context():
         generate_for_prompts.draw(order, rows)
         request = dataclasses.replace(request, captions=str(epath.Path(folder) / generate_for_prompts.CAPTIONS))
         write_scores(request, image_sets.open_sets(request, reference))
@@ -284,7 +284,7 @@ def write_scores(request: image_sets.Request, opened: image_sets.Opened) -> None
     from imagegpt_jax.runtime import distributed
 
     scores = image_sets.run(request, opened)
-    if distributed.is_first():
+    if distributed.is_main_process():
         files.write(epath.Path(OUTPUT.value or ""), (json.dumps(scores, indent=1) + "\n").encode())
         print(f"{image_sets.table(scores)}\n\nAll scores: {OUTPUT.value}")
 

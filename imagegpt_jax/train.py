@@ -37,14 +37,14 @@ def main() -> None:
     from imagegpt_jax.runtime import distributed, filesystem
 
     filesystem.check_client(WORKDIR.value)
-    with distributed.together(preemptible=True):
+    with distributed.distributed_context(preemptible=True):
         from imagegpt_jax.runtime import preemption
         from imagegpt_jax.training import loop
 
         task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
         preemption.current.listen()
         state = loop.run(task, config, WORKDIR.value, allow_changes=ALLOW_CONFIG_CHANGE.value)
-        if distributed.is_first():
+        if distributed.is_main_process():
             step = int(state.step)
             print(
                 f"Stopped after step {step} of {config.steps}, saved; the same command goes on: {WORKDIR.value}"

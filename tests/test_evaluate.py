@@ -151,7 +151,7 @@ def test_samples_score_like_image_sets(evaluate, workdirs, monkeypatch):
     assert (scores["samples/images"], scores["samples/protocol"]) == (12, "emoji")
     assert scores["samples/reference_images"] == scores["decoder/images"]
     # Of many processes the first alone knows the scores.
-    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_main_process", lambda: False)
     with pytest.raises(FileNotFoundError):
         evaluate(f"--checkpoint={workdirs.decoder}", "--protocol=emoji", "--metrics=kid", *SMALL, output="other")
 

@@ -87,9 +87,9 @@ class Checkpoints:
             versions=_versions(),
         )
         try:
-            if distributed.is_first():
+            if distributed.is_main_process():
                 folders.begin(self._workdir, step)
-            distributed.meet()
+            distributed.barrier()
             self._writer.save(folder / folders.STATE, args=ocp.args.PyTreeSave(state))
         except Exception as e:
             raise self._failed(step, e) from e
@@ -104,7 +104,7 @@ class Checkpoints:
         started = time.perf_counter()
         try:
             self._writer.wait_until_finished()
-            if distributed.is_first():
+            if distributed.is_main_process():
                 manifest = manifest_lib.write(folder, manifest)
                 self._log.write(
                     "save",
@@ -169,13 +169,13 @@ class Checkpoints:
         started = time.perf_counter()
         share = (jax.process_index(), jax.process_count())
         found = [step for step in folders.numbered(self._workdir) if last is None or step <= last]
-        distributed.meet()  # nobody changes the folder before all have listed it
+        distributed.barrier()  # nobody changes the folder before all have listed it
         damaged = []
         for step in reversed(found):
             folder = folders.root(self._workdir) / str(step)
             if folders.is_unfinished(folder):
-                distributed.meet()
-                if distributed.is_first():
+                distributed.barrier()
+                if distributed.is_main_process():
                     folders.delete(self._workdir, step)
                 continue
             problem, manifest = None, None
@@ -208,11 +208,11 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int, problem: str) -> None:
-        if distributed.is_first():
+        if distributed.is_main_process():
             aside = folders.set_aside(self._workdir, step)
             self._log.write("damaged", step=step, reason=problem, moved_to=str(aside))
             print(f"warning: the checkpoint of step {step} is damaged and set aside ({problem}).", file=sys.stderr)
-        distributed.meet()
+        distributed.barrier()
 
     def _read(self, folder: epath.Path, state: TrainState) -> TrainState:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -239,7 +239,7 @@ class Checkpoints:
           UserError: if the checkpoint of step `last` is not there as it was written.
         """
         self.wait()
-        distributed.meet()
+        distributed.barrier()
         started = time.perf_counter()
         try:
             manifest_lib.check(folders.root(self._workdir) / str(last), (jax.process_index(), jax.process_count()))

@@ -363,7 +363,7 @@ def score(settings: Settings) -> None:
         if "generation" in opened:
             scores |= score_generation(settings, decoder, tok, opened["generation"], opened["decoder"], page)
 
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return
     scores["seconds"] = round(time.monotonic() - started, 3)
     write(output, (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode())

@@ -124,13 +124,13 @@ def draw(order: Order, rows: Sequence[Row]) -> None:
         asked = [rows[i // order.per_prompt] for i in range(total)]
     about = output.about(decoder, tok, sampling, order.seed) | {"finish": {}}
     folder = epath.Path(order.folder)
-    if distributed.is_first():
+    if distributed.is_main_process():
         _begin(folder, {**about, "pictures": total, "prompts": _digest(asked)})
         lines = [json.dumps({**row, "file_name": file_name(i)}) for i, row in enumerate(asked)]
         write(folder / CAPTIONS, ("\n".join(lines) + "\n").encode())
-    distributed.meet()
+    distributed.barrier()
     _draw(decoder, tok, sampling, asked, about, folder)
-    distributed.meet()
+    distributed.barrier()
 
 
 def file_name(number: int) -> str:

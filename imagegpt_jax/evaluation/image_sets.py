@@ -237,7 +237,7 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
 
     # Every process has seen the same features; one of them is enough for what follows.
     scores: dict[str, Any] = {}
-    if distributed.is_first():
+    if distributed.is_main_process():
         against = None if compared is None else score.Reference(compared, protocol.features, beside)
         words = None
         if opened.captions:
@@ -262,7 +262,7 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 3),
         "warnings": warnings,
     }
-    if request.report and distributed.is_first():
+    if request.report and distributed.is_main_process():
         write(epath.Path(request.report), _page(request, opened, scores, found).encode())
     for collected in (found, compared, beside):
         if isinstance(collected, Collected):

@@ -13,7 +13,7 @@ from imagegpt_jax.models import layers
 
 
 def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return x.astype(layers.wide(x.dtype))
+    return x.astype(layers.accumulation_dtype(x.dtype))
 
 
 def l1(x: Float[Array, "..."], target: Float[Array, "..."]) -> Float[Array, ""]:

@@ -77,7 +77,7 @@ def _chunked_nll(hidden_BMD: jax.Array, table_VD: jax.Array, targets_BM: jax.Arr
 
 
 def _forward(hidden_BMD: jax.Array, table_VD: jax.Array, targets_BM: jax.Array, chunks: int) -> tuple[jax.Array, Any]:
-    vocab, wide = table_VD.shape[0], layers.wide(hidden_BMD.dtype)
+    vocab, wide = table_VD.shape[0], layers.accumulation_dtype(hidden_BMD.dtype)
 
     def body(carry, chunk):
         largest_BMT, total_BMT, target_BMT = carry
@@ -98,7 +98,7 @@ def _forward(hidden_BMD: jax.Array, table_VD: jax.Array, targets_BM: jax.Array, 
 def _backward(chunks: int, saved: Any, gradient_BM: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     """d nll / d logits = softmax - one-hot, a chunk at a time; the parts of d hidden are summed once, at the end."""
     hidden_BMD, table_VD, targets_BM, normaliser_BM = saved
-    vocab, wide = table_VD.shape[0], layers.wide(hidden_BMD.dtype)
+    vocab, wide = table_VD.shape[0], layers.accumulation_dtype(hidden_BMD.dtype)
 
     def body(d_hidden_TBMD, chunk):
         table_TJD, ids_TJ = chunk

@@ -138,7 +138,7 @@ def attend(
     kept_BKGLS = None
     if dropout and key is not None:
         shape = (*q_BKGLH.shape[:-1], k_BKSH.shape[2])
-        kept_BKGLS = layers.dropout(jnp.ones(shape, layers.wide(k_BKSH.dtype)), dropout, key)
+        kept_BKGLS = layers.dropout(jnp.ones(shape, layers.accumulation_dtype(k_BKSH.dtype)), dropout, key)
     attention: Any = _attention
     y_BKGLH = attention(q_BKGLH, k_BKSH, v_BKSH, mask_BLS, kept_BKGLS)
     return y_BKGLH.transpose(0, 3, 1, 2, 4).reshape(q_BLNH.shape)
@@ -163,7 +163,9 @@ def _attention(
 def _attention_forward(
     q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BLS: jax.Array, kept_BKGLS: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    scores_BKGLS = jnp.einsum("bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=layers.wide(k_BKSH.dtype))
+    scores_BKGLS = jnp.einsum(
+        "bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=layers.accumulation_dtype(k_BKSH.dtype)
+    )
     weights_BKGLS = jax.nn.softmax(jnp.where(mask_BLS[:, None, None], scores_BKGLS, MASKED), axis=-1)
     left_BKGLS = _drop(weights_BKGLS, kept_BKGLS).astype(v_BKSH.dtype)
     y_BKGLH = jnp.einsum("bkgls,bksh->bkglh", left_BKGLS, v_BKSH)

@@ -107,8 +107,8 @@ class Conv(nnx.Module):
 class GroupNorm(nnx.Module):
     """Group normalisation (Wu and He 2018, arXiv:1803.08494) over [B, H, W, C] with a scale and bias per channel.
 
-    Mean and mean of squares are taken in float32 (`layers.wide`) in one pass over the input, per channel first and
-    then per group, so that the image is never reshaped and the result is one fused multiply-add.
+    Mean and mean of squares are taken in float32 (`layers.accumulation_dtype`) in one pass over the input, per channel
+    first and then per group, so that the image is never reshaped and the result is one fused multiply-add.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class GroupNorm(nnx.Module):
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Normalises each group of channels of each image."""
         B, _, _, C = x_BHWC.shape
-        x_BHWC = x_BHWC.astype(layers.wide(x_BHWC.dtype))
+        x_BHWC = x_BHWC.astype(layers.accumulation_dtype(x_BHWC.dtype))
         mean_BC, square_BC = jnp.mean(x_BHWC, axis=(1, 2)), jnp.mean(jnp.square(x_BHWC), axis=(1, 2))
         mean_BG1 = jnp.mean(mean_BC.reshape(B, self.groups, -1), axis=-1, keepdims=True)
         square_BG1 = jnp.mean(square_BC.reshape(B, self.groups, -1), axis=-1, keepdims=True)
@@ -260,7 +260,9 @@ class AttnBlock(nnx.Module):
         h = normalize(self.norm, x_BHWC, z_BhwZ)
         q_BNac, k_BMac, v_BMac = (layer(h).reshape(B, H * W, heads, -1) for layer in (self.q, self.k, self.v))
         # Written out, because the softmax of jax.nn.dot_product_attention is float32 in float64 too.
-        scores_BaNM = jnp.einsum("bnac,bmac->banm", q_BNac, k_BMac, preferred_element_type=layers.wide(h.dtype))
+        scores_BaNM = jnp.einsum(
+            "bnac,bmac->banm", q_BNac, k_BMac, preferred_element_type=layers.accumulation_dtype(h.dtype)
+        )
         weights_BaNM = jax.nn.softmax(scores_BaNM * (C // heads) ** -0.5, axis=-1).astype(h.dtype)
         h = jnp.einsum("banm,bmac->bnac", weights_BaNM, v_BMac)
         return x_BHWC + self.proj_out(h.reshape(B, H, W, C))

@@ -87,7 +87,7 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Normalises each channel over batch and positions, in float32 (float64 in float64)."""
-        x_BHWC = x_BHWC.astype(layers.wide(x_BHWC.dtype))
+        x_BHWC = x_BHWC.astype(layers.accumulation_dtype(x_BHWC.dtype))
         mean_C = jnp.mean(x_BHWC, axis=(0, 1, 2))
         variance_C = jnp.maximum(jnp.mean(jnp.square(x_BHWC), axis=(0, 1, 2)) - jnp.square(mean_C), 0.0)
         scale_C = lax.rsqrt(variance_C + self.eps) * self.scale[...]
@@ -140,7 +140,7 @@ class Discriminator(nnx.Module):
             x = layer(x)
             x = x if norm is None else norm(x)
             x = x if i == last else nnx.leaky_relu(x, 0.2)
-        return x[..., 0].astype(layers.wide(x.dtype))
+        return x[..., 0].astype(layers.accumulation_dtype(x.dtype))
 
 
 def _norm(config: DiscriminatorConfig, channels: int) -> nnx.Module | None:

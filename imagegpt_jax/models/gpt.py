@@ -219,7 +219,7 @@ class GPT(nnx.Module):
                 split_dims(config.width),
                 config.width,
                 config.rope_theta,
-                layers.wide(x_BLD.dtype),
+                layers.accumulation_dtype(x_BLD.dtype),
             )
             x_BLD = x_BLD + self.target(jnp.concatenate([cos_BLD, sin_BLD], axis=-1))
         condition_BD = None
@@ -248,7 +248,7 @@ class GPT(nnx.Module):
                 config.rotary_axes,
                 config.head_width,
                 config.rope_theta,
-                layers.wide(x_BLD.dtype),
+                layers.accumulation_dtype(x_BLD.dtype),
                 config.rope_scaling,
             )
             if config.rope_zero_prefix:

@@ -1,7 +1,7 @@
 """Layers that several networks share: linear maps, embeddings, norms, dropout and rotary positions.
 
 Parameters are kept in `param_dtype` and cast to the compute `dtype` where they are used; the statistics of norms are
-fp32 (float64 if the computation is: `wide`). Every parameter names its logical axes (`axes=`), which only
+fp32 (float64 if the computation is: `accumulation_dtype`). Every parameter names its logical axes (`axes=`), which only
 `parallel/sharding.py` maps to a mesh.
 
 Shapes: B batch, L length, D input width, F output width, N heads, H head dim, V vocabulary; `_` any leading dimensions.
@@ -58,7 +58,7 @@ def as_dtype(name: str) -> jnp.dtype:
     return dtype
 
 
-def wide(dtype: Any) -> jnp.dtype:
+def accumulation_dtype(dtype: Any) -> jnp.dtype:
     """The dtype of statistics, softmax and losses beside a computation in `dtype`: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -147,7 +147,7 @@ class Embedding(nnx.Module):
     def __call__(self, ids: Int[Array, "*_"]) -> Float[Array, "*_ D"]:
         """Looks ids up; an id outside the table is clamped to it."""
         # A row's gradient is a sum over all the places it is looked up at: of many terms, so never in bfloat16.
-        table_VD = sharding.constrain(self.weight[...].astype(wide(self.dtype)), ("vocab", None))
+        table_VD = sharding.constrain(self.weight[...].astype(accumulation_dtype(self.dtype)), ("vocab", None))
         return table_VD.at[ids].get(mode="clip", wrap_negative_indices=False).astype(self.dtype)
 
     def stream(self, ids_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -166,7 +166,7 @@ class Embedding(nnx.Module):
             size = table_VD.shape[0]
             own_BL = jnp.clip(ids_BL, 0, vocab - 1) - manual_collectives.part_index("vocab") * size
             own_BL = jnp.where(own_BL < 0, size, own_BL)
-            rows_BLD = table_VD.astype(wide(self.dtype)).at[own_BL].get(mode="fill", fill_value=0)
+            rows_BLD = table_VD.astype(accumulation_dtype(self.dtype)).at[own_BL].get(mode="fill", fill_value=0)
             return manual_collectives.sum_to_own_columns(rows_BLD.astype(self.dtype))
 
         axes = manual_collectives.STREAM[:2], ("vocab", None)
@@ -180,8 +180,8 @@ class Embedding(nnx.Module):
 
 
 def score(x: Float[Array, "*_ D"], table_VD: Float[Array, "V D"]) -> Float[Array, "*_ V"]:
-    """Scores of x against each row of a table, in `wide` of its dtype: an output head."""
-    kind = wide(table_VD.dtype)
+    """Scores of x against each row of a table, in `accumulation_dtype` of its dtype: an output head."""
+    kind = accumulation_dtype(table_VD.dtype)
     return jnp.einsum("...d,vd->...v", x.astype(table_VD.dtype), table_VD, preferred_element_type=kind)
 
 
@@ -193,8 +193,8 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), as_dtype(param_dtype)), axes=axes)
 
     def __call__(self, x: Float[Array, "*_ D"]) -> Float[Array, "*_ D"]:
-        """Normalises the last axis with statistics in `wide` of x's dtype; the result has x's dtype."""
-        y = x.astype(wide(x.dtype))
+        """Normalises the last axis with statistics in `accumulation_dtype` of x's dtype; the result has x's dtype."""
+        y = x.astype(accumulation_dtype(x.dtype))
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...].astype(y.dtype)).astype(x.dtype)
 
@@ -210,8 +210,8 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), as_dtype(param_dtype)), axes=axes) if bias else None
 
     def __call__(self, x: Float[Array, "*_ D"]) -> Float[Array, "*_ D"]:
-        """Normalises the last axis with statistics in `wide` of x's dtype; the result has x's dtype."""
-        y = x.astype(wide(x.dtype))
+        """Normalises the last axis with statistics in `accumulation_dtype` of x's dtype; the result has x's dtype."""
+        y = x.astype(accumulation_dtype(x.dtype))
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         y = y * self.scale[...].astype(y.dtype)
@@ -273,7 +273,7 @@ def rotary_table(
       dims: even number of head dimensions for each of the three axes; their sum is at most head_dim.
       head_dim: H.
       theta: base of the geometric series of wavelengths.
-      dtype: of the angles and the result; `wide` of the computation's.
+      dtype: of the angles and the result; `accumulation_dtype` of the computation's.
       scaling: stretches the wavelengths of positions along t; the only axis then.
     """
     angles, factor = [], 1.0
@@ -294,5 +294,5 @@ def rotate(
 ) -> Float[Array, "B L N H"]:
     """Turns pair (i, i + H/2) of each head by its angle: "rotate half"; interleaved weights need a permutation."""
     cos_BL1P, sin_BL1P = (t[:, :, None, :] for t in table)
-    a, b = jnp.split(x_BLNH.astype(wide(x_BLNH.dtype)), 2, axis=-1)
+    a, b = jnp.split(x_BLNH.astype(accumulation_dtype(x_BLNH.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos_BL1P - b * sin_BL1P, b * cos_BL1P + a * sin_BL1P], axis=-1).astype(x_BLNH.dtype)

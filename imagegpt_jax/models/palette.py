@@ -62,4 +62,4 @@ class Palette(nnx.Module):
     def decode_codes(self, codes_BHW: Int[Array, "B H W"]) -> Float[Array, "B H W C"]:
         """Indices of colours -> images."""
         colours = self.quantize.lookup(codes_BHW)
-        return colours.astype(layers.wide(colours.dtype))
+        return colours.astype(layers.accumulation_dtype(colours.dtype))

@@ -42,7 +42,7 @@ def batch_deviation(x_BHWC: Float[Array, "B H W C"], group: int) -> Float[Array,
     (arXiv:1710.10196, section 3). Neighbours lie on one device wherever a device holds a group."""
     B, H, W, C = x_BHWC.shape
     group = math.gcd(B, group)
-    x_SGHWC = x_BHWC.reshape(-1, group, H, W, C).astype(layers.wide(x_BHWC.dtype))
+    x_SGHWC = x_BHWC.reshape(-1, group, H, W, C).astype(layers.accumulation_dtype(x_BHWC.dtype))
     deviation_S = jnp.mean(jnp.sqrt(jnp.var(x_SGHWC, axis=1) + 1e-8), axis=(1, 2, 3))
     plane_BHW1 = jnp.broadcast_to(jnp.repeat(deviation_S, group)[:, None, None, None], (B, H, W, 1))
     return jnp.concatenate([x_BHWC, plane_BHW1.astype(x_BHWC.dtype)], axis=-1)
@@ -145,4 +145,4 @@ class StyleDiscriminator(nnx.Module):
             x = block(x)
         x = self.conv_out(batch_deviation(x, self.group))
         x = self.logit(self.dense(x.reshape(x.shape[0], 1, 1, -1)))
-        return x[..., 0].astype(layers.wide(x.dtype))
+        return x[..., 0].astype(layers.accumulation_dtype(x.dtype))

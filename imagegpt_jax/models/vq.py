@@ -297,7 +297,7 @@ class Decoder(nnx.Module):
     def output(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """The last convolution, and depth-to-space."""
         output = self.conv_out(features_BHWC)
-        return conv.depth_to_space(output, self.config.stem_patch).astype(layers.wide(output.dtype))
+        return conv.depth_to_space(output, self.config.stem_patch).astype(layers.accumulation_dtype(output.dtype))
 
 
 def _projection(
@@ -324,7 +324,9 @@ class VQModel(nnx.Module):
         keys = jax.random.split(key, 5)
         self.encoder = Encoder(config, key=keys[0])
         self.quant_conv = _projection(config, config.z_channels, config.quantizer.code_dim, key=keys[1])
-        self.quantize = Quantizer(config.quantizer, param_dtype=layers.wide(config.param_dtype), key=keys[2])
+        self.quantize = Quantizer(
+            config.quantizer, param_dtype=layers.accumulation_dtype(config.param_dtype), key=keys[2]
+        )
         self.post_quant_conv = _projection(config, config.quantizer.code_dim, config.z_channels, key=keys[3])
         self.decoder = Decoder(config, key=keys[4]) if config.decoder else None
         self.config = config

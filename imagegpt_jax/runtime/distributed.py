@@ -59,7 +59,7 @@ class _Group:
         self._dog = Watchdog(self._hangs, _Signs(client, cluster.index), cluster.count)
         threading.Thread(target=self._watch, daemon=True, name="watch for failures").start()
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Waits for all; ends when one of them fails."""
         self._meetings += 1
         # A peer that fails ends this process: no limit on the patience with slow ones is needed.
@@ -135,7 +135,7 @@ class _Group:
         """Parts from the others when all are done."""
         import jax
 
-        self.meet()
+        self.barrier()
         self.stop_watching()
         jax.distributed.shutdown()
         # All is done: a launcher that ends the rest at the first exit may not turn this one's status into a signal's.
@@ -245,7 +245,7 @@ def _not_all_came(cluster: Cluster, seconds: float) -> None:
 # ---------------------------------------------------------------------------------------------------- failing together
 
 
-def tell(error: UserError) -> None:
+def report_failure(error: UserError) -> None:
     """Lets the others end with this process, which fails before it has joined them: what is wrong here alone, such as
     a disk that is not mounted, would else leave them waiting. Returns in a process that runs alone.
     """
@@ -268,21 +268,21 @@ def tell(error: UserError) -> None:
 
 
 @contextlib.contextmanager
-def together(preemptible: bool = False) -> Iterator[None]:
+def distributed_context(preemptible: bool = False) -> Iterator[None]:
     """Around a program's work: joins the other processes before, parts from them after, and ends all if one fails."""
     global _group
     initialize(preemptible)
     if _group is None:
         yield
         return
-    with failing_together():
+    with failing_jointly():
         yield
         _group.end()
         _group = None
 
 
 @contextlib.contextmanager
-def failing_together() -> Iterator[None]:
+def failing_jointly() -> Iterator[None]:
     """Around work that waits for other processes: if it fails here, all processes end, each naming the cause.
 
     The process ends inside, without running what is further out: cleaning up would wait for processes that are gone.
@@ -373,18 +373,18 @@ def progress(step: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ agreeing
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that speaks and writes for all."""
     return _group is None or _group.cluster.index == 0
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits until all processes are here."""
     if _group is not None:
-        _group.meet()
+        _group.barrier()
 
 
-def meet_at(path: epath.Path) -> None:
+def wait_for_file(path: epath.Path) -> None:
     """Waits for all processes, and checks that each of them sees the file that the first one wrote.
 
     Raises:
@@ -392,7 +392,7 @@ def meet_at(path: epath.Path) -> None:
     """
     if _group is None:
         return
-    meet()
+    barrier()
     until = time.monotonic() + _PATIENCE_SECONDS
     while not path.exists():  # a network file system may lag behind
         if time.monotonic() > until:
@@ -410,7 +410,7 @@ def gather(value: Any) -> list[Any]:
     return _group.gather(value)
 
 
-def agree(**facts: Any) -> None:
+def assert_equal(**facts: Any) -> None:
     """Waits for all processes, and checks that they work on the same thing.
 
     Args:
@@ -423,7 +423,7 @@ def agree(**facts: Any) -> None:
         return
     mine = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
     key = f"{_KEY}/facts/{','.join(mine)}"
-    if is_first():
+    if is_main_process():
         _group.client.key_value_set(key, json.dumps(mine))
     first = json.loads(_group.client.blocking_key_value_get(key, _DAY_MS))
     different = [name.replace("_", " ") for name in mine if mine[name] != first[name]]
@@ -432,4 +432,4 @@ def agree(**facts: Any) -> None:
             f"this process has another {' and another '.join(different)} than process 0: start every process with the"
             " same command, on the same files and library versions."
         )
-    meet()
+    barrier()

@@ -57,7 +57,7 @@ class Int8Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*_ D"]) -> Float[Array, "*_ F"]:
         """Applies the map; sums are exact on CPU and in the compute dtype's wide form elsewhere."""
-        kind = layers.wide(self.dtype)
+        kind = layers.accumulation_dtype(self.dtype)
         if sharding.platform() == "cpu":
             y = _digits_product(x.reshape(-1, x.shape[-1]).astype(kind), self.weight[...])
             y = y.reshape(*x.shape[:-1], -1)

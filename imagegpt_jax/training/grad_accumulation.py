@@ -48,7 +48,7 @@ def accumulate(function: Callable[[Any], Part], batch: Any, parts: int) -> Part:
         return (sums, train_metrics.merge(totals, measured)), rows
 
     start = (
-        jax.tree.map(lambda x: jnp.zeros(x.shape, layers.wide(x.dtype)), kinds),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, layers.accumulation_dtype(x.dtype)), kinds),
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty),
     )
     (sums, totals), rows = jax.lax.scan(body, start, cuts)

@@ -62,29 +62,33 @@ def run(
     sharding.check_batch_size(config.eval_batch_size, mesh, key="eval_batch_size")
     task.check_mesh(setup, mesh)
     config_checks.check_start(task, setup, workdir, mesh)
-    distributed.agree(config=config_lib.to_dict(config), workdir=str(workdir), **_made_of(setup))
+    distributed.assert_equal(config=config_lib.to_dict(config), workdir=str(workdir), **_made_of(setup))
 
     with jax.set_mesh(mesh):
         # --- State: born sharded, or restored onto the same shardings.
         make = functools.partial(task.init_state, setup)
         state, layout = train_state.init_sharded(make, setup.networks, mesh, config.seed)
-        if distributed.is_first():
+        if distributed.is_main_process():
             with filesystem.writing(workdir):
                 config_lib.save(config, workdir)
                 task.save_assets(setup, workdir)
-        distributed.meet_at(epath.Path(workdir) / "config.json")
-        log = event_log.Log(workdir if distributed.is_first() else None)
+        distributed.wait_for_file(epath.Path(workdir) / "config.json")
+        log = event_log.Log(workdir if distributed.is_main_process() else None)
         log.write("start", task=config.task, devices=mesh.size, processes=jax.process_count(), config_changes=changes)
         quarantine.attach(setup.sources, config.data.quarantine, quarantine.Report(workdir, jax.process_index(), log))
         checkpoints = checkpoint.Checkpoints(workdir, config, log)
         restored = checkpoints.restore(state)
-        begin = Begin.at(*restored) if restored is not None else Begin(_filled(task, setup, state, layout, log), 0)
+        begin = (
+            ResumePoint.at(*restored)
+            if restored is not None
+            else ResumePoint(_filled(task, setup, state, layout, log), 0)
+        )
         writer = train_metrics.Writer(workdir, int(begin.state.step))
         with (
             _closing(writer),
             _closing(checkpoints),
             distributed.watched(workdir, log),
-            distributed.failing_together(),
+            distributed.failing_jointly(),
         ):
             state = _Training(task, setup, mesh, layout, checkpoints, writer, log, workdir).run(begin)
             checkpoints.finish(int(state.step))
@@ -121,7 +125,7 @@ def _made_of(setup: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Begin:
+class ResumePoint:
     """Where training begins or goes on.
 
     Attributes:
@@ -137,12 +141,12 @@ class Begin:
     evaluated: bool = True
 
     @classmethod
-    def at(cls, state: train_state.TrainState, manifest: checkpoint.Manifest) -> "Begin":
+    def at(cls, state: train_state.TrainState, manifest: checkpoint.Manifest) -> "ResumePoint":
         """At a checkpoint."""
         return cls(state, manifest.position, manifest.skipped, manifest.evaluated)
 
 
-class _Tripped(Exception):
+class _Rollback(Exception):
     """Too many bad steps in a row, of which `first` was the first."""
 
     def __init__(self, first: int):
@@ -170,12 +174,12 @@ class _Training:
         self.clock = train_metrics.Throughput(self.mesh.size, None if self.chip is None else self.chip.flops)
         self.scores: dict[str, float] = {}
 
-    def run(self, begin: Begin) -> train_state.TrainState:
+    def run(self, begin: ResumePoint) -> train_state.TrainState:
         """Trains to the end, going back whenever the guard trips."""
         for _ in range(self.config.guard.max_rollbacks + 1):
             try:
                 return self._train(begin)
-            except _Tripped as e:
+            except _Rollback as e:
                 begin = self._roll_back(begin, e.first)
         raise UserError(
             f"training went wrong again after {self.config.guard.max_rollbacks} rollbacks, last at step"
@@ -185,7 +189,7 @@ class _Training:
 
     # ------------------------------------------------------------------------------------------------------- going on
 
-    def _train(self, begin: Begin) -> train_state.TrainState:
+    def _train(self, begin: ResumePoint) -> train_state.TrainState:
         config, task, setup, last = self.config, self.task, self.setup, self.config.steps
         state, first = begin.state, int(begin.state.step)
         self._first, self.skipped_steps = first, step_guard.skipped(state.guard)
@@ -261,7 +265,7 @@ class _Training:
             batches.close()
         return state
 
-    def _position_of(self, begin: Begin, first: int, step: int) -> int:
+    def _position_of(self, begin: ResumePoint, first: int, step: int) -> int:
         """Where the batch of a step (counted from 0) begins."""
         return position_after(begin.position, step - first, self.config.batch_size, begin.skipped)
 
@@ -281,8 +285,8 @@ class _Training:
             self.log.write("skip", step=step, steps=skipped - self.skipped_steps, newest=newest)
             self._keep_batch(newest)
             self.skipped_steps = skipped
-        if (first := step_guard.tripped(finished["guard"])) is not None:
-            raise _Tripped(first)
+        if (first := step_guard.rollback_from(finished["guard"])) is not None:
+            raise _Rollback(first)
 
     def _evaluate(self, step: int, state: train_state.TrainState) -> bool:
         """Scores the validation split; False if notice of preemption came in between."""
@@ -307,8 +311,8 @@ class _Training:
         evaluated: bool,
     ) -> None:
         # What is saved is good; to know that, the steps before it are waited for, which is their time.
-        if (first := step_guard.tripped(state.guard)) is not None:
-            raise _Tripped(first)
+        if (first := step_guard.rollback_from(state.guard)) is not None:
+            raise _Rollback(first)
         started = time.perf_counter()
         self.checkpoints.save(step, state, position, skipped, self.scores, evaluated)
         self.clock.add("checkpoint", time.perf_counter() - started)
@@ -333,20 +337,20 @@ class _Training:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"step-{step}.process-{jax.process_index()}.npz").write_bytes(file.getvalue())
 
-    def _roll_back(self, begin: Begin, first: int) -> Begin:
+    def _roll_back(self, begin: ResumePoint, first: int) -> ResumePoint:
         """The newest checkpoint, or the start, without the window of the data in which the bad steps began."""
         first = max(first, self._first)  # what was drawn before is not drawn again
         window = (self._where(first), self._where(first + self.config.guard.patience))
         self.checkpoints.wait()
         restored = self.checkpoints.restore(begin.state)
         if restored is not None:
-            found = Begin.at(*restored)
+            found = ResumePoint.at(*restored)
         else:
             make = functools.partial(self.task.init_state, self.setup)
             state, _ = train_state.init_sharded(make, self.setup.networks, self.mesh, self.config.seed)
-            found = Begin(_filled(self.task, self.setup, state, self.layout, self.log), 0)
+            found = ResumePoint(_filled(self.task, self.setup, state, self.layout, self.log), 0)
         found = dataclasses.replace(
-            found, state=dataclasses.replace(found.state, guard=step_guard.calm(found.state.guard))
+            found, state=dataclasses.replace(found.state, guard=step_guard.reset(found.state.guard))
         )
         to = int(found.state.step)
         self.log.write("rollback", step=first + self.config.guard.patience, to=to, skipped_positions=window)

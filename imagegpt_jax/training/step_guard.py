@@ -80,7 +80,7 @@ def judge(config: Config, state: State, step: jax.Array, values: Totals) -> tupl
     }
 
 
-def calm(state: Mapping[str, State]) -> dict[str, State]:
+def reset(state: Mapping[str, State]) -> dict[str, State]:
     """The state without the memory of the last bad row, as training goes on with after it went back."""
     fresh = {"in_a_row": 0, "first": -1, "tripped": -1}
     return {
@@ -96,7 +96,7 @@ def choose(good: jax.Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda a, b: a if a is b else jnp.where(good, a, b), new, old)
 
 
-def tripped(state: Mapping[str, Mapping[str, Any]]) -> int | None:
+def rollback_from(state: Mapping[str, Mapping[str, Any]]) -> int | None:
     """The first step of the row that tripped the guard; None if it has not tripped. Waits for the state's arrays."""
     found = [int(phase["tripped"]) for phase in jax.device_get(dict(state)).values()]
     return next((step for step in found if step >= 0), None)

@@ -113,7 +113,7 @@ def load_params(state: TrainState, config: Config, log: event_log.Log) -> TrainS
             for name, paths in fitting.items()
         }
     count = sum(map(len, taken.values()))
-    if distributed.is_first():
+    if distributed.is_main_process():
         origin = f"step {step} of {config.init_from}" if step else config.init_from
         print(
             f"{count} arrays of {origin} were taken, {len(lines)} were not" + "".join(f"\n  {line}" for line in lines),

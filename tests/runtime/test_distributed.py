@@ -449,11 +449,11 @@ def test_a_process_that_may_have_others_is_known_at_once(variables, monkeypatch)
 
 
 def test_alone_nothing_happens(variables, tmp_path):
-    with distributed.together(), distributed.failing_together():
-        distributed.agree(config={"a": 1})
-        distributed.meet_at(tmp_path / "not there")
-        assert distributed.is_first()
-    with pytest.raises(UserError, match="as it is"), distributed.together():
+    with distributed.distributed_context(), distributed.failing_jointly():
+        distributed.assert_equal(config={"a": 1})
+        distributed.wait_for_file(tmp_path / "not there")
+        assert distributed.is_main_process()
+    with pytest.raises(UserError, match="as it is"), distributed.distributed_context():
         raise UserError("as it is")
 
 

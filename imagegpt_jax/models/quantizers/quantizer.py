@@ -102,7 +102,7 @@ class Quantizer(nnx.Module):
 
     def _compared(self, z: Float[Array, "... Z"]) -> list[Float[Array, "N Z"]]:
         """The groups of all vectors, as they are compared."""
-        z = z.astype(layers.wide(z.dtype)).reshape(-1, z.shape[-1])
+        z = z.astype(layers.accumulation_dtype(z.dtype)).reshape(-1, z.shape[-1])
         parts = jnp.split(z, self.config.groups, axis=-1) if self.config.groups > 1 else [z]
         return [l2_normalize(part) if self.config.l2_normalize else part for part in parts]
 

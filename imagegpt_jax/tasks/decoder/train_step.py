@@ -112,7 +112,7 @@ def token_nll(setup: Setup, module: Any, batch: dict[str, jax.Array], key: jax.A
 
     def rows(hidden_BLD: jax.Array, head: Any, batch: dict[str, jax.Array], gather: fsdp.Gather) -> jax.Array:
         head = gather(head)
-        nll_BL = jnp.zeros(batch["tokens"].shape, layers.wide(hidden_BLD.dtype))
+        nll_BL = jnp.zeros(batch["tokens"].shape, layers.accumulation_dtype(hidden_BLD.dtype))
         for kind, start, count, (first_id, num_ids) in target_parts(setup, batch["tokens"]):
             hidden_BMD, targets_BM, kind_BM = (
                 take_places(x, start, count) for x in (hidden_BLD, batch["targets"], batch["kind"])
@@ -147,7 +147,7 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     del phase
     config, net, frozen = setup.config, setup.networks["decoder"], state.frozen["decoder"]
     params = state.trainable["decoder"]
-    total_weight = jnp.maximum(batch["weights"].astype(layers.wide(config.model.dtype)).sum(), 1.0)
+    total_weight = jnp.maximum(batch["weights"].astype(layers.accumulation_dtype(config.model.dtype)).sum(), 1.0)
     keys_B = None
     if any(config.model[f"{name}_dropout"] for name in ("token", "residual", "mlp", "attention")):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)

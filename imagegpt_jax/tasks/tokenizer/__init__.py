@@ -84,7 +84,7 @@ def _build(
             config.discriminator_optim, config.steps, trained, key="discriminator_optim"
         )
     if perceptual:
-        dtype = layers.wide(config.model.dtype)
+        dtype = layers.accumulation_dtype(config.model.dtype)
         networks["perceptual"] = train_state.network(lambda key: lpips.LPIPS(perceptual, dtype=dtype, key=key))
     return Setup(config, model, loss, networks, optimizers, weights, opened)
 

@@ -1,22 +1,64 @@
-"""Functions that a person names as "module:function"."""
+"""Extension points: an entry of one of our tables, or a user's own object or module on the Python path.
+
+`resolve` is the only way in which a name of a config or a flag becomes code: losses, metrics, quantizers, schedules,
+data sources, scorers. A user's object is written "module:name"; nothing is registered or inherited.
+"""
 
 import importlib
-from collections.abc import Iterable
-from typing import Any
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from imagegpt_jax.errors import UserError, suggest
 
+T = TypeVar("T")
 
-def plug_in(name: str, what: str, known: Iterable[str] = ()) -> Any:
-    """The function that "module:function" names.
+
+def resolve(name: str, what: str, table: Mapping[str, T]) -> T:
+    """Returns what a name stands for.
+
+    Args:
+      name: an entry of `table`, or "module:name" of a user's own.
+      what: what is named, for the error, such as "loss".
+      table: our own entries.
 
     Raises:
-      UserError: if it does not exist, saying what is known.
+      UserError: if there is none of that name, with the nearest entry, or if it cannot be imported.
     """
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise UserError(f"unknown {what} {name!r}.{suggest(name, known)} Others are given as module:function.")
+    return table[name] if name in table else plug_in(name, what, table)
+
+
+def plug_in(name: str, what: str, known: Iterable[str] = ()) -> Any:
+    """Returns the user's object that "module:name" names.
+
+    Args:
+      name: the module and the name in it.
+      what: what is named, for the error.
+      known: names that the caller knows besides, to suggest one of them.
+
+    Raises:
+      UserError: if it does not exist.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise UserError(f"unknown {what} {name!r}.{suggest(name, known)} Your own is given as module:name.")
     try:
-        return getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as e:
-        raise UserError(f"{what}={name} cannot be imported ({e}): give module:function on the Python path.") from e
+        raise UserError(f"{what}={name} cannot be imported ({e}): give module:name on the Python path.") from e
+
+
+def load_module(name: str, what: str, known: Iterable[str] = ()) -> types.ModuleType:
+    """Returns the module with a dotted name, such as "imagegpt_jax.tasks.decoder" or a user's "my_package.my_task".
+
+    Raises:
+      UserError: if there is none, with the nearest of the names that the caller knows.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name is None or not f"{name}.".startswith(f"{e.name}."):  # the module is there, what it needs is not
+            raise UserError(f"{what}={name} cannot be imported ({e}): install what it needs.") from e
+        raise UserError(f"unknown {what} {name!r}.{suggest(name, known)} Your own is given as package.module.") from e
+    except (ImportError, ValueError) as e:
+        raise UserError(f"{what}={name!r} cannot be imported ({e}).") from e

@@ -22,6 +22,7 @@ from imagegpt_jax.metrics import warnings as mistakes
 from imagegpt_jax.metrics.collected import MOMENTS, ROWS, VALUES, Collected
 from imagegpt_jax.metrics.files import write
 from imagegpt_jax.metrics.protocols import Protocol
+from imagegpt_jax.plugins import plug_in
 
 _BATCH_SIZE = 64
 
@@ -149,7 +150,7 @@ def open_reference(request: Request) -> sets.ImageSet | sets.Statistics | None:
                 "geneval needs --captions=evaluation_metadata.jsonl and --scorer=module:function, which judges an image"
                 " (uint8 [H, W, 3]) by its prompt's row."
             )
-        prompts.load_scorer(request.scorer)
+        plug_in(request.scorer, "scorer")
         prompts.geneval(request.captions)
     for path in request.sweep:
         pages.guided(path, protocol)
@@ -300,7 +301,7 @@ def _check_weights(statistics: sets.Statistics, networks: Sequence[Any], feature
 
 
 def _judge(request: Request, images: sets.ImageSet) -> tuple[float, dict[str, float]]:
-    rows, judge = prompts.geneval(request.captions), prompts.load_scorer(request.scorer)
+    rows, judge = prompts.geneval(request.captions), plug_in(request.scorer, "scorer")
     each = max(1, len(images) // len(rows))
     right = [judge(images.read(i), rows[min(i // each, len(rows) - 1)]) for i in range(len(images))]
     return prompts.geneval_score(right, rows)

@@ -6,7 +6,6 @@ The files are those of their authors: COCO's `captions_val2014.json`, `PartiProm
 
 import collections
 import csv
-import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -113,19 +112,6 @@ def geneval(path: epath.PathLike) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{path} is empty: give GenEval's evaluation_metadata.jsonl.")
     return rows
-
-
-def load_scorer(name: str) -> Scorer:
-    """A judge of images: `module:function`, where function(image uint8 [H, W, 3], row of the prompt) -> bool.
-
-    Raises:
-      UserError: if it cannot be imported.
-    """
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"the scorer {name!r} cannot be imported ({e}): write it as module:function.") from e
 
 
 def geneval_score(right: Sequence[bool], rows: Sequence[Mapping[str, Any]]) -> tuple[float, dict[str, float]]:

@@ -63,6 +63,3 @@ def test_geneval(tmp_path):
     (tmp_path / "g.jsonl").write_text('{"tag": "x"}\n')
     with pytest.raises(UserError, match="line 1 of"):
         prompts.geneval(tmp_path / "g.jsonl")
-    with pytest.raises(UserError, match="written as module:function|write it as module:function"):
-        prompts.load_scorer("no_such_module:f")
-    assert prompts.load_scorer("json:loads") is json.loads

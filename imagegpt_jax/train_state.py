@@ -6,6 +6,7 @@ they get no gradients, moments or EMA.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -84,16 +85,21 @@ def merge(graphdef: Any, params: Params) -> Any:
     return nnx.merge(graphdef, nnx.State(params))
 
 
+def abstract(make: Callable[..., Any], *args: Any) -> Any:
+    """The shapes of what `make(*args, key)` would give, such as a state of `task.init_state` and a setup."""
+    return jax.eval_shape(functools.partial(make, *args), jax.eval_shape(jax.random.key, 0))
+
+
 def network(construct: Constructor) -> Network:
     """Describes a network without allocating anything: `construct(key)` is only traced."""
-    abstract = jax.eval_shape(construct, jax.eval_shape(jax.random.key, 0))
-    graphdef, variables = nnx.split(abstract)
+    made = abstract(construct)
+    graphdef, variables = nnx.split(made)
     axes = jax.tree.map(
         lambda v: tuple(getattr(v, "axes", None) or (None,) * len(v.shape)),
         variables,
         is_leaf=lambda v: isinstance(v, nnx.Variable),
     )
-    return Network(graphdef, abstract, nnx.to_pure_dict(axes), construct)
+    return Network(graphdef, made, nnx.to_pure_dict(axes), construct)
 
 
 def count_params(params: Any) -> int:

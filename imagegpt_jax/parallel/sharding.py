@@ -112,6 +112,11 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     raise UserError(f"no mesh of {sizes} can be laid over these {len(devices)} devices: try other sizes.")
 
 
+def local_mesh(devices: Sequence[Any] | None = None, tensor: int = 1) -> Mesh:
+    """The mesh of inference: batches cut over devices of this process (all by default), with or without `tensor`."""
+    return make_mesh({"data": -1, "fsdp": 1, "tensor": tensor}, jax.local_devices() if devices is None else devices)
+
+
 def batch_axes(mesh: Any) -> tuple[str, ...]:
     """The mesh axes that cut a batch and are the compiler's."""
     return auto_axes(ACTIVATION_RULES["batch"], mesh)

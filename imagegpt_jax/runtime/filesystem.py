@@ -13,6 +13,7 @@ import re
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -147,6 +148,38 @@ def writing(path: Any) -> Iterator[None]:
         else:
             remedy = "choose another folder, or change its permissions."
         raise UserError(f"{path} cannot be written ({why}): {remedy}") from e
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[Any]:
+    """Around writing a file whole or not at all: what is written beside it takes its name at the end.
+
+    Args:
+      path: the file; its folder is made.
+      shared: whether several processes may write it at once, such as into a cache.
+
+    Yields:
+      the path to write to, an `epath.Path`; on an error nothing of it is left.
+    """
+    from etils import epath
+
+    whole = epath.Path(path)
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    unique = f"{uuid.uuid4().hex}." if shared else ""
+    temporary = whole.parent / f".{whole.name}.{unique}tmp"
+    try:
+        yield temporary
+        temporary.replace(whole)
+    except BaseException:
+        with contextlib.suppress(Exception):  # a file system that refuses to write may refuse this as well
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes | str, *, shared: bool = False) -> None:
+    """Writes a file whole or not at all, see `replacing`."""
+    with replacing(path, shared=shared) as temporary:
+        temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
 def prepare_folder(folder: str | os.PathLike[str], file: str = "") -> None:

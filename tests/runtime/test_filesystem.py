@@ -32,4 +32,4 @@ def test_files_that_several_write_at_once_do_not_meet(tmp_path):
         assert one != other
         one.write_text("one")
         other.write_text("other")
-    assert path.read_text() == "one"
+    assert (tmp_path / "a").read_text() == "one"

@@ -9,15 +9,14 @@
 The first that fits is taken; what was found is in `FolderSource.convention` and in `describe()`.
 """
 
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
+from imagegpt_jax.data import tables
 from imagegpt_jax.data.images import EXTENSIONS
 from imagegpt_jax.errors import UserError
 
@@ -164,16 +163,14 @@ class FolderSource:
         labels: dict[str, str] = {}
         for path in paths:
             below = path.rsplit("/", 1)[0] + "/" if "/" in path else ""
-            text = (self.root / path).read_bytes().decode("utf-8-sig", "replace")
-            rows = _jsonl(text) if path.endswith(".jsonl") else _csv(text)
-            for line, row in rows:
-                where = f"{self.root / path}, line {line}"
-                if isinstance(row, str):
-                    raise UserError(f"{where}: {row}.")
+            file = self.root / path
+            text = file.read_bytes().decode("utf-8-sig", "replace")
+            for line, row in tables.rows(text, file, file.suffix):
+                where = f"{file}, line {line}"
                 if not isinstance(row.get("file_name"), str):
                     raise UserError(f"{where} has no file_name: each row names its image in file_name.")
-                file = _normal(below + row["file_name"])
-                if file not in files:
+                image = _normal(below + row["file_name"])
+                if image not in files:
                     raise UserError(
                         f"{where} names {row['file_name']!r}, which is no image below {self.root / below}: correct"
                         " file_name (it is relative to the metadata file) or remove the line."
@@ -184,9 +181,9 @@ class FolderSource:
                         f"{where} has the columns {', '.join(map(str, row))}: call the caption's column text."
                     )
                 value = row[column] if column else None
-                captions[file] = [str(v) for v in (value if isinstance(value, list) else [value]) if v is not None]
+                captions[image] = [str(v) for v in (value if isinstance(value, list) else [value]) if v is not None]
                 if row.get("label") not in (None, ""):
-                    labels[file] = str(row["label"])
+                    labels[image] = str(row["label"])
         return captions, labels
 
 
@@ -209,34 +206,3 @@ def _normal(path: str) -> str:
         elif part not in (".", ""):
             parts.append(part)
     return "/".join(parts)
-
-
-def _jsonl(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line ends
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                yield number, f"not JSON ({e})"
-                continue
-            yield number, row if isinstance(row, dict) else 'expected an object such as {"file_name": ..., "text": ...}'
-
-
-def _csv(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # long captions are the quarantine's business
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in _rows(reader):
-        if isinstance(row, str):
-            yield reader.line_num, row
-        elif None in row or None in row.values():
-            many = "more" if None in row else "fewer"
-            yield reader.line_num, f"{many} fields than the header has (put a caption with commas in double quotes)"
-        else:
-            yield reader.line_num, row
-
-
-def _rows(reader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | str]:
-    try:
-        yield from reader
-    except csv.Error as e:
-        yield f"not CSV ({e})"

@@ -1,19 +1,16 @@
 """What a person asks the sampling binary for: prompts from flags and files, checked before anything starts."""
 
-import csv
 import dataclasses
-import io
 import re
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
+from imagegpt_jax.data import tables
 from imagegpt_jax.errors import UserError, suggest
 
 MAX_PROMPT = 2000  # characters; a longer line is not a prompt
 # Names of the column with prompts, in this order; PartiPrompts has "Prompt".
 COLUMNS = ("prompt", "caption", "text")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,41 +55,30 @@ def read_prompts(path: str, column: str = "") -> list[str]:
       UserError: if it cannot be read, has a line that is not UTF-8 or too long (naming the line), or has no prompt.
     """
     try:
-        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        text = tables.decode(Path(path).read_bytes(), path)
     except OSError as e:
         raise UserError(f"--prompts_file={path} cannot be read ({e.strerror}): give a text file.") from None
-    lines = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        try:
-            lines.append(line.decode("utf-8").rstrip("\r"))
-        except UnicodeDecodeError:
-            raise UserError(f"line {number} of {path} is not UTF-8 text: save the file as UTF-8.") from None
-    delimiter = DELIMITERS.get(Path(path).suffix.lower())
-    found = _column(lines, delimiter, path, column) if delimiter else enumerate(lines, start=1)
+    ending = Path(path).suffix.lower()
+    is_table = ending in tables.DELIMITERS
+    rows = list(tables.rows(text, path, ending if is_table else ".txt", ragged=True))
+    name = _column(list(rows[0][1]), path, column) if is_table and rows else "text"
     prompts = []
-    for number, line in found:
-        text = check_prompt(line, f"line {number} of {path}")
-        if text and (delimiter or not text.startswith("#")):
-            prompts.append(text)
+    for number, row in rows:
+        prompt = check_prompt(row[name] or "", f"line {number} of {path}")
+        if prompt and (is_table or not prompt.startswith("#")):
+            prompts.append(prompt)
     if not prompts:
         raise UserError(f"{path} has no prompts: write one on each line.")
     return prompts
 
 
-def _column(lines: list[str], delimiter: str, path: str, column: str) -> Iterator[tuple[int, str]]:
-    """(number of the line that it ends on, text) of each row of a table."""
-    rows = csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter)
-    header = [name.strip() for name in next(rows, [])]
-    plain = [name.casefold() for name in header]
+def _column(names: list[str], path: str, column: str) -> str:
+    """The name in a table's header of the column with prompts."""
+    plain = [name.strip().casefold() for name in names]
     wanted = [column.casefold()] if column else [name for name in COLUMNS if name in plain]
     if not wanted or wanted[0] not in plain:
-        raise UserError(
-            f"{path} has no column {column or COLUMNS[0]!r}: give --prompt_column.{suggest(column, header)}"
-        )
-    index = plain.index(wanted[0])
-    for row in rows:
-        if len(row) > index:
-            yield rows.line_num, row[index]
+        raise UserError(f"{path} has no column {column or COLUMNS[0]!r}: give --prompt_column.{suggest(column, names)}")
+    return names[plain.index(wanted[0])]
 
 
 def file_name(index: int, caption: str) -> str:

@@ -3,9 +3,6 @@
 Shapes: N images, E embedding.
 """
 
-import csv
-import io
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +10,7 @@ from etils import epath
 from jaxtyping import Float
 
 from imagegpt_jax import images as images_lib
+from imagegpt_jax.data import tables
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.metrics.sets import Folder, ImageSet
 
@@ -68,17 +66,12 @@ def _prompt(file: epath.Path) -> str:
 def _from_file(images: ImageSet, path: epath.Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"there is no file of captions {path}.")
-    text = path.read_text()
-    try:
-        if path.suffix in (".jsonl", ".json"):
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        elif path.suffix in (".csv", ".tsv"):
-            rows = list(csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ","))
-        else:
-            rows = [{"text": line} for line in text.splitlines() if line.strip()]
-        column = next(name for name in _COLUMNS if name in rows[0])
-    except (ValueError, IndexError, StopIteration, TypeError) as e:
-        raise UserError(f"{path} holds no captions: rows with {', '.join(_COLUMNS[:3])}, or lines of text.") from e
+    is_table = path.suffix in tables.DELIMITERS
+    lines = tables.rows(path.read_text(), path, path.suffix, ragged=True, any_line_end=not is_table)
+    rows = [row for _, row in lines]
+    column = next((name for name in _COLUMNS if rows and name in rows[0]), None)
+    if column is None:
+        raise UserError(f"{path} holds no captions: rows with {', '.join(_COLUMNS[:3])}, or lines of text.")
     key = next((name for name in _NAMES if name in rows[0]), "")
     if key:
         by_name = {str(row[key]): str(row[column]) for row in rows}

@@ -5,7 +5,6 @@ The files are those of their authors: COCO's `captions_val2014.json`, `PartiProm
 """
 
 import collections
-import csv
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from imagegpt_jax.data import tables
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.generation.prompts import read_prompts
 
@@ -60,7 +60,7 @@ def listed(path: epath.PathLike) -> list[dict[str, str]]:
     Raises:
       UserError: if the file has no column `Prompt`.
     """
-    rows = list(csv.DictReader(_text(path).splitlines(), delimiter="\t"))
+    rows = [row for _, row in tables.rows(_text(path), path, ".tsv", ragged=True, any_line_end=True)]
     if not rows or "Prompt" not in rows[0]:
         raise UserError(f"{path} has no column Prompt: give PartiPrompts.tsv, or LlamaGen's coco_captions.csv.")
     kept = {name: name.lower() for name in ("Category", "Challenge") if name in rows[0]}
@@ -103,12 +103,10 @@ def geneval(path: epath.PathLike) -> list[dict[str, Any]]:
       UserError: if a line is none.
     """
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows.append({"include": [], **row, "prompt": row["prompt"], "tag": row["tag"]})
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"line {number} of {path} is no prompt of GenEval's ({e}).") from e
+    for number, row in tables.rows(_text(path), path, ".jsonl", any_line_end=True):
+        if not {"prompt", "tag"} <= row.keys():
+            raise UserError(f"line {number} of {path} is no prompt of GenEval's: it needs prompt and tag.")
+        rows.append({"include": [], **row})
     if not rows:
         raise UserError(f"{path} is empty: give GenEval's evaluation_metadata.jsonl.")
     return rows

@@ -99,7 +99,7 @@ def test_captions_from_files(tmp_path, name, text):
         ("c.txt", "one\n", "1 captions for 2 images"),
         ("c.jsonl", '{"file_name": "00.png", "text": "one"}', "no caption of 01.png"),
         ("c.jsonl", '{"words": "one"}', "holds no captions"),
-        ("c.jsonl", "{", "holds no captions"),
+        ("c.jsonl", "{", "line 1: not JSON"),
         ("c.txt", "", "holds no captions"),
     ],
 )

@@ -57,13 +57,13 @@ parity: $(VENV)/.stamp-parity
 	$(BIN)/python -m pytest tests/parity
 
 scale: $(VENV)/.stamp-scale
-	$(BIN)/python tools/scale.py
+	$(BIN)/python tools/scale/scale.py
 
 scale-check: $(VENV)/.stamp-scale
-	$(BIN)/python tools/scale.py --check
+	$(BIN)/python tools/scale/scale.py --check
 
 chaos: $(VENV)/.stamp-base
-	$(BIN)/python tools/chaos.py --kills=6
+	$(BIN)/python tools/robustness/chaos.py --kills=6
 
 gpu-check: $(VENV)/.stamp-base
 	$(BIN)/python tools/gpu_check.py --output=gpu.json

@@ -79,7 +79,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Of XLA's compiler, for the training step: "xla_name=value,xla_name=value"; other platforms' are left out. This one
     # saves CPUs a copy of the optimizer's state in each step.
     config.compiler_options = "xla_cpu_copy_insertion_use_region_analysis=true"
-    config.topology = topology  # what mesh, batch and remat were chosen for; read by tools/compile_ahead.py alone
+    config.topology = topology  # what mesh, batch and remat were chosen for; read by tools/scale/compile_ahead.py alone
 
     # --- Image tokenizer: workdir of stage 1; "" is an untrained one, drawn with `seed`, of the shape below.
     config.tokenizer = ""

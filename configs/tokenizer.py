@@ -150,7 +150,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.compiler_options = "xla_cpu_copy_insertion_use_region_analysis=true"
     config.topology = (
         "" if small else "v5e-16"
-    )  # what mesh and batch were chosen for; read by tools/compile_ahead.py alone
+    )  # what mesh and batch were chosen for; read by tools/scale/compile_ahead.py alone
 
     # --- Data: where from, and what is done to a picture, in order.
     train, evaluation = f"decode|random_resized_crop({res})|flip_lr", f"decode|resize_small({res})|central_crop({res})"

@@ -25,7 +25,9 @@ METRICS = ("fid", "sfid", "is", "kid", "precision", "recall", "density", "covera
 def given(tmp_path_factory):
     """`images`, `reference`: folders of 9 and 6 pictures; `weights`: a file."""
     root = tmp_path_factory.mktemp("given")
-    spec = importlib.util.spec_from_file_location("reference_programs", ROOT / "tools" / "reference_programs.py")
+    spec = importlib.util.spec_from_file_location(
+        "reference_programs", ROOT / "tools" / "golden" / "reference_programs.py"
+    )
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     safetensors.numpy.save_file(tool.random_inception(0), root / "inception.safetensors")

@@ -22,7 +22,7 @@ _PAGE = """# Weights of published systems
 This page is written by `make parity`: each ✓ is a test that compared with the reference at random weights, and passed.
 
 ```python
-tok = ig.load_tokenizer("folder or file")      # recognised by content
+tok = ig.load_tokenizer("folder or file")  # recognised by content
 gpt = ig.load_decoder("folder or file")
 ```
 
@@ -77,7 +77,7 @@ def page(shown: Mapping[str, Iterable[str]], memory: Mapping[str, Mapping[str, f
 
     Args:
       shown: layout -> keys of `CHECKS` that a test has shown of it.
-      memory: what tools/import_memory.py printed, by size and dtype.
+      memory: what tools/benchmarks/import_memory.py printed, by size and dtype.
     """
     tables = []
     for kind in (TOKENIZER, "decoder"):
@@ -98,7 +98,7 @@ def _memory(figures: Mapping[str, Mapping[str, float]]) -> str:
         "## Memory",
         "",
         "Most memory that a process held which did nothing else, as a multiple of the file"
-        " (`python tools/import_memory.py --size=3B --dtype=float32`).",
+        " (`python tools/benchmarks/import_memory.py --size=3B --dtype=float32`).",
         "",
         "| LlamaGen | file | `load_decoder` | `convert` |",
         "|---|---|---|---|",

@@ -1,7 +1,7 @@
 """How memory is handed out where the processor is the device.
 
 XLA asks for the working memory of a program each time it runs, and the C library gives blocks of that size back to the
-system at once: the next run finds every page of it missing, and has it cleared again. `tools/benchmark.py
+system at once: the next run finds every page of it missing, and has it cleared again. `tools/benchmarks/benchmark.py
 train` times training steps both ways.
 """
 

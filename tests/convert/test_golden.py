@@ -1,6 +1,6 @@
 """Small published weights, kept in tests/golden/weights with what their references compute: no PyTorch is needed.
 
-`tools/make_golden_weights.py` makes them.
+`tools/golden/make_golden_weights.py` makes them.
 """
 
 import json

@@ -35,7 +35,7 @@ def test_a_check_that_no_test_made_is_not_on_the_page():
 
 
 def test_import_of_3b_peaks_below_the_bound():
-    """The recorded run of tools/import_memory.py."""
+    """The recorded run of tools/benchmarks/import_memory.py."""
     figures = read("import_memory.json")
     assert any(name.startswith("3B") for name in figures)
     for name, figure in figures.items():

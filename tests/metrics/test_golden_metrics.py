@@ -1,6 +1,6 @@
 """Metrics and the FID Inception against what torch-fidelity made of the same inputs, without PyTorch.
 
-`tools/update_golden_metrics.py` writes the file.
+`tools/golden/update_golden_metrics.py` writes the file.
 """
 
 import functools
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "golden" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""Every parameter of every preset is cut as it was: `python tools/update_golden.py` after a change that is meant."""
+"""Every parameter of every preset is sharded as pinned. Changed on purpose? `python tools/golden/update_golden.py`."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ import pytest
 
 from imagegpt_jax.config import sibling
 
-TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
+TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools" / "golden"
 update_golden = sibling(str(TOOLS / "x.py"), "update_golden.py")
 GOLDEN = json.loads(update_golden.GOLDEN.read_text())
 

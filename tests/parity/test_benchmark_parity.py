@@ -1,4 +1,4 @@
-"""Both sides of `tools/benchmark.py train` train the same networks, and time the same pieces of them."""
+"""Both sides of `tools/benchmarks/benchmark.py train` train the same networks, and time the same pieces of them."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_both_libraries_compute_the_same_pieces(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "benchmarks"))
     import benchmark_pieces
     import benchmark_pieces_torch
     import benchmark_workloads as workloads
@@ -42,7 +42,7 @@ def test_torch_trains_a_network_of_the_same_size(workload):
     found = {}
     for script in ("benchmark_jax.py", "benchmark_torch.py"):
         done = subprocess.run(
-            [sys.executable, f"tools/{script}", f"--workload={workload}", "--size=test", "--seconds=0"],
+            [sys.executable, f"tools/benchmarks/{script}", f"--workload={workload}", "--size=test", "--seconds=0"],
             cwd=ROOT,
             capture_output=True,
             text=True,

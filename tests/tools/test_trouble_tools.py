@@ -36,7 +36,10 @@ def load(path):
 @pytest.fixture(scope="module")
 def tools():
     return types.SimpleNamespace(
-        **{name: load(ROOT / "tools" / f"{name}.py") for name in ("goodput", "mutate", "replay")},
+        **{
+            pathlib.Path(name).stem: load(ROOT / "tools" / f"{name}.py")
+            for name in ("goodput", "robustness/mutate", "replay")
+        },
         tiny=load(ROOT / "tests" / "tiny_task.py"),
     )
 
@@ -187,7 +190,7 @@ def test_a_good_step_has_the_loss_it_had(tools, tmp_path, monkeypatch, capsys):
 
 
 def test_a_few_pairs_of_meshes(tmp_path):
-    command = [sys.executable, "tools/reshard.py", "--pairs=3", f"--output={tmp_path / 'pairs.json'}"]
+    command = [sys.executable, "tools/robustness/reshard.py", "--pairs=3", f"--output={tmp_path / 'pairs.json'}"]
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

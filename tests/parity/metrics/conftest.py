@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-TOOLS = pathlib.Path(__file__).resolve().parents[3] / "tools"
+TOOLS = pathlib.Path(__file__).resolve().parents[3] / "tools" / "golden"
 
 
 def _tool(name):

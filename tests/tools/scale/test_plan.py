@@ -1,0 +1,149 @@
+import functools
+import importlib.util
+import json
+import pathlib
+import types
+
+import pytest
+from absl import flags
+
+from imagegpt_jax import config as config_lib
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import hardware
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+LIMIT = 900
+
+
+@pytest.mark.parametrize(
+    ("peak", "largest", "most"),
+    [
+        (lambda b: 100 + 8 * b, 100, 6),  # a straight line
+        (lambda b: max(300, 100 + 2 * b), 400, 10),  # small batches peak elsewhere
+        (lambda b: max(300, 100 + 2 * b) if b < 300 else None, 299, 20),  # the compiler gives up below the limit
+        (lambda b: 100 + b * b // 50, 200, 16),  # a curve
+        (lambda b: 890 + 10 * b, 1, 3),
+        (lambda b: LIMIT + b, 0, 1),
+        (lambda b: None, 0, 1),
+    ],
+)
+def test_the_largest_batch_is_found_in_few_looks_and_the_next_was_looked_at(monkeypatch, peak, largest, most):
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "scale"))
+    import plan_search
+
+    looked = {}
+
+    @functools.cache
+    def recorded(batch):
+        looked[batch] = peak(batch)
+        return looked[batch]
+
+    assert plan_search.largest(recorded, LIMIT) == largest
+    assert largest + 1 in looked
+    assert len(looked) <= most
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """The tool, with the compiler's answers as told: `plan(config, topology, peak)` sets its flags and returns it."""
+    from imagegpt_jax.perf import aot, aot_programs
+
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "scale"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    path = ROOT / "tools" / "scale" / "plan.py"
+    spec = importlib.util.spec_from_file_location("plan", path)
+    tool = importlib.util.module_from_spec(spec)
+    before = set(flags.FLAGS)
+    spec.loader.exec_module(tool)
+    for name in set(flags.FLAGS) - before:  # several tools have flags of one name
+        delattr(flags.FLAGS, name)
+    monkeypatch.setattr(tool, "table", lambda plan, peak: "")
+    monkeypatch.setattr(aot, "versions", lambda: {"jax": "1"})
+
+    def told(config, topology, peak, **values):
+        efforts = tool.efforts = []
+
+        class Plan:
+            task = types.SimpleNamespace(phases=lambda setup: ("train",))
+            setup = None
+
+            def __init__(self, config, topology):
+                self.config, self.inputs = config, aot_programs.inputs_of(config)
+
+            def programs(self):
+                yield "train"
+                raise AssertionError("programs of sampling are not asked for")
+
+            def compile(self, program, options=None, effort=0.0):
+                efforts.append(effort)
+                return {"peak_bytes": peak(self.config)}, ""
+
+        monkeypatch.setattr(aot, "Plan", Plan)
+        values = {
+            "config": config,
+            "topology": topology,
+            "slices": 1,
+            "share": 0.9,
+            "output": None,
+            "effort": 0.0,
+            "inputs": "tokens",
+        } | values
+        for name, value in values.items():
+            monkeypatch.setattr(tool, name.upper(), types.SimpleNamespace(value=value))
+        return tool
+
+    return told
+
+
+def decoder():
+    return config_lib.sibling(str(ROOT / "configs" / "x.py"), "decoder.py").get_config("size=test")
+
+
+def accumulating(config, by):
+    """A peak that lets each device of v5e-16 have five examples at a time."""
+    assert config.accumulate == by
+    return config.batch_size // (16 * by) * (16 * hardware.GIB * 0.9 / 5.5)
+
+
+def test_the_answer_is_all_that_was_compiled_with(plan, capsys, tmp_path):
+    config = decoder()
+    config.accumulate, config.mesh = 4, {"data": 2, "fsdp": -1, "tensor": 1}
+    output = tmp_path / "new" / "plan.json"
+    tool = plan(config, "v5e-8", lambda c: accumulating(c, 4), slices=2, output=str(output), effort=-1.0)
+    tool.main()
+    said = capsys.readouterr().out
+    assert "largest batch of tokens: 320 (20 a device, 5 in each of 4 parts); cheapest remat at it: 'none'" in said
+    assert "384 (24 a device, 6 in each of 4 parts) with remat 'full' peaks at" in said
+    assert said.splitlines()[-1] == (
+        "set: --config.batch_size=320 --config.accumulate=4 --config.model.remat=none --config.mesh.data=2"
+        " --config.mesh.fsdp=8 --config.mesh.tensor=1"
+    )
+    found = json.loads(output.read_text())
+    assert {key: found[key] for key in ("topology", "slices", "mesh", "accumulate", "batch_size", "per_device")} == {
+        "topology": "v5e-8",
+        "slices": 2,
+        "mesh": {"data": 2, "fsdp": 8, "tensor": 1},
+        "accumulate": 4,
+        "batch_size": 320,
+        "per_device": 20,
+    }
+    assert found["config"]["batch_size"] == 320
+    assert found["config"]["model"]["remat"] == "none"
+    assert found["inputs"] == "tokens"
+    assert found["versions"] == {"jax": "1"}
+    assert (384, 24, "full") in [(t["batch_size"], t["per_device"], t["remat"]) for t in found["tried"]]
+    assert set(tool.efforts) == {-1.0}
+
+
+def test_without_parts_a_device_has_its_rows_at_once(plan, capsys):
+    plan(decoder(), "v5e-16", lambda c: accumulating(c, 1), inputs="images").main()
+    assert "largest batch of images: 80 (5 a device); cheapest remat at it: 'none'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["/proc/nope/plan.json", "/proc/plan.json"])
+def test_what_cannot_be_written_is_told_before_anything_is_compiled(plan, output):
+    def peak(config):
+        raise AssertionError("compiled")
+
+    with pytest.raises(UserError, match=f"{output} cannot be written"):
+        plan(decoder(), "v5e-16", peak, output=output).main()

@@ -1,33 +1,20 @@
 """What every binary does around its `main`: parse flags, run, and end with one sentence when something is wrong."""
 
-import logging as python_logging
 import os
 import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from imagegpt_jax.errors import UserError, suggest
-
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-
-
-def quiet_logs() -> None:
-    """Keeps the start-up chatter of TensorFlow, oneDNN and XLA off the terminal; a value the user has set is kept."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # Without torch or tensorflow, `transformers` prints advice that has nothing to do with its tokenizers.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from imagegpt_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError, suggest
+from imagegpt_jax.runtime import filesystem, logs
 
 
 def fail(message: object, code: int = EXIT_FAILURE) -> None:
-    """Prints the last words of a binary to stderr and exits."""
+    """Prints `error: ...` and exits."""
     text = " ".join(str(message).split())
     print(f"error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(code)
@@ -119,40 +106,25 @@ def prepare_cache() -> None:
         )
 
 
-def _is_news(record: Any) -> bool:
-    """Whether a log record is not of an error that is raised as well: Orbax and clu log those of their threads."""
-    return not (record.exc_info and any(f"/{library}/" in record.pathname for library in ("orbax", "clu")))
-
-
-def _tell_unraisable(unraisable: Any) -> None:
-    """`sys.unraisablehook`: TensorStore's threads find Orbax gone after the first error of a save, which is raised."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
 def _terminate(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
 def run(main: Callable[[], None], *, joins: bool = False) -> None:
-    """Runs a binary: parses flags, calls `main`, exits 0, or non-zero with one sentence as the last words.
+    """Runs a binary: parses flags, calls `main`, exits 0, or non-zero with one sentence.
 
     Args:
       main: the program.
       joins: whether it runs in many processes. One that fails before it has joined the others then still tells them.
     """
-    quiet_logs()
+    logs.quiet()
     signal.signal(signal.SIGTERM, _terminate)
 
     def checked(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}: flags are written --name=value. See --help.", EXIT_USAGE)
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.ERROR)  # libraries narrate at INFO and warn of what is not the user's doing
-            logging.get_absl_logger().addFilter(_is_news)
-            python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)  # the same errors once more
-            sys.unraisablehook = _tell_unraisable
-        from imagegpt_jax.runtime import filesystem
+            logs.errors_only()
 
         try:
             prepare_cache()

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
 
 class UserError(Exception):
     """Something the person at the keyboard can put right: its message is one sentence that says how."""

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from imagegpt_jax import cli, errors
-from imagegpt_jax.training import event_log
+from imagegpt_jax.runtime import event_log
 
 WORKDIR = flags.DEFINE_multi_string("workdir", None, "Folder of a training run; may be given often.", required=True)
 OUTPUT = flags.DEFINE_string("output", "", "File to write the numbers into, as JSON.")

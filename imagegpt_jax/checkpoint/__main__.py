@@ -16,7 +16,7 @@ from imagegpt_jax import cli, errors
 from imagegpt_jax.checkpoint import comparing, folders
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged
-from imagegpt_jax.runtime import filesystem
+from imagegpt_jax.runtime import filesystem, logs
 
 
 def ls(workdir: epath.Path) -> int:
@@ -131,5 +131,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.quiet_logs()
+    logs.quiet()
     sys.exit(main())

@@ -18,9 +18,8 @@ from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
 from imagegpt_jax.config import Config
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.runtime import distributed, filesystem
+from imagegpt_jax.runtime import distributed, event_log, filesystem
 from imagegpt_jax.train_state import TrainState
-from imagegpt_jax.training import event_log
 
 _LIBRARIES = ("imagegpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

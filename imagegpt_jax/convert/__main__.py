@@ -11,6 +11,7 @@ import sys
 
 from imagegpt_jax import cli
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import logs
 
 
 def _arguments() -> argparse.Namespace:
@@ -30,7 +31,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Parses the command line and converts."""
     arguments = _arguments()
-    cli.quiet_logs()
+    logs.quiet()
     from imagegpt_jax.convert import command, matrix
 
     if arguments.source is None:

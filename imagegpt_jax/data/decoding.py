@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.cli import quiet_logs
 from imagegpt_jax.data.images import JPEG, PNG, decode_image
+from imagegpt_jax.runtime import logs
 
 # (y, x, height, width)
 Window = tuple[Any, Any, Any, Any]
@@ -20,7 +20,7 @@ Window = tuple[Any, Any, Any, Any]
 @functools.cache
 def import_tf() -> Any:
     """Imports TensorFlow without its chatter, and keeps it off the GPUs, which are JAX's."""
-    quiet_logs()
+    logs.quiet()
     import tensorflow as tf
 
     with contextlib.suppress(RuntimeError):  # if TensorFlow was already running, it is too late to tell it

@@ -155,7 +155,7 @@ class Report:
     Args:
       workdir: the run's folder.
       process: number of this process; each writes a file of its own.
-      log: an `training.event_log.Log`.
+      log: a `runtime.event_log.Log`.
     """
 
     def __init__(self, workdir: epath.PathLike, process: int, log: Any):

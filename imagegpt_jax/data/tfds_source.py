@@ -6,8 +6,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from imagegpt_jax.cli import quiet_logs
 from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.runtime import logs
 
 CAPTION_FEATURES = ("captions", "caption", "text")
 
@@ -15,7 +15,7 @@ CAPTION_FEATURES = ("captions", "caption", "text")
 @functools.cache
 def import_tfds() -> Any:
     """Imports tensorflow_datasets with its chatter off."""
-    quiet_logs()
+    logs.quiet()
     import tensorflow_datasets as tfds
 
     return tfds

@@ -14,9 +14,7 @@ import json
 import math
 import os
 import re
-import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -26,16 +24,13 @@ from typing import Any
 
 from etils import epath
 
-from imagegpt_jax.cli import EXIT_FAILURE
-from imagegpt_jax.errors import UserError
-from imagegpt_jax.runtime import exit_report, malloc
+from imagegpt_jax.errors import EXIT_FAILURE, UserError
+from imagegpt_jax.runtime import event_log, exit_report, malloc
 from imagegpt_jax.runtime.cluster import INDEX, Cluster, find, first_line, may_have_others, start_seconds
+from imagegpt_jax.runtime.group import DAY_MS, KEY, Group
 from imagegpt_jax.runtime.watchdog import EXIT_HANG, Watchdog, check_settings, silence_seconds
 
 _SHUTDOWN_SECONDS = 300
-_KEY = "imagegpt_jax"
-_POLL_SECONDS = 1.0
-_DAY_MS = 24 * 3600 * 1000
 # What a collective says when a peer is gone: a consequence, of which the cause may yet arrive.
 _LOST = re.compile(
     r"\bgloo|\bnccl|connection (reset|closed|refused)|socket closed|coordination ?service|distributed service",
@@ -48,115 +43,7 @@ _TELLING_SECONDS = 60  # how long a process that cannot work waits for the other
 # ------------------------------------------------------------------------------------------------------------- joining
 
 
-class _Group:
-    """The processes of a run, once they have found each other."""
-
-    def __init__(self, cluster: Cluster, client: Any):
-        self.cluster, self.client = cluster, client
-        self.name = f"process {cluster.index} of {cluster.count} on {socket.gethostname()}"
-        self._ended = threading.Event()
-        self._meetings = 0
-        self._dog = Watchdog(self._hangs, _Signs(client, cluster.index), cluster.count)
-        threading.Thread(target=self._watch, daemon=True, name="watch for failures").start()
-
-    def barrier(self) -> None:
-        """Waits for all; ends when one of them fails."""
-        self._meetings += 1
-        # A peer that fails ends this process: no limit on the patience with slow ones is needed.
-        self.client.wait_at_barrier(f"{_KEY}/meeting/{self._meetings}", _DAY_MS)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value."""
-        self._meetings += 1
-        key = f"{_KEY}/gathering/{self._meetings}"
-        self.client.key_value_set(f"{key}/{self.cluster.index}", json.dumps(value))
-        return [
-            json.loads(self.client.blocking_key_value_get(f"{key}/{i}", _DAY_MS)) for i in range(self.cluster.count)
-        ]
-
-    def cause(self) -> str | None:
-        """Why a process failed, once one has."""
-        try:
-            return json.loads(self.client.key_value_try_get(f"{_KEY}/failure"))
-        except Exception as e:
-            if "NOT_FOUND" in str(e):
-                return None
-            raise
-
-    def fail(self, cause: str) -> None:
-        """Tells the others why this process fails, unless another was first or the coordinator is gone."""
-        with contextlib.suppress(Exception):
-            self.client.key_value_set(f"{_KEY}/failure", json.dumps(f"{self.name}: {cause}"))
-
-    def leave(self, code: int = EXIT_FAILURE) -> None:
-        """Ends this process at once: whatever waits for the others on the way out of Python would wait for ever.
-
-        Process 0 is the coordinator: it stays until the others have read the cause, for a few seconds at most.
-        """
-        with contextlib.suppress(Exception):
-            self.client.key_value_set(f"{_KEY}/read/{self.cluster.index}", "1", allow_overwrite=True)
-            until = time.monotonic() + 5
-            while self.cluster.index == 0 and time.monotonic() < until:
-                if len(self.client.key_value_dir_get(f"{_KEY}/read/")) == self.cluster.count:
-                    break
-                time.sleep(0.1)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    def _watch(self) -> None:
-        while not self._ended.wait(_POLL_SECONDS):
-            try:
-                cause = self.cause()
-            except Exception as e:
-                if self._ended.is_set():
-                    return
-                cause = f"lost process 0 at {self.cluster.address} ({first_line(e)}): see its output"
-            if cause:
-                exit_report.say(f"{self.name} ends, because of {cause}", f"because of {cause}")
-                self.leave()
-
-    def stop_watching(self) -> None:
-        """From here on, what other processes do does not end this one."""
-        self._ended.set()
-        self._dog.stop()
-
-    def progress(self, step: int) -> None:
-        """Notes that the main thread has come to a step."""
-        self._dog.progress(step)
-
-    def _hangs(self, problem: str) -> None:
-        exit_report.hang(self.name, self.cluster.index, problem)
-        if self.cluster.index == 0:  # the others read it here; the coordinator's own store cannot hang
-            self.fail(problem)
-        os._exit(EXIT_HANG)
-
-    def end(self) -> None:
-        """Parts from the others when all are done."""
-        import jax
-
-        self.barrier()
-        self.stop_watching()
-        jax.distributed.shutdown()
-        # All is done: a launcher that ends the rest at the first exit may not turn this one's status into a signal's.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class _Signs:
-    """Signs of life in the coordinator's key-value store."""
-
-    def __init__(self, client: Any, index: int):
-        self._client, self._index = client, index
-
-    def put(self, text: str) -> None:
-        self._client.key_value_set(f"{_KEY}/alive/{self._index}", text, allow_overwrite=True)
-
-    def all(self) -> dict[int, str]:
-        found = self._client.key_value_dir_get(f"{_KEY}/alive/")
-        return {int(key.rpartition("/")[2]): text for key, text in found}
-
-
-_group: _Group | None = None
+_group: Group | None = None
 _alone: Watchdog | None = None
 
 
@@ -212,7 +99,7 @@ def initialize(preemptible: bool = False, patience: float = math.inf) -> None:
         ) from e
     finally:
         timer.cancel()
-    _group = _Group(cluster, distributed.global_state.client)
+    _group = Group(cluster, distributed.global_state.client)
 
 
 def _wait_for_coordinator(cluster: Cluster, seconds: float) -> None:
@@ -304,7 +191,7 @@ def is_loss_of_peer(error: BaseException) -> bool:
     return bool(_LOST.search(first_line(error)))
 
 
-def _fail(group: _Group, error: BaseException) -> None:
+def _fail(group: Group, error: BaseException) -> None:
     code = EXIT_FAILURE
     if isinstance(error, UserError):
         cause = " ".join(str(error).split())
@@ -327,7 +214,7 @@ def _fail(group: _Group, error: BaseException) -> None:
     group.leave(code)
 
 
-def _wait_for_cause(group: _Group) -> str | None:
+def _wait_for_cause(group: Group) -> str | None:
     until = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < until:
         with contextlib.suppress(Exception):
@@ -338,12 +225,12 @@ def _wait_for_cause(group: _Group) -> str | None:
 
 
 @contextlib.contextmanager
-def watched(workdir: epath.PathLike, log: Any) -> Iterator[None]:
+def watched(workdir: epath.PathLike, log: event_log.Log) -> Iterator[None]:
     """Around a training: a hang is written into its folder; a process that runs alone is watched as well.
 
     Args:
       workdir: gets `stacks/`.
-      log: an `training.event_log.Log`, which gets an event "hang".
+      log: gets an event "hang".
     """
     global _alone
     with exit_report.kept_in(workdir, log):
@@ -422,10 +309,10 @@ def assert_equal(**facts: Any) -> None:
     if _group is None:
         return
     mine = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
-    key = f"{_KEY}/facts/{','.join(mine)}"
+    key = f"{KEY}/facts/{','.join(mine)}"
     if is_main_process():
         _group.client.key_value_set(key, json.dumps(mine))
-    first = json.loads(_group.client.blocking_key_value_get(key, _DAY_MS))
+    first = json.loads(_group.client.blocking_key_value_get(key, DAY_MS))
     different = [name.replace("_", " ") for name in mine if mine[name] != first[name]]
     if different:
         raise UserError(

@@ -9,22 +9,23 @@ from typing import Any
 
 from etils import epath
 
+from imagegpt_jax.runtime import event_log
 from imagegpt_jax.runtime.watchdog import write_stacks
 
 # How long a note may take: the folder may be on what hangs.
 _PATIENCE_SECONDS = 5.0
 _spoken = threading.Lock()
 _workdir: str | None = None
-_log: Any = None
+_log: event_log.Log | None = None
 
 
 @contextlib.contextmanager
-def kept_in(workdir: epath.PathLike, log: Any) -> Iterator[None]:
+def kept_in(workdir: epath.PathLike, log: event_log.Log) -> Iterator[None]:
     """Around a training, whose folder gets the notes.
 
     Args:
       workdir: gets `stacks/`.
-      log: an `training.event_log.Log`.
+      log: gets events.
     """
     global _workdir, _log
     _workdir, _log = os.fspath(workdir), log
@@ -68,6 +69,6 @@ def _try(act: Callable[[], None]) -> None:
         with contextlib.suppress(Exception):
             act()
 
-    thread = threading.Thread(target=suppressed, daemon=True, name="last words")
+    thread = threading.Thread(target=suppressed, daemon=True, name="exit report")
     thread.start()
     thread.join(_PATIENCE_SECONDS)

@@ -28,8 +28,8 @@ from imagegpt_jax.data import quarantine
 from imagegpt_jax.data.pipeline import position_after
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.parallel import sharding
-from imagegpt_jax.runtime import distributed, filesystem, hardware, preemption
-from imagegpt_jax.training import config_checks, event_log, step_guard, train_metrics
+from imagegpt_jax.runtime import distributed, event_log, filesystem, hardware, preemption
+from imagegpt_jax.training import config_checks, step_guard, train_metrics
 from imagegpt_jax.training.steps import Steps
 from imagegpt_jax.training.warm_start import load_params
 

@@ -22,9 +22,8 @@ from imagegpt_jax.checkpoint.manifest import Damaged
 from imagegpt_jax.config import Config
 from imagegpt_jax.convert import reading
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.runtime import distributed
+from imagegpt_jax.runtime import distributed, event_log
 from imagegpt_jax.train_state import Network, Params, TrainState, flatten, split, unflatten
-from imagegpt_jax.training import event_log
 
 # Path -> array, or whatever has the shape of one; and that of networks by their names.
 Arrays = Mapping[str, Any]

@@ -23,8 +23,9 @@ from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, Sequence
 from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.runtime import event_log
 from imagegpt_jax.tasks import decoder as decoder_task
-from imagegpt_jax.training import event_log, warm_start
+from imagegpt_jax.training import warm_start
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "weights"
@@ -69,7 +70,7 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
         jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
 
         from imagegpt_jax import config
-        from imagegpt_jax.training import event_log
+        from imagegpt_jax.runtime import event_log
         from imagegpt_jax.parallel import sharding
         from imagegpt_jax import train_state
         from imagegpt_jax.training import warm_start

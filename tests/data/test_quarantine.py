@@ -18,7 +18,7 @@ from PIL import Image
 from imagegpt_jax.data import images, quarantine, shards, sources
 from imagegpt_jax.data.pipeline import Batches, position_after
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.training import event_log
+from imagegpt_jax.runtime import event_log
 
 
 def picture(seed, size=(24, 24)):

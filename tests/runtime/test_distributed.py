@@ -15,6 +15,7 @@ import pytest
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.runtime import cluster, distributed, filesystem
+from imagegpt_jax.runtime import group as group_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATA = "--config.data.validation=emoji:validation,res=16,styles=noto"
@@ -326,11 +327,11 @@ def test_a_file_of_ones_own_is_no_lost_process(monkeypatch):
 
 
 def test_a_signal_after_the_end_does_not_change_the_status(monkeypatch):
-    group = types.SimpleNamespace(meet=lambda: None, stop_watching=lambda: None)
+    group = types.SimpleNamespace(barrier=lambda: None, stop_watching=lambda: None)
     monkeypatch.setattr("jax.distributed.shutdown", lambda: None)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        distributed._Group.end(group)
+        group_lib.Group.end(group)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -17,8 +17,8 @@ from imagegpt_jax import checkpoint
 from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.checkpoint.__main__ import main
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.runtime import filesystem
-from imagegpt_jax.training import event_log, loop
+from imagegpt_jax.runtime import event_log, filesystem
+from imagegpt_jax.training import loop
 
 
 def _load(name, path):

@@ -20,8 +20,8 @@ from imagegpt_jax import checkpoint, train_state
 from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.runtime import preemption
-from imagegpt_jax.training import event_log, loop
+from imagegpt_jax.runtime import event_log, preemption
+from imagegpt_jax.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("tiny_task", ROOT / "tests" / "tiny_task.py")

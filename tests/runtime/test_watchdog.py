@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from imagegpt_jax.runtime import cluster, distributed, exit_report, watchdog
-from imagegpt_jax.training import event_log
+from imagegpt_jax.runtime import cluster, distributed, event_log, exit_report, watchdog
+from imagegpt_jax.runtime import group as group_lib
 
 SILENCE, STALL = 40, 3600
 
@@ -198,7 +198,7 @@ def test_a_hang_is_reported_in_one_sentence_in_the_folder_and_in_the_status(tmp_
 
     monkeypatch.setattr(distributed.os, "_exit", leave)
     monkeypatch.setattr(exit_report, "_spoken", threading.Lock())
-    group = object.__new__(distributed._Group)
+    group = object.__new__(group_lib.Group)
     told = []
     group.cluster, group.name = cluster.Cluster("h:1", 2, 0), "process 0 of 2 on host"
     group.client = types.SimpleNamespace(key_value_set=lambda key, value: told.append(json.loads(value)))

@@ -18,7 +18,8 @@ from imagegpt_jax import checkpoint
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.checkpoint import manifest
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.training import event_log, loop
+from imagegpt_jax.runtime import event_log
+from imagegpt_jax.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

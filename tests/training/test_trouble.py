@@ -15,8 +15,8 @@ from flax import nnx
 
 from imagegpt_jax import checkpoint, train_state
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.runtime import distributed, preemption
-from imagegpt_jax.training import event_log, loop, step_guard, train_metrics, warm_start
+from imagegpt_jax.runtime import distributed, event_log, preemption
+from imagegpt_jax.training import loop, step_guard, train_metrics, warm_start
 
 _spec = importlib.util.spec_from_file_location("tiny_task", pathlib.Path(__file__).parents[1] / "tiny_task.py")
 tiny = importlib.util.module_from_spec(_spec)

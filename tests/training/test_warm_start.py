@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from imagegpt_jax import checkpoint, train_state
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.training import event_log, warm_start
+from imagegpt_jax.runtime import event_log
+from imagegpt_jax.training import warm_start
 
 
 class Tiny(nnx.Module):

@@ -242,11 +242,11 @@ def take_command(arguments: list[str]) -> str:
         return "train"
     if len(arguments) < 2 or arguments[1].startswith("-"):
         cli.fail(
-            "say what to measure: python tools/benchmarks/benchmark.py train, or sample. See --help.", cli.EXIT_USAGE
+            "say what to measure: python tools/benchmarks/benchmark.py train, or sample. See --help.", errors.EXIT_USAGE
         )
     command = arguments.pop(1)
     if command not in COMMANDS:
-        cli.fail(f"unknown command {command!r}.{errors.suggest(command, COMMANDS)}", cli.EXIT_USAGE)
+        cli.fail(f"unknown command {command!r}.{errors.suggest(command, COMMANDS)}", errors.EXIT_USAGE)
     return command
 
 

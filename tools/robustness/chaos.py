@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 
 from imagegpt_jax import cli, errors
-from imagegpt_jax.training import event_log
+from imagegpt_jax.runtime import event_log, logs
 
 KILLS = flags.DEFINE_integer("kills", 6, "How many kills, with those that the output file has already.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of moments and victims.")
@@ -187,7 +187,7 @@ def preload(cache: pathlib.Path) -> None:
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     os.chdir(ROOT)
-    cli.quiet_logs()
+    logs.quiet()
     for name in ("loop", "preemption", "storage", *(f"tasks.{task}" for task in TASKS)):
         importlib.import_module(f"imagegpt_jax.{name}")
     for name in ("clu.metric_writers", "tensorflow"):

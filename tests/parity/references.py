@@ -3,9 +3,20 @@
 Shapes: B batch, L length, D model, N heads, H head dim.
 """
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+# The smallest Llama that tells its parts from each other, as `transformers.LlamaConfig` takes it.
+LLAMA = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 8,
+}
 
 
 def randomize(module, scale=0.1, seed=0):
@@ -20,6 +31,18 @@ def randomize(module, scale=0.1, seed=0):
             elif name.endswith("running_mean"):
                 buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return module.eval()
+
+
+def save(model, path, scale=0.2, **settings):
+    """Writes a model of `transformers` with random parameters, and returns it."""
+    randomize(model, scale).save_pretrained(path, **settings)
+    return model
+
+
+def relative(got, expected):
+    """The largest difference, as a share of the largest value expected."""
+    expected = np.asarray(expected)
+    return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
 
 
 class LlamaGen(nn.Module):

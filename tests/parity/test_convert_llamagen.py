@@ -10,6 +10,7 @@ import references
 import tokenizers
 import torch
 import transformers
+from references import relative
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
@@ -25,11 +26,6 @@ pytestmark = pytest.mark.parity
 
 CODES, CLASSES, GRID, FEATURES = 40, 10, 4, (6, 12)
 SIZES = {"codes": CODES, "width": 32, "depth": 3, "heads": 4, "mlp_width": 48, "grid": GRID}
-
-
-def relative(got, expected):
-    expected = np.asarray(expected)
-    return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["all heads", "grouped"])

@@ -10,12 +10,12 @@ with status 75, which means: start the same command again.
       --config.data.train=tfds:imagenet2012,split=train --config.batch_size=256
 """
 
-import importlib
 import sys
 
 from absl import flags
 
-from imagegpt_jax import cli, errors
+from imagegpt_jax import cli
+from imagegpt_jax.tasks import interface
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and pictures.", required=True)
@@ -24,14 +24,11 @@ ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with the workdir's run although --config is another than it had."
 )
 
-TASKS = ("tokenizer", "decoder")
-
 
 def main() -> None:
     """Runs the training that the flags describe."""
     config = CONFIG.value
-    if config.task not in TASKS:
-        raise errors.UserError(f"config.task={config.task!r} is no task.{errors.suggest(config.task, TASKS)}")
+    interface.locate(config.task)
 
     # JAX and the rest start only once the flags are right.
     from imagegpt_jax.runtime import distributed, filesystem
@@ -41,9 +38,8 @@ def main() -> None:
         from imagegpt_jax.runtime import preemption
         from imagegpt_jax.training import loop
 
-        task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
         preemption.current.listen()
-        state = loop.run(task, config, WORKDIR.value, allow_changes=ALLOW_CONFIG_CHANGE.value)
+        state = loop.run(interface.find(config.task), config, WORKDIR.value, allow_changes=ALLOW_CONFIG_CHANGE.value)
         if distributed.is_main_process():
             step = int(state.step)
             print(

@@ -1,7 +1,6 @@
-"""A stage as small as one can be, a line through points, with which the loop is tested in seconds."""
+"""A task as small as one can be, a line through points, with which the loop is tested in seconds."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,10 @@ from ml_collections import ConfigDict
 
 from imagegpt_jax import train_state
 from imagegpt_jax.data.pipeline import position_after
+from imagegpt_jax.metrics.evaluator import Evaluation
 from imagegpt_jax.runtime import preemption
+from imagegpt_jax.tasks import interface
 from imagegpt_jax.training import train_metrics
-
-SHOWN = ("loss",)
 
 
 class Line(nnx.Module):
@@ -60,29 +59,17 @@ class Setup:
     sources: dict
 
 
-class Task(types.SimpleNamespace):
-    """The names that `training/loop.py` asks for; `bad` are the positions whose examples are NaN."""
+class Task(interface.Task):
+    """What the loop is to know; `bad` are the positions whose examples are NaN."""
 
     def __init__(self, bad=(), hook=None):
-        super().__init__(bad=frozenset(bad), drawn=[], hook=hook or (lambda step: None), evaluations=[], SHOWN=SHOWN)
+        methods = ("setup", "init_state", "train_step", "batches", "evaluators")
+        super().__init__(**{name: getattr(self, name) for name in methods})
+        self.bad, self.drawn, self.evaluations = frozenset(bad), [], []
+        self.hook = hook or (lambda step: None)
 
     def setup(self, config):
         return Setup(config, {"line": NETWORK}, {"line": optax.adam(0.1)}, {})
-
-    def check_mesh(self, setup, mesh):
-        pass
-
-    def save_assets(self, setup, workdir):
-        pass
-
-    def phase(self, setup, step):
-        return "train"
-
-    def phases(self, setup):
-        return ("train",)
-
-    def step_flops(self, setup, phase, batch):
-        return 0.0
 
     def init_state(self, setup, key):
         return train_state.init(setup.networks, setup.optimizers, {}, key, phases=("train",), ema=("line",))
@@ -103,12 +90,14 @@ class Task(types.SimpleNamespace):
     def batches(self, setup, split, *, batch_size, position=0, rows=None, skipped=()):
         return Batches(self, batch_size, position, skipped)
 
-    def evaluate(self, setup, current, mesh):
-        step = int(current.step)
+    def evaluators(self, setup, mesh):
+        return (self,)
+
+    def evaluate(self, params, step):
         self.hook(-step)
         preemption.current.check()
         self.evaluations.append(step)
-        return {"validation/loss": float(jnp.abs(current.eval_params("line")["slope"]).sum())}, {}
+        return Evaluation({"validation/loss": float(jnp.abs(params["line"]["slope"]).sum())})
 
 
 class Batches:

@@ -84,13 +84,12 @@ def make_config(stage: str, workdir: pathlib.Path, devices: int) -> Any:
 
 def train(stage: str, workdir: pathlib.Path) -> tuple[float, float]:
     """Trains a stage; (examples per second of the later steps, tokens of an example)."""
-    import importlib
-
     import jax
 
+    from imagegpt_jax.tasks import interface
     from imagegpt_jax.training import loop
 
-    task = importlib.import_module(f"imagegpt_jax.tasks.{stage}")
+    task = interface.find(stage)
     config = make_config(stage, workdir, jax.device_count())
     loop.run(task, config, workdir / stage)
     *_, last = (json.loads(line) for line in (workdir / stage / "timing.jsonl").read_text().splitlines())

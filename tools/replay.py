@@ -6,7 +6,6 @@ The step is numbered as in `bad_batches/step-1234.process-0.npz` and in the even
 others. Steps between the checkpoint and it are run as they were. Nothing is written.
 """
 
-import importlib
 import sys
 from typing import Any
 
@@ -42,11 +41,12 @@ def main() -> None:
     from imagegpt_jax import checkpoint, train_state
     from imagegpt_jax import config as config_lib
     from imagegpt_jax.parallel import sharding
+    from imagegpt_jax.tasks import interface
     from imagegpt_jax.training import train_metrics
     from imagegpt_jax.training.steps import Steps
 
     config = config_lib.load(WORKDIR.value)
-    task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
+    task = interface.find(config.task)
     setup = task.setup(config)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -56,7 +56,7 @@ def main() -> None:
         position, skipped = 0, ()
         if restored is not None:
             state, position, skipped = restored[0], restored[1].position, restored[1].skipped
-        elif hasattr(task, "load_frozen"):
+        else:
             state = task.load_frozen(setup, state, layout)
         begin = int(state.step)
         print(f"from the checkpoint of step {begin}, {STEP.value - begin} steps before", file=sys.stderr)
@@ -78,9 +78,7 @@ def main() -> None:
         batch, phase = sharding.put_batch(held, mesh), task.phase(setup, STEP.value)
 
         def unguarded(state: Any, batch: Any) -> Any:
-            if hasattr(task, "prepare_batch"):
-                batch = task.prepare_batch(setup, state, batch)
-            return task.train_step(setup, phase, state, batch)
+            return task.train_step(setup, phase, state, task.prepare_batch(setup, state, batch))
 
         new, values = jax.jit(unguarded)(state, batch)
 

@@ -5,12 +5,10 @@ own plan, communication is read from its HLO text, FLOPs are counted from shapes
 """
 
 import functools
-import importlib
 import math
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -26,6 +24,7 @@ from imagegpt_jax.perf import hlo
 from imagegpt_jax.perf import traffic as traffic_lib
 from imagegpt_jax.perf.aot_programs import Encoding, Program, Sampling, inputs_of, largest_replicated, with_shardings
 from imagegpt_jax.runtime import hardware
+from imagegpt_jax.tasks import interface
 from imagegpt_jax.training.steps import Steps, compiler_options, options_told
 
 COMPUTE_BYTES = 2  # of parameters and activations on the way: bf16
@@ -97,7 +96,7 @@ class Plan:
 
     def __init__(self, config: Config, topology: hardware.Topology):
         self.config, self.topology, self.inputs = config, topology, inputs_of(config)
-        self.task: ModuleType = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
+        self.task = interface.find(config.task)
         self.mesh: Mesh = sharding.make_mesh(config.mesh, topology.devices())
         self.setup = self.task.setup_abstract(config)
         self.encoding = Encoding(self.setup) if config.task == "decoder" and self.inputs == "images" else None

@@ -7,8 +7,7 @@ takes about a second.
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 from jax.sharding import Mesh
@@ -19,6 +18,9 @@ from imagegpt_jax.data import quarantine
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.training import warm_start
 from imagegpt_jax.training.steps import check_options
+
+if TYPE_CHECKING:
+    from imagegpt_jax.tasks.interface import Task
 
 # What the loop reads: key -> (the least it can be, what that means where it says more than "that often").
 _LEAST = {
@@ -72,7 +74,7 @@ def share(key: str, value: float) -> None:
         raise UserError(f"{key}={value} is no share: set --config.{key}=0.1, for example, or any number from 0 to 1.")
 
 
-def check_start(task: ModuleType, setup: Any, workdir: epath.PathLike, mesh: Mesh) -> None:
+def check_start(task: "Task", setup: Any, workdir: epath.PathLike, mesh: Mesh) -> None:
     """Checks the compiler's options, and what a new run begins with.
 
     Raises:
@@ -85,10 +87,9 @@ def check_start(task: ModuleType, setup: Any, workdir: epath.PathLike, mesh: Mes
         return
     trained = {name: setup.networks[name] for name in setup.optimizers}
     check_patterns({name: network.axes for name, network in trained.items()}, config.frozen)
-    if hasattr(task, "check_frozen"):
-        task.check_frozen(setup)
+    task.check_frozen(setup)
     if config.init_from:
-        warm_start.check(trained, config)
+        warm_start.check(trained, config, task.weights(setup))
 
 
 def check_patterns(networks: Mapping[str, train_state.Params], patterns: Sequence[str]) -> None:

@@ -1,9 +1,7 @@
-"""The only training loop, shared by all stages.
+"""The only training loop, shared by all tasks, which it asks for what differs (`tasks.interface.Task`).
 
-It knows a stage by the names of its task module: `setup`, `check_mesh`, `phase`, `phases`, `init_state`, `train_step`,
-`step_flops`, `batches`, `evaluate`, `save_assets`, `SHOWN`; where a batch must be made on the device first,
-`prepare_batch`; and where frozen networks come from another run, `check_frozen` and `load_frozen`. One compiled step
-per phase; metrics stay on the device and those of an interval are fetched after the next step has been dispatched.
+One compiled step per phase; metrics stay on the device and those of an interval are fetched after the next step has
+been dispatched.
 """
 
 import contextlib
@@ -12,9 +10,8 @@ import functools
 import io
 import math
 import time
-from collections.abc import Iterator
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -33,16 +30,20 @@ from imagegpt_jax.training import config_checks, step_guard, train_metrics
 from imagegpt_jax.training.steps import Steps
 from imagegpt_jax.training.warm_start import load_params
 
+if TYPE_CHECKING:
+    from imagegpt_jax.metrics.evaluator import Evaluator
+    from imagegpt_jax.tasks.interface import Task
+
 
 def run(
-    task: ModuleType, config: Config, workdir: epath.PathLike, *, allow_changes: bool = False
+    task: "Task", config: Config, workdir: epath.PathLike, *, allow_changes: bool = False
 ) -> train_state.TrainState:
-    """Trains a stage to `config.steps`, from the newest checkpoint of the workdir that verifies, if there is one.
+    """Trains a task to `config.steps`, from the newest checkpoint of the workdir that verifies, if there is one.
 
     When `runtime.preemption.current` is given notice, it saves and returns early.
 
     Args:
-      task: module of the stage, such as `imagegpt_jax.tasks.tokenizer`.
+      task: what is trained, as `tasks.interface.find` gives it.
       config: its config.
       workdir: folder for checkpoints, logs and pictures.
       allow_changes: whether to go on with a run that had another config.
@@ -62,7 +63,7 @@ def run(
     sharding.check_batch_size(config.eval_batch_size, mesh, key="eval_batch_size")
     task.check_mesh(setup, mesh)
     config_checks.check_start(task, setup, workdir, mesh)
-    distributed.assert_equal(config=config_lib.to_dict(config), workdir=str(workdir), **_made_of(setup))
+    distributed.assert_equal(config=config_lib.to_dict(config), workdir=str(workdir), **task.facts(setup))
 
     with jax.set_mesh(mesh):
         # --- State: born sharded, or restored onto the same shardings.
@@ -81,7 +82,7 @@ def run(
         begin = (
             ResumePoint.at(*restored)
             if restored is not None
-            else ResumePoint(_filled(task, setup, state, layout, log), 0)
+            else ResumePoint(_load_pretrained(task, setup, state, layout, log), 0)
         )
         writer = train_metrics.Writer(workdir, int(begin.state.step))
         with (
@@ -96,13 +97,12 @@ def run(
     return state
 
 
-def _filled(
-    task: ModuleType, setup: Any, state: train_state.TrainState, layout: train_state.TrainState, log: event_log.Log
+def _load_pretrained(
+    task: "Task", setup: Any, state: train_state.TrainState, layout: train_state.TrainState, log: event_log.Log
 ) -> train_state.TrainState:
     """A new state with what it takes over from others: frozen networks, and the parameters that it begins with."""
-    if hasattr(task, "load_frozen"):
-        state = task.load_frozen(setup, state, layout)
-    return load_params(state, setup.config, log) if setup.config.init_from else state
+    state = task.load_frozen(setup, state, layout)
+    return load_params(state, setup.config, task.weights(setup), log) if setup.config.init_from else state
 
 
 @contextlib.contextmanager
@@ -115,13 +115,6 @@ def _closing(thing: Any) -> Iterator[None]:
             thing.close()
         raise
     thing.close()
-
-
-def _made_of(setup: Any) -> dict[str, Any]:
-    """What a run is made of beside its config: the same on every process."""
-    facts = {"data": [source.fingerprint for source in setup.sources.values()]}
-    text = getattr(setup, "text", None)
-    return facts if text is None else {**facts, "text_tokenizer": text.fingerprint}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +151,7 @@ class _Rollback(Exception):
 class _Training:
     """A run once everything is set up."""
 
-    task: ModuleType
+    task: "Task"
     setup: Any
     mesh: jax.sharding.Mesh
     layout: train_state.TrainState
@@ -173,6 +166,11 @@ class _Training:
         self.chip = hardware.chip_of(jax.devices()[0].device_kind)
         self.clock = train_metrics.Throughput(self.mesh.size, None if self.chip is None else self.chip.flops)
         self.scores: dict[str, float] = {}
+
+    @functools.cached_property
+    def evaluators(self) -> "Sequence[Evaluator]":
+        """What scores the run, constructed when it is first asked for."""
+        return self.task.evaluators(self.setup, self.mesh)
 
     def run(self, begin: ResumePoint) -> train_state.TrainState:
         """Trains to the end, going back whenever the guard trips."""
@@ -229,7 +227,7 @@ class _Training:
                 state, totals = self.steps(phase, state, totals, batch)
                 if compiling:
                     self.log.write("compile", step=step, phase=phase, seconds=time.perf_counter() - started)
-                tokens = batch["tokens"].size if "tokens" in batch else 0
+                tokens = task.tokens(setup, batch)
                 flops = self.steps.flops(phase, batch) if self.chip is not None else 0.0
                 bar.update()
                 self.checkpoints.poll()
@@ -276,9 +274,8 @@ class _Training:
         values = {k: v for k, v in values.items() if math.isfinite(v)}  # no step of the interval counted
         self.writer.scalars(step, values)
         self.writer.scalars(step, self.clock.read(), file="timing")
-        bar.set_postfix(
-            {k: f"{values[f'train/{k}']:.4g}" for k in self.task.SHOWN if f"train/{k}" in values}, refresh=False
-        )
+        shown = {k: values[f"train/{k}"] for k in self.task.progress_metrics if f"train/{k}" in values}
+        bar.set_postfix({k: f"{value:.4g}" for k, value in shown.items()}, refresh=False)
         self.log.write("steps", step=step, **self.clock.last)
         if skipped > self.skipped_steps:
             newest = step_guard.newest(finished["guard"])
@@ -291,13 +288,14 @@ class _Training:
     def _evaluate(self, step: int, state: train_state.TrainState) -> bool:
         """Scores the validation split; False if notice of preemption came in between."""
         started = time.perf_counter()
+        params = {name: state.eval_params(name) for name in state.trainable}
         try:
-            scores, images = self.task.evaluate(self.setup, state, self.mesh)
+            evaluations = [evaluator.evaluate(params, step) for evaluator in self.evaluators]
         except preemption.Preempted:
             return False
-        self.scores = dict(scores)
-        self.writer.scalars(step, scores)
-        self.writer.images(step, images)
+        self.scores = {name: value for each in evaluations for name, value in each.scores.items()}
+        self.writer.scalars(step, self.scores)
+        self.writer.images(step, {name: image for each in evaluations for name, image in each.images.items()})
         self.clock.add("evaluation", time.perf_counter() - started)
         self.log.write("evaluation", step=step, seconds=time.perf_counter() - started)
         return True
@@ -331,7 +329,8 @@ class _Training:
         batch = next(iter(batches))
         batches.close()
         file = io.BytesIO()
-        np.savez(file, **{k: v.astype(str) if v.dtype == object else v for k, v in batch.items()})
+        arrays: dict[str, Any] = {k: v.astype(str) if v.dtype == object else v for k, v in batch.items()}
+        np.savez(file, **arrays)
         folder = epath.Path(self.workdir) / "bad_batches"
         with filesystem.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -348,7 +347,7 @@ class _Training:
         else:
             make = functools.partial(self.task.init_state, self.setup)
             state, _ = train_state.init_sharded(make, self.setup.networks, self.mesh, self.config.seed)
-            found = ResumePoint(_filled(self.task, self.setup, state, self.layout, self.log), 0)
+            found = ResumePoint(_load_pretrained(self.task, self.setup, state, self.layout, self.log), 0)
         found = dataclasses.replace(
             found, state=dataclasses.replace(found.state, guard=step_guard.reset(found.state.guard))
         )

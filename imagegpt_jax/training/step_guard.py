@@ -5,7 +5,7 @@ The state keeps what it was, the step counts, the data go on, and nothing waits 
 saves, goes back to the last checkpoint and leaves out the window of the data in which it began.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,8 +16,6 @@ from imagegpt_jax.training.train_metrics import Totals
 
 State = dict[str, jax.Array]
 Tree = TypeVar("Tree")
-# The metrics of a step that must be finite, where it has them: any NaN of the update is in one of them.
-_FINITE = ("loss", "gradient_norm", "gan_discriminator", "discriminator_gradient_norm")
 
 
 def init(phases: Iterable[str]) -> dict[str, State]:
@@ -38,7 +36,9 @@ def init(phases: Iterable[str]) -> dict[str, State]:
     }
 
 
-def judge(config: Config, state: State, step: jax.Array, values: Totals) -> tuple[jax.Array, State]:
+def judge(
+    config: Config, state: State, step: jax.Array, values: Totals, finite: Sequence[str] = ("loss", "gradient_norm")
+) -> tuple[jax.Array, State]:
     """Whether a step counts.
 
     Args:
@@ -47,13 +47,14 @@ def judge(config: Config, state: State, step: jax.Array, values: Totals) -> tupl
         the guard trips (0 = never).
       state: of the phase, before the step.
       step: number of the step, from 0.
-      values: its metrics.
+      values: its metrics, of which "loss" is one.
+      finite: those that must be finite, where there are such: any NaN of the update is in one of them.
 
     Returns:
       (whether the step counts, state after it)
     """
     good = jnp.asarray(True)
-    for name in _FINITE:
+    for name in finite:
         if name in values:
             good &= jnp.isfinite(values[name].compute())
     loss = values["loss"].compute().astype(jnp.float32)

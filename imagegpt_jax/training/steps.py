@@ -4,8 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,9 @@ from imagegpt_jax import train_state
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.training import step_guard, train_metrics
+
+if TYPE_CHECKING:
+    from imagegpt_jax.tasks.interface import Task
 
 Totals = dict[str, Any]
 
@@ -71,7 +73,7 @@ class Steps:
     Totals are {"metrics": merged metrics of the steps that counted, "guard": the guard's state after the last}.
 
     Args:
-      task: module of the stage.
+      task: what is trained.
       setup: its static part.
       mesh: the devices.
       layout: shardings of the state.
@@ -81,7 +83,7 @@ class Steps:
         the compiler refuses.
     """
 
-    def __init__(self, task: ModuleType, setup: Any, mesh: jax.sharding.Mesh, layout: train_state.TrainState):
+    def __init__(self, task: "Task", setup: Any, mesh: jax.sharding.Mesh, layout: train_state.TrainState):
         self._task, self._setup = task, setup
         self._layout, self._whole = layout, sharding.replicated(mesh)
         self._options = compiler_options(setup.config.compiler_options, mesh.devices.flat[0].platform)
@@ -90,14 +92,14 @@ class Steps:
         self.compiled: dict[str, Any] = {}
 
     def _values(self, phase: str, state: train_state.TrainState, batch: Any) -> Any:
-        prepare = getattr(self._task, "prepare_batch", None)
-        if prepare is not None:
-            batch = prepare(self._setup, state, batch)
+        batch = self._task.prepare_batch(self._setup, state, batch)
         return self._task.train_step(self._setup, phase, state, batch)
 
     def _step(self, phase: str, state: train_state.TrainState, totals: Totals, batch: Any) -> Any:
         new, values = self._values(phase, state, batch)
-        good, judged = step_guard.judge(self._setup.config.guard, state.guard[phase], state.step, values)
+        good, judged = step_guard.judge(
+            self._setup.config.guard, state.guard[phase], state.step, values, self._task.finite_metrics
+        )
         judged = {**state.guard, phase: judged}
         kept = step_guard.choose(good, new, state)
         merged = step_guard.choose(good, train_metrics.merge(totals["metrics"], values), totals["metrics"])

@@ -37,19 +37,20 @@ _METADATA = f"{folders.STATE}/_"
 _SHOWN = 8
 
 
-def check(networks: Mapping[str, Network], config: Config) -> None:
+def check(networks: Mapping[str, Network], config: Config, weights: tuple[str, str]) -> None:
     """Checks that `config.init_from` is there and fits, without reading its arrays.
 
     Args:
       networks: those that the run trains.
       config: as for `load_params`.
+      weights: as for `load_params`.
 
     Raises:
       UserError: as `load_params` does, but for damage that only the arrays show.
     """
     here = {name: _shapes(network) for name, network in networks.items()}
     if reading.is_weights(config.init_from):
-        name, kind = _place_of_weights(here)
+        name, kind = weights
         _match_weights(here, {name: _shapes(reading.describe(config.init_from, kind)[1])}, config)
     elif checkpoint.steps(config.init_from):
         _match_run(here, _Stored.newest(config.init_from), config)
@@ -83,7 +84,7 @@ def check_network(workdir: epath.PathLike, key: str, name: str, network: Network
         )
 
 
-def load_params(state: TrainState, config: Config, log: event_log.Log) -> TrainState:
+def load_params(state: TrainState, config: Config, weights: tuple[str, str], log: event_log.Log) -> TrainState:
     """Puts the parameters of another run's newest checkpoint into a new state; step, optimizer and data begin anew.
 
     Networks and parameters are matched by name and shape, whether they are trained or frozen here and there. What was
@@ -94,6 +95,7 @@ def load_params(state: TrainState, config: Config, log: event_log.Log) -> TrainS
       config: its config: `init_from`, the workdir of the other run, or weights (a portable folder, or published ones
         such as GPT-2's, see docs/weights.md); `init_partial`, whether parameters may be missing
         there, left over, or of another shape. They are the averaged ones, where the other run keeps averages.
+      weights: the network that published or portable weights are put into, and the kind that they must be of.
       log: gets an event "init".
 
     Raises:
@@ -102,7 +104,7 @@ def load_params(state: TrainState, config: Config, log: event_log.Log) -> TrainS
     """
     here = {name: flatten(state.params(name)) for name in state.opt}
     if reading.is_weights(config.init_from):
-        step, (taken, lines) = 0, _read_weights(here, config)
+        step, (taken, lines) = 0, _read_weights(here, *weights, config)
     else:
         step = checkpoint.choose_step(config.init_from)
         stored = _Stored.at(config.init_from, step)
@@ -275,22 +277,16 @@ def _match_run(here: Networks, stored: _Stored, config: Config) -> tuple[dict[st
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def _place_of_weights(here: Networks) -> tuple[str, str]:
-    """The network that weights are put into, and the kind that they must be of."""
-    return ("decoder", "decoder") if "decoder" in here else ("generator", "tokenizer")
-
-
 def _match_weights(here: Networks, there: Networks, config: Config) -> tuple[dict[str, list[str]], list[str]]:
     return _match(here, there, config, "give config.model the shape of the weights", _TABLES)
 
 
-def _read_weights(here: Networks, config: Config) -> tuple[dict[str, Arrays], list[str]]:
+def _read_weights(here: Networks, name: str, kind: str, config: Config) -> tuple[dict[str, Arrays], list[str]]:
     """Published or portable weights for the network of their kind; tables are filled from their first row on.
 
     So a GPT-2 is a warm start for a decoder of its shape with its text tokenizer: ids of words are the first rows, and
     the rows of codes and special ids keep their random numbers.
     """
-    name, kind = _place_of_weights(here)
     there = flatten(reading.load(config.init_from, kind).params)
     fitting, lines = _match_weights(here, {name: there}, config)
     taken = {}

@@ -92,7 +92,7 @@ def traced(task, setup, config):
     """Millions of parameters, after tracing a step of the last phase on the full batch."""
     made = jax.eval_shape(lambda key: task.init_state(setup, key), jax.eval_shape(jax.random.key, 0))
     batch = task.abstract_batch(setup, config.batch_size)
-    phase = task.phases(setup)[-1]
+    phase = task.TASK.phases(setup)[-1]
     after, values = jax.eval_shape(lambda s, b: task.train_step(setup, phase, s, b), made, batch)
     assert shapes(after) == shapes(made)
     assert "loss" in values

@@ -29,6 +29,8 @@ from imagegpt_jax.training import warm_start
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "weights"
+# The network that weights go into, and their kind.
+INTO = ("decoder", "decoder")
 # GPT-2's shape, with room for more ids and longer sequences.
 MODEL = {"vocab_size": 30, "width": 16, "depth": 2, "heads": 2, "mlp_width": 64, "norm": "layer", "mlp": "gelu",
          "bias": True, "attention_scale_by_layer": True, "position": "learned", "max_length": 20,
@@ -115,7 +117,7 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
         begun = train_state.TrainState(step=jax.numpy.zeros((), jax.numpy.int32), **fields)
         with jax.set_mesh(mesh):
             warm = config.ConfigDict({"init_from": encoder, "init_partial": False})
-            begun = warm_start.load_params(begun, warm, event_log.Log(None)).trainable["decoder"]
+            begun = warm_start.load_params(begun, warm, INTO, event_log.Log(None)).trainable["decoder"]
         expected = np.asarray(reading.load(encoder, "decoder").params["embed"]["weight"]).astype(np.float32)
         np.testing.assert_array_equal(to_host(begun)["embed"]["weight"][:len(expected)], expected)
 
@@ -186,7 +188,11 @@ def begin(model, **settings):
         stats={},
     )
     config = config_lib.ConfigDict({"init_from": str(GOLDEN / "gpt2"), "init_partial": False, **settings})
-    return net, params, warm_start.load_params(state, config, event_log.Log(None)).trainable["decoder"]
+    return (
+        net,
+        params,
+        warm_start.load_params(state, config, INTO, event_log.Log(None)).trainable["decoder"],
+    )
 
 
 def test_gpt2_is_a_warm_start_for_the_words_of_a_decoder():

@@ -364,7 +364,7 @@ def test_a_training_on_five_percent_of_them_ends_the_same_twice(tmp_path):
     config.steps, config.eval_every, config.loss.gan_start = 45, 45, -1
     ends = []
     for name in ("first", "second"):
-        state = loop.run(tokenizer, config, tmp_path / name)
+        state = loop.run(tokenizer.TASK, config, tmp_path / name)
         listed = [json.loads(line) for line in (tmp_path / name / "quarantine.jsonl").read_text().splitlines()]
         assert sorted(line["id"] for line in listed) == sorted(files())
         ends.append((jax.device_get(state), sorted((line["id"], line["reason"]) for line in listed)))

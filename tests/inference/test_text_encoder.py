@@ -57,7 +57,7 @@ def run(encoder, tmp_path_factory):
     """A training of two steps, as `imagegpt_jax.train` does it."""
     workdir = tmp_path_factory.mktemp("run")
     config = get_config(encoder)
-    state = loop.run(decoder, config, workdir)
+    state = loop.run(decoder.TASK, config, workdir)
     return types.SimpleNamespace(workdir=workdir, config=config, state=state, gpt=ig.load_decoder(workdir))
 
 

@@ -104,7 +104,9 @@ def test_samples_are_scored_on_the_mesh_like_a_folder(monkeypatch):
     state = jax.jit(functools.partial(decoder.init_state, setup))(jax.random.key(0))
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1}, devices_of(8))
     with jax.set_mesh(mesh):
-        found = decoder.evaluate(setup, jax.device_put(state, sharding.replicated(mesh)), mesh)[0]
+        state = jax.device_put(state, sharding.replicated(mesh))
+        (evaluator,) = decoder.TASK.evaluators(setup, mesh)
+        found = evaluator.evaluate({name: state.eval_params(name) for name in setup.networks}, 0).scores
 
     texts, labels, shown = evaluation._asked(setup)
     assert (len(texts), labels, shown) == (6, None, texts)

@@ -46,8 +46,9 @@ def curve(task, dtype, shape):
 
     from imagegpt_jax import train_state
     from imagegpt_jax.parallel import sharding
+    from imagegpt_jax.tasks import interface
 
-    module = importlib.import_module(f"imagegpt_jax.tasks.{task}")
+    module = interface.find(task)
     config = get_config(task, dtype)
     setup = module.setup(config)
     mesh = sharding.make_mesh(shape, jax.devices()[: np.prod(list(shape.values()))])
@@ -56,15 +57,13 @@ def curve(task, dtype, shape):
     with jax.set_mesh(mesh):
         make = functools.partial(module.init_state, setup)
         state, layout = train_state.init_sharded(make, setup.networks, mesh, config.seed)
-        if hasattr(module, "load_frozen"):
-            state = module.load_frozen(setup, state, layout)
+        state = module.load_frozen(setup, state, layout)
         leaves = jax.tree.leaves(state.trainable)
         held = sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
 
         @functools.partial(jax.jit, static_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
         def step(phase, state, batch):
-            if hasattr(module, "prepare_batch"):
-                batch = module.prepare_batch(setup, state, batch)
+            batch = module.prepare_batch(setup, state, batch)
             state, values = module.train_step(setup, phase, state, batch)
             return state, {name: metric.compute() for name, metric in values.items()}
 

@@ -102,7 +102,7 @@ def test_state_is_born_sharded_and_steps_alike_on_eight_devices(tmp_path):
                     moments = [x for x in jax.tree.leaves(made.opt) if x.shape == up.shape]
                     assert moments and all(m.sharding == up.sharding for m in moments)
                 stream = decoder.batches(setup, "train", batch_size=8)
-                steps = Steps(decoder, setup, mesh, layout)
+                steps = Steps(decoder.TASK, setup, mesh, layout)
                 for _ in range(2):
                     batch = sharding.put_batch(next(stream), mesh)
                     made, totals = steps("train", made, steps.zeros("train", made, batch), batch)

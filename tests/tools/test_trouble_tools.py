@@ -19,6 +19,7 @@ from imagegpt_jax import config as config_lib
 from imagegpt_jax.checkpoint import manifest
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.runtime import event_log
+from imagegpt_jax.tasks import interface
 from imagegpt_jax.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -157,7 +158,7 @@ def test_without_verification_a_flipped_bit_comes_back_as_if_nothing_were(tools,
 def test_a_bad_step_is_run_again(tools, tmp_path, monkeypatch, capsys):
     task = tools.tiny.Task(bad=[21])
     loop.run(task, tools.tiny.make_config(), tmp_path)
-    monkeypatch.setitem(sys.modules, "imagegpt_jax.tasks.line", task)
+    monkeypatch.setattr(interface, "find", lambda name: task)
     monkeypatch.setattr(tools.replay, "WORKDIR", types.SimpleNamespace(value=tmp_path))
     monkeypatch.setattr(tools.replay, "STEP", types.SimpleNamespace(value=5))
     before = sorted(p.name for p in tmp_path.rglob("*"))
@@ -175,7 +176,7 @@ def test_a_bad_step_is_run_again(tools, tmp_path, monkeypatch, capsys):
 def test_a_good_step_has_the_loss_it_had(tools, tmp_path, monkeypatch, capsys):
     task = tools.tiny.Task()
     loop.run(task, tools.tiny.make_config(), tmp_path)
-    monkeypatch.setitem(sys.modules, "imagegpt_jax.tasks.line", task)
+    monkeypatch.setattr(interface, "find", lambda name: task)
     monkeypatch.setattr(tools.replay, "WORKDIR", types.SimpleNamespace(value=tmp_path))
     monkeypatch.setattr(tools.replay, "STEP", types.SimpleNamespace(value=6))
     tools.replay.main()

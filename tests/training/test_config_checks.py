@@ -18,7 +18,7 @@ from imagegpt_jax.training import loop, steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS, WEIGHTS = ROOT / "configs", ROOT / "tests" / "golden" / "weights"
-TASKS = {"tokenizer": tokenizer, "decoder": decoder}
+TASKS = {"tokenizer": tokenizer.TASK, "decoder": decoder.TASK}
 
 
 def make(task, changes):

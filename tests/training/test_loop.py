@@ -14,7 +14,7 @@ from imagegpt_jax.tasks import decoder, tokenizer
 from imagegpt_jax.training import loop, train_metrics
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-TASKS = {"tokenizer": tokenizer, "decoder": decoder}
+TASKS = {"tokenizer": tokenizer.TASK, "decoder": decoder.TASK}
 
 _spec = importlib.util.spec_from_file_location("tiny_task", pathlib.Path(__file__).parents[1] / "tiny_task.py")
 tiny = importlib.util.module_from_spec(_spec)

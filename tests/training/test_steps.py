@@ -63,7 +63,7 @@ def test_on_cpu_the_step_copies_nothing_of_the_optimizers_state():
             make = functools.partial(decoder.init_state, setup)
             state, layout = train_state.init_sharded(make, setup.networks, mesh, config.seed)
             batch = sharding.put_batch(setup.layout.pack(None, None, np.zeros((4, setup.layout.num_codes), int)), mesh)
-            compiled = Steps(decoder, setup, mesh, layout).lower("train", state, batch).compile()
+            compiled = Steps(decoder.TASK, setup, mesh, layout).lower("train", state, batch).compile()
         copied[options] = re.findall(r"copy\(%state_opt__decoder\w*(?:mu|nu)__", compiled.as_text())
     assert copied.pop("")
     assert list(copied.values()) == [[]]

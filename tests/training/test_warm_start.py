@@ -52,8 +52,8 @@ def test_what_is_frozen_is_taken_too(here, there, tmp_path):
     expected = save(tmp_path, there)
     begun = make(9, here)
     config = make_config(init_from=str(tmp_path))
-    warm_start.check({"a": NET}, config)
-    loaded = warm_start.load_params(begun, config, event_log.Log(None))
+    warm_start.check({"a": NET}, config, ("a", "tokenizer"))
+    loaded = warm_start.load_params(begun, config, ("a", "tokenizer"), event_log.Log(None))
     jax.tree.map(np.testing.assert_array_equal, loaded.params("a"), expected)
     jax.tree.map(np.testing.assert_array_equal, loaded.ema["a"], loaded.trainable["a"])
     assert jax.tree.structure(loaded) == jax.tree.structure(begun)
@@ -64,11 +64,11 @@ def test_a_check_falls_back_with_the_run_that_is_loaded(tmp_path, capsys):
     for file in (tmp_path / "checkpoints" / "2" / "state").glob("_*"):
         file.unlink()
     config = make_config(init_from=str(tmp_path))
-    warm_start.check({"a": NET}, config)
+    warm_start.check({"a": NET}, config, ("a", "tokenizer"))
     assert "step 2 is damaged" in capsys.readouterr().err
     (tmp_path / "checkpoints" / "1" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="is damaged"):
-        warm_start.check({"a": NET}, config)
+        warm_start.check({"a": NET}, config, ("a", "tokenizer"))
 
 
 def test_nothing_that_fits_is_nothing_to_begin_with(tmp_path):
@@ -79,5 +79,5 @@ def test_nothing_that_fits_is_nothing_to_begin_with(tmp_path):
     save(tmp_path, ())
     config = make_config(init_from=str(tmp_path), init_partial=True)
     with pytest.raises(UserError, match=r"a/layers/0: \(5,\) here, \(2, 3\) there") as e:
-        warm_start.check({"a": train_state.network(lambda key: Wide(key=key))}, config)
+        warm_start.check({"a": train_state.network(lambda key: Wide(key=key))}, config, ("a", "tokenizer"))
     assert "init_partial" not in str(e.value)

@@ -4,7 +4,6 @@ python tools/benchmarks/benchmark_jax.py --workload=decoder --size=test --second
 """
 
 import functools
-import importlib
 import importlib.metadata
 import json
 import os
@@ -42,10 +41,11 @@ def make_step(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
 
     from imagegpt_jax import train_state
     from imagegpt_jax.parallel import sharding
+    from imagegpt_jax.tasks import interface
     from imagegpt_jax.training import train_metrics
     from imagegpt_jax.training.steps import Steps
 
-    task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
+    task = interface.find(config.task)
     setup = task.setup_abstract(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):

@@ -7,7 +7,6 @@ Nothing is trained or saved. The first step, which compiles, is left out of the 
 """
 
 import functools
-import importlib
 import pathlib
 import sys
 import time
@@ -36,10 +35,11 @@ def main() -> None:
 
     from imagegpt_jax import train_state
     from imagegpt_jax.parallel import sharding
+    from imagegpt_jax.tasks import interface
     from imagegpt_jax.training.steps import Steps
 
     config = CONFIG.value
-    task = importlib.import_module(f"imagegpt_jax.tasks.{config.task}")
+    task = interface.find(config.task)
     setup = task.setup(config)
     phase = PHASE.value or task.phase(setup, 0)
     if phase not in task.phases(setup):
@@ -50,8 +50,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         make = functools.partial(task.init_state, setup)
         state, layout = train_state.init_sharded(make, setup.networks, mesh, config.seed)
-        if hasattr(task, "load_frozen"):
-            state = task.load_frozen(setup, state, layout)
+        state = task.load_frozen(setup, state, layout)
         rows = sharding.host_rows(mesh, config.batch_size)
         batches = task.batches(setup, "train", batch_size=config.batch_size, rows=rows)
         stream = iter(batches)

@@ -9,7 +9,6 @@ on every device is compared, and the sharding that it came back with. Exits with
 """
 
 import functools
-import importlib
 import itertools
 import json
 import os
@@ -30,7 +29,6 @@ MINUTES = flags.DEFINE_float("minutes", 0.0, "Stop after so many, between two so
 OUTPUT = flags.DEFINE_string("output", "", "JSON file of the counts; an existing one is continued.")
 
 DEVICES = 8
-TASKS = ("tokenizer", "decoder")
 Shape = tuple[int, int, int]
 
 
@@ -55,8 +53,9 @@ class Campaign:
         from imagegpt_jax import config as config_lib
         from imagegpt_jax import train_state
         from imagegpt_jax.parallel import sharding
+        from imagegpt_jax.tasks import interface
 
-        task = importlib.import_module(f"imagegpt_jax.tasks.{name}")
+        task = interface.find(name)
         root = pathlib.Path(__file__).resolve().parents[2]
         self._config = config_lib.sibling(str(root / "configs" / "x.py"), f"{name}.py").get_config("size=test")
         setup = task.setup_abstract(self._config)
@@ -145,7 +144,9 @@ def run(name: str, pairs: int, found: dict[str, Any], is_over: Callable[[], bool
 def main() -> None:
     """Prints the counts."""
     output = pathlib.Path(OUTPUT.value) if OUTPUT.value else None
-    record: dict[str, dict[str, Any]] = {task: {} for task in TASKS}
+    from imagegpt_jax.tasks import interface
+
+    record: dict[str, dict[str, Any]] = {task: {} for task in interface.TASKS}
     if output is not None and output.exists():
         record |= json.loads(output.read_text())
     started = time.monotonic()

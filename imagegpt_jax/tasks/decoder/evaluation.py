@@ -3,8 +3,9 @@
 Shapes: B batch, L sequence, N image codes.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,13 +16,13 @@ from imagegpt_jax import train_state
 from imagegpt_jax.data import sources
 from imagegpt_jax.images import Tile, grid, to_uint8
 from imagegpt_jax.metrics import common, likelihood
+from imagegpt_jax.metrics.evaluator import Evaluation, Evaluator
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.sampling.jobs import TILE, generate_codes
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
 from imagegpt_jax.tasks.decoder.batches import PROMPTS, batches, encode
 from imagegpt_jax.tasks.decoder.setup import Setup, sampling_of, tokenizer_params
 from imagegpt_jax.tasks.decoder.train_step import token_nll
-from imagegpt_jax.train_state import TrainState
 
 
 def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
@@ -34,21 +35,39 @@ def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
     return {"nll": nll}
 
 
-def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+@dataclasses.dataclass(frozen=True)
+class _Validation:
+    """Scores the validation split of a run, and samples of its prompts."""
+
+    setup: Setup
+    mesh: Mesh
+
+    def evaluate(self, params: Mapping[str, train_state.Params], step: int) -> Evaluation:
+        del step
+        return Evaluation(*evaluate(self.setup, params, self.mesh))
+
+
+def evaluators(setup: Setup, mesh: Mesh) -> tuple[Evaluator, ...]:
+    """What scores a decoder while it trains."""
+    return (_Validation(setup, mesh),)
+
+
+def evaluate(
+    setup: Setup, params: Mapping[str, train_state.Params], mesh: Mesh
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Scores the validation split, and samples if `config.eval_samples`; also a grid of pictures for TensorBoard."""
     config = setup.config
-    params = {"decoder": state.eval_params("decoder")}
     columns = likelihood.COLUMNS
     if "tokenizer" in setup.networks:
-        params["tokenizer"], columns = state.params("tokenizer"), (*columns, "image")
+        columns = (*columns, "image")
     if "encoder" in setup.networks:
-        params["encoder"], columns = state.params("encoder"), (*columns, *PROMPTS)
+        columns = (*columns, *PROMPTS)
     if setup.layout.target_positions:
         columns = (*columns, "target_positions")
     rows = sharding.host_rows(mesh, config.eval_batch_size)
     scores = likelihood.evaluate(
         _scorer(setup),
-        params,
+        dict(params),
         batches(setup, "validation", batch_size=config.eval_batch_size, rows=rows),
         setup.space.vocab_size,
         mesh,

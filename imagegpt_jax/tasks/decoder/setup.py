@@ -247,6 +247,12 @@ def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
     (folder / "labels.json").write_text(json.dumps(setup.labels))
 
 
+def facts(setup: Setup) -> dict[str, Any]:
+    """What a run is made of besides its config."""
+    data = [source.fingerprint for source in setup.sources.values()]
+    return {"data": data, "text_tokenizer": setup.text.fingerprint}
+
+
 def encoder_params(setup: Setup, sharding_tree: Any = None) -> train_state.Params:
     """Parameters of the text encoder."""
     assert setup.encoder is not None

@@ -24,18 +24,6 @@ from imagegpt_jax.training import optimizers, train_metrics, warm_start
 from imagegpt_jax.training.grad_accumulation import accumulate
 
 
-def phase(setup: Setup, step: int) -> str:
-    """There is one compiled step."""
-    del setup, step
-    return "train"
-
-
-def phases(setup: Setup) -> tuple[str, ...]:
-    """All values of `phase`."""
-    del setup
-    return ("train",)
-
-
 def step_flops(setup: Setup, phase: str, batch: Mapping[str, Any]) -> float:
     """Model FLOPs of a training step: three forward passes, and the encoding of images where the step does that.
 
@@ -80,7 +68,7 @@ def init_state(setup: Setup, key: jax.Array) -> TrainState:
         frozen=setup.config.frozen,
         frozen_networks=("tokenizer", "encoder"),
         ema=("decoder",) if setup.config.ema_decay else (),
-        phases=phases(setup),
+        phases=("train",),
     )
 
 

@@ -24,18 +24,17 @@ from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.data import ops, sources
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.metrics import reconstruction
+from imagegpt_jax.metrics.evaluator import Evaluation
 from imagegpt_jax.models import discriminator, flops, layers, quantizers, vq
 from imagegpt_jax.models.pretrained import lpips
 from imagegpt_jax.parallel import sharding
+from imagegpt_jax.tasks import interface
 from imagegpt_jax.tasks.input import batches, first_shape, ops_key
 from imagegpt_jax.tasks.tokenizer import adversarial as gan
 from imagegpt_jax.train_state import Network, TrainState
 from imagegpt_jax.training import config_checks, train_metrics
 from imagegpt_jax.training import optimizers as optim
 from imagegpt_jax.training.grad_accumulation import accumulate
-
-# Shown beside the progress bar.
-SHOWN = ("reconstruction", "psnr", "codebook_usage")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,10 +179,6 @@ def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStr
     image = jax.ShapeDtypeStruct((batch_size, side, side, setup.model.in_channels), jnp.float32)
     position = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return {"image": image, "mask": jax.ShapeDtypeStruct((batch_size,), bool), "position": position}
-
-
-def save_assets(setup: Setup, workdir: epath.PathLike) -> None:
-    """A tokenizer needs nothing in its workdir but config and checkpoints."""
 
 
 def check_mesh(setup: Setup, mesh: Mesh) -> None:
@@ -345,14 +340,14 @@ def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
     return {"reconstruct": reconstruct, "encode": encode, "decode": decode}
 
 
-def evaluate(setup: Setup, state: TrainState, mesh: Mesh) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def evaluate(setup: Setup, params: Mapping[str, Any], mesh: Mesh) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Scores the validation split; also returns a grid of inputs over reconstructions for TensorBoard."""
     config = setup.config
     rows = sharding.host_rows(mesh, config.eval_batch_size)
     compare = _comparison(config.eval_features, mesh) if config.eval_features else None
     scores, grid = reconstruction.evaluate(
         _predict(setup, "reconstruct"),
-        state.eval_params("generator"),
+        params["generator"],
         batches(setup, "validation", batch_size=config.eval_batch_size, rows=rows),
         setup.model.quantizer.num_ids,
         mesh,
@@ -374,3 +369,36 @@ def _comparison(features: str, mesh: Mesh) -> reconstruction.Comparison:
 def _predict(setup: Setup, name: str) -> Callable[..., Any]:
     """The same function object every time, with which evaluations keep their compiled program."""
     return predict_fns(setup)[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Validation:
+    """Scores the validation split of a run."""
+
+    setup: Setup
+    mesh: Mesh
+
+    def evaluate(self, params: Mapping[str, Any], step: int) -> Evaluation:
+        del step
+        return Evaluation(*evaluate(self.setup, params, self.mesh))
+
+
+TASK = interface.Task(
+    kind="tokenizer",
+    network="generator",
+    setup=setup,
+    setup_for_inference=setup_for_inference,
+    setup_abstract=setup_abstract,
+    init_state=init_state,
+    train_step=train_step,
+    batches=batches,
+    phase=phase,
+    phases=phases,
+    check_mesh=check_mesh,
+    evaluators=lambda setup, mesh: (_Validation(setup, mesh),),
+    progress_metrics=("reconstruction", "psnr", "codebook_usage"),
+    finite_metrics=("loss", "gradient_norm", "gan_discriminator", "discriminator_gradient_norm"),
+    load_frozen=load_frozen,
+    abstract_batch=abstract_batch,
+    step_flops=step_flops,
+)

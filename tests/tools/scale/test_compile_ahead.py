@@ -111,6 +111,6 @@ def test_help_lists_the_programs_of_every_task(tool):
     from imagegpt_jax.tasks import decoder, tokenizer
 
     config = config_lib.sibling(str(ROOT / "configs" / "x.py"), "tokenizer.py").get_config("size=test")
-    names = {*tokenizer.phases(tokenizer.setup(config)), *decoder.phases(None), "prefill", "decode"}
+    names = {*tokenizer.phases(tokenizer.setup(config)), *decoder.TASK.phases(None), "prefill", "decode"}
     assert {"train", "adversarial"} <= names
     assert not [name for name in names if name not in tool().help]

@@ -14,6 +14,7 @@ SOURCES = sorted(p for folder in ("imagegpt_jax", "tools", "configs") for p in (
 # Those that read pickles do it with an allow-list, and are tested by themselves.
 RESTRICTED_READERS = {
     "imagegpt_jax/weight_files/torch_file.py",
+    "imagegpt_jax/weight_files/torch_pickle.py",
     "imagegpt_jax/weight_files/torch_legacy.py",
     "tools/convert_lpips.py",
 }

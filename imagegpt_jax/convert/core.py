@@ -17,29 +17,14 @@ from typing import Any
 import numpy as np
 
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.weight_files.tensor import Shape, Tensor
 
-Shape = tuple[int, ...]
 # Targets that begin so are kept for the way back and are no parameters, such as counters of a published checkpoint.
 CARRIED = "carried."
 Arrays = list[np.ndarray]
 # How many names an error lists of each side.
 _SHOWN = 8
 _FIELD = re.compile(r"\{(\w+)(?::([^}]*))?\}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """An array that is not read yet.
-
-    Attributes:
-      shape: its shape.
-      dtype: its dtype, of NumPy or ml_dtypes.
-      read: reads it; a fresh array each time.
-    """
-
-    shape: Shape
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.convert import emu3, gpt_tables, llamagen, maskgit_flax, readers, vqgan
-from imagegpt_jax.convert.core import Rule, Tensor
+from imagegpt_jax.convert.core import Rule
 from imagegpt_jax.convert.layout import RasterLayout
 from imagegpt_jax.convert.networks import Config
 from imagegpt_jax.convert.readers import Options, Published, Reader
@@ -22,6 +22,7 @@ from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.palette import PaletteConfig
 from imagegpt_jax.models.vq import VQConfig
 from imagegpt_jax.weight_files.files import Source, Writer, write_clusters, write_folder, write_msgpack
+from imagegpt_jax.weight_files.tensor import Tensor
 
 TOKENIZER, DECODER = "tokenizer", "decoder"
 

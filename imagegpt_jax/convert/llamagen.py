@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.convert.core import LINEAR, Arrays, Change, Rule, Tensor, drop, join, rule
+from imagegpt_jax.convert.core import LINEAR, Arrays, Change, Rule, drop, join, rule
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.weight_files.tensor import Tensor
 
 # Heads by (layers, width): weights alone do not tell them.
 PUBLISHED = {

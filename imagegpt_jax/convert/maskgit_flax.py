@@ -8,10 +8,11 @@ Conv_1; `decoder` is Conv_0, the middle's blocks and those of all levels from lo
 import re
 from collections.abc import Mapping
 
-from imagegpt_jax.convert.core import Rule, Tensor, rule
+from imagegpt_jax.convert.core import Rule, rule
 from imagegpt_jax.convert.vqgan import MASKGIT, SHARED, quantizer
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.vq import VQConfig
+from imagegpt_jax.weight_files.tensor import Tensor
 
 _CODEBOOK = "quantizer.codebook"
 _FIRST = "encoder.ResBlock_0.Conv_0.kernel"

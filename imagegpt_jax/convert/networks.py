@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagegpt_jax import train_state
-from imagegpt_jax.convert.core import Shape
 from imagegpt_jax.models.gpt import GPT
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.palette import Palette, PaletteConfig
 from imagegpt_jax.models.vq import VQConfig, VQModel
+from imagegpt_jax.weight_files.tensor import Shape
 
 Config = VQConfig | PaletteConfig | GPTConfig
 _STACKED = "blocks"

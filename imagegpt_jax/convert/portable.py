@@ -21,14 +21,14 @@ import numpy as np
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import train_state
 from imagegpt_jax.convert import core, formats, networks
-from imagegpt_jax.convert.core import Tensor
 from imagegpt_jax.convert.formats import Published
 from imagegpt_jax.convert.layout import ImageSpace, RasterLayout
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.palette import PaletteConfig
 from imagegpt_jax.models.vq import VQConfig
-from imagegpt_jax.weight_files import files
+from imagegpt_jax.weight_files import safetensors_file
+from imagegpt_jax.weight_files.tensor import Shape, Tensor
 
 FORMAT = "imagegpt_jax"
 WEIGHTS, ABOUT = "model.safetensors", "config.json"
@@ -105,7 +105,7 @@ def open_portable(path: pathlib.Path) -> Portable:
         path=path,
         kind=about["kind"],
         config=config_lib.to_dataclass(_NETWORKS[about["network"]], about["model"]),
-        tensors=files.open_safetensors(path / WEIGHTS)[0],
+        tensors=safetensors_file.read(path / WEIGHTS)[0],
         layout=layout,
         published=about.get("published", ""),
         about=about.get("about", {}),
@@ -163,13 +163,13 @@ def _write(
     target: pathlib.Path,
     kind: str,
     config: networks.Config,
-    sizes: Mapping[str, tuple[core.Shape, np.dtype]],
+    sizes: Mapping[str, tuple[Shape, np.dtype]],
     arrays: Iterable[tuple[str, np.ndarray]],
     more: Mapping[str, Any],
     layout: RasterLayout | None,
 ) -> None:
     _make(target)
-    files.write_safetensors(target / WEIGHTS, sizes, arrays, {"format": FORMAT})
+    safetensors_file.write(target / WEIGHTS, sizes, arrays, {"format": FORMAT})
     network = next(name for name, cls in _NETWORKS.items() if isinstance(config, cls))
     model = dataclasses.asdict(config)
     about = {"format": FORMAT, "version": 1, "kind": kind, "network": network, "model": model, **more}
@@ -218,7 +218,7 @@ import imagegpt_jax as ig
 """
 
 
-def _sizes(jobs: Iterable[core.Job], tensors: Mapping[str, Tensor]) -> dict[str, tuple[core.Shape, np.dtype]]:
+def _sizes(jobs: Iterable[core.Job], tensors: Mapping[str, Tensor]) -> dict[str, tuple[Shape, np.dtype]]:
     """Shapes and dtypes of what jobs give, without reading anything."""
     sizes = {}
     for job in jobs:

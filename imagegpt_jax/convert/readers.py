@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from imagegpt_jax.convert import emu3, gpt_tables, llamagen, maskgit_flax, vqgan
-from imagegpt_jax.convert.core import Rule, Tensor, drop, rule
+from imagegpt_jax.convert.core import Rule, drop, rule
 from imagegpt_jax.convert.layout import ImageSpace, RasterLayout
 from imagegpt_jax.convert.networks import Config
 from imagegpt_jax.errors import UserError
@@ -18,6 +18,7 @@ from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.palette import PaletteConfig
 from imagegpt_jax.models.vq import VQConfig
 from imagegpt_jax.weight_files.files import PROCESSORS, Source
+from imagegpt_jax.weight_files.tensor import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

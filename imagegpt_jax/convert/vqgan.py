@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from imagegpt_jax.convert.core import CONV2D, SAME, Change, Rule, Tensor, carry, drop, filled_in, rule
+from imagegpt_jax.convert.core import CONV2D, SAME, Change, Rule, carry, drop, filled_in, rule
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.quantizers import QuantizerConfig
 from imagegpt_jax.models.vq import VQConfig
+from imagegpt_jax.weight_files.tensor import Tensor
 
 # Codes compared at a time, where their number does not say otherwise.
 _CHUNK = 16384

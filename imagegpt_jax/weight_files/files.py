@@ -10,28 +10,14 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from imagegpt_jax.convert.core import Shape, Tensor
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.weight_files import torch_file
+from imagegpt_jax.weight_files import safetensors_file, torch_file
+from imagegpt_jax.weight_files.tensor import Shape, Tensor, tree_leaves
 
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
 Sizes = Mapping[str, tuple[Shape, np.dtype]]
 Arrays = Iterable[tuple[str, np.ndarray]]
-_NAMES = {np.dtype(kind): name for name, kind in _DTYPES.items()}
 _TORCH = (".pt", ".pth", ".ckpt", ".bin")
 # What a folder's weights may be called, first what is preferred.
 _IN_FOLDERS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
@@ -94,18 +80,21 @@ def open_source(path: pathlib.Path) -> Source:
             return Source(path, config, tensors, extras)
     if any((path / name).exists() for name in PROCESSORS):  # the colours of an ImageGPT are all its tokenizer has
         return Source(path, config, {}, {})
-    found = sorted(p for p in path.iterdir() if p.suffix in (*_TORCH, ".safetensors", ".msgpack"))
-    if len(found) == 1:
-        tensors, extras = _open_file(found[0])
+    weights = sorted(p for p in path.iterdir() if p.suffix in (*_TORCH, ".safetensors", ".msgpack"))
+    if len(weights) == 1:
+        tensors, extras = _open_file(weights[0])
         return Source(path, config, tensors, extras)
-    raise UserError(f"{path} holds {len(found) or 'no'} files of weights: give the one to read.")
+    raise UserError(f"{path} holds {len(weights) or 'no'} files of weights: give the one to read.")
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as e:
         raise UserError(f"{path} is not JSON ({e}): copy it again.") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: copy it again.")
+    return value
 
 
 def _suffix(path: pathlib.Path) -> str:
@@ -131,7 +120,7 @@ def _suffix(path: pathlib.Path) -> str:
 def _open_file(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     suffix = _suffix(path)
     if suffix == ".safetensors":
-        return open_safetensors(path)[0], {}
+        return safetensors_file.read(path)[0], {}
     if suffix == ".msgpack":
         return _open_msgpack(path), {}
     tree = torch_file.read(path)
@@ -146,54 +135,21 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return torch_file.tensors(tree), extras
 
 
-def open_safetensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Arrays and metadata of a safetensors file.
-
-    Raises:
-      UserError: if the file is damaged.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{path} is not a safetensors file, or it was cut short: copy it again.")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as e:
-            raise UserError(f"{path} is not a safetensors file ({e}): copy it again.") from e
-    metadata = header.pop("__metadata__", {})
-    found = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{path}: {name} is {entry['dtype']}, which is not read here: save it as BF16 or F32.")
-        if 8 + length + end > size:
-            raise UserError(f"{path} was cut short: {name} ends at byte {8 + length + end} of {size}. Copy it again.")
-        found[name] = _lazy(path, 8 + length + start, tuple(entry["shape"]), np.dtype(_DTYPES[entry["dtype"]]))
-    return found, metadata
-
-
-def _lazy(path: pathlib.Path, offset: int, shape: Shape, dtype: np.dtype) -> Tensor:
-    def read() -> np.ndarray:
-        # Not memory-mapped: pages of the file would count as memory of this process until something needs the room.
-        return np.fromfile(path, dtype, int(np.prod(shape)), offset=offset).reshape(shape)
-
-    return Tensor(shape, dtype, read)
-
-
 def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
-    places = _read_json(index)["weight_map"]
-    found: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{index} has no weight_map from names to files: copy it again.")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(shards.values())):
         path = index.parent / shard
         if not path.exists():
             raise UserError(f"{index} names {shard}, which is not there: copy it too.")
-        tensors = _open_file(path)[0]
-        found.update({name: tensor for name, tensor in tensors.items() if places.get(name) == shard})
-    missing = sorted(set(places) - set(found))
+        held = _open_file(path)[0]
+        tensors |= {name: tensor for name, tensor in held.items() if shards.get(name) == shard}
+    missing = sorted(set(shards) - set(tensors))
     if missing:
         raise UserError(f"{index} names {missing[0]}, which its shard does not hold: copy the folder again.")
-    return found
+    return tensors
 
 
 def _open_msgpack(path: pathlib.Path) -> dict[str, Tensor]:
@@ -203,53 +159,9 @@ def _open_msgpack(path: pathlib.Path) -> dict[str, Tensor]:
         tree = serialization.msgpack_restore(path.read_bytes())
     except Exception as e:  # the library raises what it happens to meet
         raise UserError(f"{path} is not Flax's msgpack ({e}): copy it again.") from e
-    found: dict[str, Tensor] = {}
-
-    def walk(value: Any, name: str) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(item, f"{name}.{key}" if name else str(key))
-        else:
-            array = np.asarray(value)
-            found[name] = Tensor(array.shape, array.dtype, lambda: array)
-
-    walk(tree.get("params", tree) if isinstance(tree, Mapping) else tree, "")
-    return found
-
-
-def write_safetensors(
-    path: pathlib.Path,
-    shapes: Mapping[str, tuple[Shape, np.dtype]],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Writes a safetensors file, an array at a time, whole or not at all.
-
-    Args:
-      path: the file.
-      shapes: shape and dtype of every array.
-      arrays: the arrays, in any order.
-      metadata: strings for the header.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end, places = 0, {}
-    for name, (shape, dtype) in shapes.items():
-        start, end = end, end + int(np.prod(shape)) * dtype.itemsize
-        places[name] = start
-        header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    written = set()
-    with open(temporary, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, array in arrays:
-            file.seek(8 + len(encoded) + places[name])
-            np.ascontiguousarray(array, shapes[name][1]).tofile(file)
-            written.add(name)
-        file.truncate(8 + len(encoded) + end)
-    assert written == set(shapes), sorted(written ^ set(shapes))
-    temporary.replace(path)
+    leaves = tree_leaves(tree.get("params", tree) if isinstance(tree, Mapping) else tree)
+    arrays = ((name, np.asarray(value)) for name, value in leaves)
+    return {name: Tensor(array.shape, array.dtype, lambda array=array: array) for name, array in arrays}
 
 
 # What writes a published layout: (folder, shapes and dtypes, arrays, `config.json`).
@@ -263,7 +175,7 @@ def write_folder(
     about: Mapping[str, Any],
 ) -> None:
     """Writes `model.safetensors` as PyTorch's libraries expect it, and `config.json` if there is something to say."""
-    write_safetensors(target / "model.safetensors", sizes, arrays, {"format": "pt"})
+    safetensors_file.write(target / "model.safetensors", sizes, arrays, {"format": "pt"})
     if about:
         (target / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 

@@ -7,6 +7,7 @@ import pytest
 
 from imagegpt_jax.convert import core
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.weight_files.tensor import Tensor
 
 TABLE = [
     core.rule("wte.weight", "embed.weight"),
@@ -37,9 +38,7 @@ OURS = {
 
 
 def lazy(arrays):
-    return {
-        name: core.Tensor(np.shape(a), np.asarray(a).dtype, lambda a=a: np.asarray(a)) for name, a in arrays.items()
-    }
+    return {name: Tensor(np.shape(a), np.asarray(a).dtype, lambda a=a: np.asarray(a)) for name, a in arrays.items()}
 
 
 def convert(theirs=THEIRS, table=TABLE, ours=OURS):
@@ -105,6 +104,6 @@ def test_nothing_is_read_before_everything_fits():
     def fail():
         raise AssertionError("read")
 
-    tensors = {name: core.Tensor(np.shape(a), np.asarray(a).dtype, fail) for name, a in THEIRS.items()}
+    tensors = {name: Tensor(np.shape(a), np.asarray(a).dtype, fail) for name, a in THEIRS.items()}
     with pytest.raises(UserError):
         core.convert(TABLE, tensors, {**OURS, "norm": (2,)}, "the file")

@@ -15,7 +15,7 @@ import pytest
 import imagegpt_jax as ig
 from imagegpt_jax.convert import command, formats
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.weight_files import files
+from imagegpt_jax.weight_files import files, safetensors_file
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "weights"
 EXPECTED = np.load(GOLDEN / "expected.npz")
@@ -136,7 +136,7 @@ def test_the_command_prints_the_matrix_and_converts(tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in formats.FORMATS)
     assert "LlamaGen VQ-16, VQ-8, from Janus VQVAE" in done.stderr
-    names = files.open_safetensors(tmp_path / "out/model.safetensors")[0]
+    names = safetensors_file.read(tmp_path / "out/model.safetensors")[0]
     assert "encoder.conv_blocks.0.res.0.conv1.weight" in names
     assert names["quantize.codebook_used"].shape == (65536,)
 

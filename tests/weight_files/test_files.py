@@ -8,12 +8,11 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 from flax import serialization
 
 import imagegpt_jax as ig
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.weight_files import files, torch_file
+from imagegpt_jax.weight_files import files, safetensors_file, torch_file
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -25,35 +24,7 @@ ARRAYS = {
 
 def write(path, arrays=ARRAYS):
     sizes = {name: (a.shape, a.dtype) for name, a in arrays.items()}
-    files.write_safetensors(path, sizes, reversed(list(arrays.items())), {"format": "pt"})
-
-
-def test_safetensors_are_those_of_the_library(tmp_path):
-    write(tmp_path / "ours.safetensors")
-    theirs = safetensors.numpy.load_file(tmp_path / "ours.safetensors")
-    safetensors.numpy.save_file(ARRAYS, tmp_path / "theirs.safetensors")
-    ours, metadata = files.open_safetensors(tmp_path / "theirs.safetensors")
-    assert metadata == {}
-    assert files.open_safetensors(tmp_path / "ours.safetensors")[1] == {"format": "pt"}
-    for name, array in ARRAYS.items():
-        for got in (theirs[name], ours[name].read()):
-            assert got.dtype == array.dtype
-            np.testing.assert_array_equal(got, array)
-
-
-def test_damaged_files_are_told(tmp_path):
-    path = tmp_path / "x.safetensors"
-    write(path)
-    whole = path.read_bytes()
-    for content, message in (
-        (whole[:-3], "cut short"),
-        (whole[:20], "cut short"),
-        (b"\x08" + b"\0" * 7 + b"notjson!", "is not a safetensors file"),
-        (b"", "not a safetensors file"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            files.open_safetensors(path)
+    safetensors_file.write(path, sizes, reversed(list(arrays.items())), {"format": "pt"})
 
 
 def test_shards_need_all_their_files(tmp_path):
@@ -67,6 +38,14 @@ def test_shards_need_all_their_files(tmp_path):
         files.open_source(tmp_path)
     write(tmp_path / "2.safetensors", {"b": ARRAYS["b"]})
     assert set(files.open_source(tmp_path).tensors) == {"a", "b"}
+    for text, words in (
+        ("[]", "is not a JSON object"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": {"a": 1}}', "weight_map"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            files.open_source(tmp_path)
 
 
 def test_folders_without_weights_and_unknown_files(tmp_path):

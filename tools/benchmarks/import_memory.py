@@ -21,7 +21,6 @@ from absl import flags
 from imagegpt_jax import cli
 from imagegpt_jax.convert import core, llamagen, networks
 from imagegpt_jax.models.gpt_config import GPTConfig
-from imagegpt_jax.weight_files import files
 
 SIZES = {"B": (12, 12, 768, 2048), "XXL": (48, 24, 1536, 4096), "3B": (24, 32, 3200, 8704)}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -57,12 +56,12 @@ def write(path: pathlib.Path, size: str, dtype: np.dtype) -> int:
     )  # fmt: skip
     ours = networks.shapes(networks.network(config))
     tensors = {
-        name: core.Tensor(shape, dtype, lambda name=name, shape=shape: _random(name, shape, dtype))
+        name: Tensor(shape, dtype, lambda name=name, shape=shape: _random(name, shape, dtype))
         for name, shape in ours.items()
     }
     jobs = core.plan(core.invert(llamagen.table(config)), tensors, None, "random weights")
     shapes = {name: (_their_shape(name, depth, width, mlp), dtype) for job in jobs for name in job.targets}
-    files.write_safetensors(path, shapes, (pair for job in jobs for pair in job.run(tensors)), {})
+    safetensors_file.write(path, shapes, (pair for job in jobs for pair in job.run(tensors)), {})
     return sum(int(np.prod(shape)) for shape in ours.values())
 
 

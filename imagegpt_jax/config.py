@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.runtime import filesystem
 from imagegpt_jax.weight_files import files
 
 T = TypeVar("T")
@@ -183,11 +184,8 @@ def check_workdir(config: Config, workdir: epath.PathLike, *, allow_changes: boo
 
 def save(config: Config, workdir: epath.PathLike) -> None:
     """Writes `config.json` into the workdir, whole or not at all."""
-    folder = epath.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n")
-    temporary.replace(folder / "config.json")
+    text = json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
+    filesystem.write_whole(epath.Path(workdir) / "config.json", text)
 
 
 def load(workdir: epath.PathLike) -> Config:

@@ -27,7 +27,7 @@ from etils import epath
 
 from imagegpt_jax import cli, errors
 from imagegpt_jax.evaluation import checkpoint_data, checkpoints, image_sets
-from imagegpt_jax.metrics import files, protocols, score
+from imagegpt_jax.metrics import protocols, score
 
 CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint", None, "Workdir or exported folder of a tokenizer or a decoder; give it twice to score both."
@@ -281,11 +281,11 @@ def request_of(images: str, captions: str = "") -> image_sets.Request:
 
 def write_scores(request: image_sets.Request, opened: image_sets.Opened) -> None:
     """Computes, and in the first process writes and prints."""
-    from imagegpt_jax.runtime import distributed
+    from imagegpt_jax.runtime import distributed, filesystem
 
     scores = image_sets.run(request, opened)
     if distributed.is_main_process():
-        files.write(epath.Path(OUTPUT.value or ""), (json.dumps(scores, indent=1) + "\n").encode())
+        filesystem.write_whole(OUTPUT.value or "", json.dumps(scores, indent=1) + "\n")
         print(f"{image_sets.table(scores)}\n\nAll scores: {OUTPUT.value}")
 
 

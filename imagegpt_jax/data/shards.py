@@ -28,6 +28,7 @@ import numpy as np
 from etils import epath
 
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import filesystem
 
 SIDECAR = "dataset.json"
 PLAN = "plan.json"
@@ -115,7 +116,7 @@ class ShardWriter:
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.folder / PLAN, json.dumps(plan))
+            filesystem.write_whole(self.folder / PLAN, json.dumps(plan))
 
     def path(self, shard: int) -> epath.Path:
         """Where shard number `shard` is, or will be."""
@@ -135,26 +136,24 @@ class ShardWriter:
           ValueError: if there are more or fewer records than the shard's range has.
         """
         start, stop = self.ranges[shard]
-        temporary = self.folder / f".{self.path(shard).name}.tmp"
         digest, count = hashlib.sha256(), 0
-        writer = _array_record().ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
-        try:
-            for record in records:
-                data = encode_record(record)
-                digest.update(len(data).to_bytes(8, "little") + data)
-                writer.write(data)
-                count += 1
-            writer.close()
-            if count != stop - start:
-                raise ValueError(f"shard {shard} has {count} records where {stop - start} were planned")
-        except BaseException:
-            with contextlib.suppress(Exception):
+        with filesystem.replacing(self.path(shard)) as temporary:
+            writer = _array_record().ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
+            try:
+                for record in records:
+                    data = encode_record(record)
+                    digest.update(len(data).to_bytes(8, "little") + data)
+                    writer.write(data)
+                    count += 1
                 writer.close()
-            temporary.unlink(missing_ok=True)
-            raise
-        temporary.replace(self.path(shard))
+                if count != stop - start:
+                    raise ValueError(f"shard {shard} has {count} records where {stop - start} were planned")
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    writer.close()
+                raise
         note = {"file": self.path(shard).name, "records": count, "sha256": digest.hexdigest()}
-        _write_whole(self._note(shard), json.dumps(note))
+        filesystem.write_whole(self._note(shard), json.dumps(note))
 
     def abandon(self, *, keep_finished: bool) -> None:
         """Cleans up after an error.
@@ -198,17 +197,11 @@ class ShardWriter:
             **facts,
             "shards": shards,
         }
-        _write_whole(self.folder / SIDECAR, json.dumps(about, indent=1) + "\n")
+        filesystem.write_whole(self.folder / SIDECAR, json.dumps(about, indent=1) + "\n")
         for i in range(len(self.ranges)):
             self._note(i).unlink()
         (self.folder / PLAN).unlink()
         return about
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 class ShardSource:

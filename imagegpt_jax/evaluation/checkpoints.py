@@ -28,7 +28,7 @@ from imagegpt_jax.evaluation.checkpoint_data import (
     stages,
     table,
 )
-from imagegpt_jax.metrics.files import write
+from imagegpt_jax.runtime.filesystem import write_whole
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -330,7 +330,7 @@ def write_report(settings: Settings, found: Mapping[str, str], scores: Scores, m
         report.losses(page, path)
     every = [(name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in sorted(scores.items())]
     page.table("What was measured", ("key", "value"), every)
-    write(epath.Path(settings.report), page.html().encode())
+    write_whole(epath.Path(settings.report), page.html())
 
 
 def score(settings: Settings) -> None:
@@ -366,9 +366,9 @@ def score(settings: Settings) -> None:
     if not distributed.is_main_process():
         return
     scores["seconds"] = round(time.monotonic() - started, 3)
-    write(output, (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode())
+    write_whole(output, json.dumps(scores, indent=1, sort_keys=True) + "\n")
     for name, picture in page.shown.items() if settings.images_dir else ():
-        write(epath.Path(settings.images_dir) / f"{name}.png", images.png_bytes(picture, {"checkpoints": found}))
+        write_whole(epath.Path(settings.images_dir) / f"{name}.png", images.png_bytes(picture, {"checkpoints": found}))
     if settings.report:
         write_report(settings, found, scores, page)
     print(f"{table(scores)}\n\nAll scores: {output}")

@@ -14,8 +14,8 @@ from etils import epath
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.generation import output
 from imagegpt_jax.metrics import prompts
-from imagegpt_jax.metrics.files import write
 from imagegpt_jax.metrics.protocols import Protocol
+from imagegpt_jax.runtime.filesystem import write_whole
 from imagegpt_jax.sampling.settings import Sampling
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def draw(order: Order, rows: Sequence[Row]) -> None:
     if distributed.is_main_process():
         _begin(folder, {**about, "pictures": total, "prompts": _digest(asked)})
         lines = [json.dumps({**row, "file_name": file_name(i)}) for i, row in enumerate(asked)]
-        write(folder / CAPTIONS, ("\n".join(lines) + "\n").encode())
+        write_whole(folder / CAPTIONS, "\n".join(lines) + "\n")
     distributed.barrier()
     _draw(decoder, tok, sampling, asked, about, folder)
     distributed.barrier()
@@ -155,7 +155,7 @@ def _begin(folder: epath.Path, plan: Mapping[str, Any]) -> None:
                 " another --samples_dir, or remove it."
             )
         return
-    write(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+    write_whole(folder / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
 def _draw(
@@ -198,5 +198,5 @@ def _draw(
             request = {"prompt": [text] if text else [], **({} if label is None else {"class": [str(label)]})}
             row = {"index": i, "prompt": text, "class": label, "request": request, "draw": i, **about}
             row["found"] = {"log_likelihood": float(likelihood)}
-            write(folder / file_name(i), images.png_bytes(picture, row))
+            write_whole(folder / file_name(i), images.png_bytes(picture, row))
             bar.update()

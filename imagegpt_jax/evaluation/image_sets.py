@@ -20,9 +20,9 @@ from imagegpt_jax.evaluation.html import Report
 from imagegpt_jax.metrics import captions, pairs, prompts, protocols, provenance, score, sets
 from imagegpt_jax.metrics import warnings as mistakes
 from imagegpt_jax.metrics.collected import MOMENTS, ROWS, VALUES, Collected
-from imagegpt_jax.metrics.files import write
 from imagegpt_jax.metrics.protocols import Protocol
 from imagegpt_jax.plugins import plug_in
+from imagegpt_jax.runtime.filesystem import write_whole
 
 _BATCH_SIZE = 64
 
@@ -264,7 +264,7 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
         "warnings": warnings,
     }
     if request.report and distributed.is_main_process():
-        write(epath.Path(request.report), _page(request, opened, scores, found).encode())
+        write_whole(epath.Path(request.report), _page(request, opened, scores, found))
     for collected in (found, compared, beside):
         if isinstance(collected, Collected):
             collected.close()
@@ -344,7 +344,7 @@ def _write_statistics(request: Request, found: Any, weights: Mapping[str, str]) 
     }
     out = io.BytesIO()
     np.savez(out, about=np.array(json.dumps(about)), **arrays)
-    write(epath.Path(request.statistics), out.getvalue())
+    write_whole(epath.Path(request.statistics), out.getvalue())
 
 
 @contextlib.contextmanager

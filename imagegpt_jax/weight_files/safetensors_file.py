@@ -168,14 +168,12 @@ def write(
         header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(path.name + ".tmp")
     written = set()
-    with open(temporary, "wb") as file:
+    with filesystem.replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(encoded).to_bytes(_LENGTH, "little") + encoded)
         for name, array in arrays:
             file.seek(_LENGTH + len(encoded) + begins[name])
             np.ascontiguousarray(array, shapes[name][1]).tofile(file)
             written.add(name)
         file.truncate(_LENGTH + len(encoded) + end)
-    assert written == set(shapes), sorted(written ^ set(shapes))
-    temporary.replace(path)
+        assert written == set(shapes), sorted(written ^ set(shapes))

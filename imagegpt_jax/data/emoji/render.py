@@ -12,7 +12,6 @@ import queue
 import struct
 import subprocess
 import sys
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from imagegpt_jax.data.emoji import catalog
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import filesystem
 
 # Part of the cache key: raise it when worker.py or svg_document give other pixels for the same drawing.
 _RENDERING = 1
@@ -90,22 +90,14 @@ def render(documents: Sequence[str]) -> Iterator[bytes]:
 def _write_zip(path: Path, names: Iterable[str], pngs: Iterable[bytes]) -> None:
     """Writes the archive; readers and other writers only ever see a complete file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        file = temporary.open("xb")
+        with filesystem.replacing(path, shared=True) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            for name, png in zip(names, pngs, strict=True):
+                archive.writestr(zipfile.ZipInfo(name), png)
     except OSError as e:
         raise UserError(
             f"rendered pictures cannot be kept in {path.parent} ({e.strerror}): set IMAGEGPT_JAX_CACHE to a folder"
             " that can be written."
         ) from e
-    try:
-        with file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name, png in zip(names, pngs, strict=True):
-                archive.writestr(zipfile.ZipInfo(name), png)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class Archive:

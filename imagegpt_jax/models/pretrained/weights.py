@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import filesystem
 from imagegpt_jax.weight_files import files
 
 CACHE = "IMAGEGPT_JAX_CACHE"  # environment variable: the folder of downloaded files
@@ -69,10 +70,7 @@ def fetch(file: File, flag: str) -> epath.Path:
                 f" ({getattr(e, 'reason', e)}): fetch that file where there is a network and give it by {flag}."
             ) from e
         _check_hash(hashlib.sha256(data).hexdigest(), file, file.url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name}.{os.getpid()}"
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        filesystem.write_whole(path, data, shared=True)
     _check_hash(sha256(path), file, str(path))
     return path
 

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.runtime import filesystem
 from imagegpt_jax.weight_files.tensor import Shape, Tensor
 
 _DTYPES = {

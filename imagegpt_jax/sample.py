@@ -24,7 +24,7 @@ from imagegpt_jax import cli, errors
 from imagegpt_jax.generation import flags as asking
 from imagegpt_jax.generation import output, postprocess
 from imagegpt_jax.generation.prompts import Request, file_name
-from imagegpt_jax.sampling.settings import SCHEDULES, WEIGHTS, Sampling
+from imagegpt_jax.sampling.settings import RENAMED, SCHEDULES, WEIGHTS, Sampling
 
 flags.adopt_module_key_flags(asking)
 flags.adopt_module_key_flags(postprocess)
@@ -69,7 +69,7 @@ SETTINGS = (
     flags.DEFINE_integer("top_k", None, "Draw among the k likeliest codes, 0 = all" + DEFAULT),
     flags.DEFINE_float("top_p", None, "Draw among the likeliest codes of this total probability, 1 = all" + DEFAULT),
     flags.DEFINE_float("min_p", None, "Draw among codes at least this share as likely as the likeliest" + DEFAULT),
-    flags.DEFINE_integer("no_repeat", None, "No run of so many codes appears twice, 0 = off" + DEFAULT),
+    flags.DEFINE_integer("no_repeat_ngram_size", None, "No n-gram of so many codes appears twice, 0 = off" + DEFAULT),
     flags.DEFINE_float("cfg_scale", None, "Strength of classifier-free guidance, 1 = none" + DEFAULT),
     flags.DEFINE_enum("cfg_schedule", None, SCHEDULES, "How guidance changes from code to code" + DEFAULT),
     flags.DEFINE_float("cfg_power", None, "Exponent of power_cosine" + DEFAULT),
@@ -79,8 +79,12 @@ SETTINGS = (
     flags.DEFINE_integer(
         "speculative", None, "Guesses that go through the network at once; the distribution stays, 0 = off" + DEFAULT
     ),
-    flags.DEFINE_integer("together", None, "Codes of a pass, for decoders trained in random order" + DEFAULT),
+    flags.DEFINE_integer(
+        "tokens_per_step", None, "Codes of one forward pass, for decoders trained in random order" + DEFAULT
+    ),
 )
+for _old, _new in RENAMED.items():
+    flags.DEFINE_alias(_old, _new)
 
 MAX_GRID_TILES, MAX_TILE_IMAGES = 100, 16
 MAX_GIF_IMAGES = 16
@@ -147,7 +151,8 @@ def adopt(path: str) -> tuple[dict[str, Any], int]:
                 f"--from_image={path} was made with --{name}={value}: give that flag if you trust it."
             )
     own = {flag.name: about[flag.name] for flag in (DECODER, TOKENIZER, STEP) if not flag.present}
-    for name, value in {**own, "seed": about["seed"], **about["sampler"], **about["finish"]}.items():
+    sampler = {RENAMED.get(name, name): value for name, value in about["sampler"].items()}
+    for name, value in {**own, "seed": about["seed"], **sampler, **about["finish"]}.items():
         flags.FLAGS[name].value = value
     return about, asking.recall(about["request"])
 

@@ -103,7 +103,7 @@ def draw(workdir: pathlib.Path) -> tuple[float, float]:
     """Draws two tiles of pictures, of which the second counts; (pictures per second, codes of a picture)."""
     from imagegpt_jax.generation import functional
     from imagegpt_jax.inference import loading
-    from imagegpt_jax.sampling.jobs import TILE
+    from imagegpt_jax.sampling.batching import BATCH_SIZE
 
     decoder = loading.load_decoder(workdir / "decoder")
     tok = decoder.load_tokenizer()
@@ -111,9 +111,9 @@ def draw(workdir: pathlib.Path) -> tuple[float, float]:
     seconds = []
     for seed in (0, 1):
         started = time.perf_counter()
-        functional.generate(decoder, tok, prompt, classes=label, num_images=TILE, seed=seed)
+        functional.generate(decoder, tok, prompt, classes=label, num_images=BATCH_SIZE, seed=seed)
         seconds.append(time.perf_counter() - started)
-    return TILE / seconds[-1], decoder.setup.layout.num_codes
+    return BATCH_SIZE / seconds[-1], decoder.setup.layout.num_codes
 
 
 def run_stage(stage: str, workdir: pathlib.Path) -> Result:

@@ -14,8 +14,10 @@ from imagegpt_jax.generation import request
 from imagegpt_jax.generation.pipeline import Grid, Sketch, best, check_pair, draw, layout_of
 from imagegpt_jax.inference.loading import Decoder, Tokenizer
 from imagegpt_jax.sampling import beam
-from imagegpt_jax.sampling.jobs import Sampling, caption_job, generate_text, until_end
+from imagegpt_jax.sampling.batching import run
+from imagegpt_jax.sampling.jobs import caption_job, until_end
 from imagegpt_jax.sampling.likelihood import log_likelihood
+from imagegpt_jax.sampling.settings import Sampling
 
 Words = str | Sequence[str] | None
 Classes = int | str | Sequence[int | str | None] | None
@@ -45,7 +47,7 @@ def generate(
       grid: (rows, columns) of codes, for pictures of another shape than the decoder was trained on.
       features: a text encoder's output [B, P, E] for each prompt and its mask [B, P], as `Decoder.text_features` gives
         them, for a decoder that has them before its codes.
-      **how: settings of `sampling.jobs.Sampling` (`temperature`, `top_k`, `cfg_scale`, ...), None for those of the
+      **how: settings of `sampling.settings.Sampling` (`temperature`, `top_k`, `cfg_scale`, ...), None for those of the
         decoder's config; `negative`, a text or one for each prompt, that guidance leads away from; `best_of` and
         `scorer`, to keep the best `num_images` of so many (`sampling.scorers`); `on_step`, `mesh` and `tile` of
         `generation.pipeline.draw`.
@@ -265,7 +267,7 @@ def caption(
       num_captions: captions of each picture.
       seed: the draws of caption i depend on (seed, i) alone.
       beams: search for the likeliest captions with so many beams instead of drawing; 0 = draw.
-      **how: settings of `sampling.jobs.Sampling`; greedy by default. With beams, `weights` alone.
+      **how: settings of `sampling.settings.Sampling`; greedy by default. With beams, `weights` alone.
 
     Returns:
       B * num_captions texts: all of the first picture, then those of the second; with beams the likeliest first.
@@ -279,7 +281,7 @@ def caption(
     if beams and num_captions > beams:
         raise UserError(f"{num_captions} captions of a picture need as many beams, and there are {beams}.")
     plain = {"temperature": 0.0 if num_captions == 1 else 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0}
-    how = plain | {"together": 1} | how
+    how = plain | {"tokens_per_step": 1} | how
     _, codes, grid = request.encoded(tok, images)
     layout, sampling = layout_of(gpt, grid), _settings(gpt, how)
     if beams:
@@ -288,7 +290,8 @@ def caption(
         best_BT = found.tokens[:, :num_captions].reshape(-1, found.tokens.shape[2])
         ids = [until_end(layout, ids_T) for ids_T in best_BT]
     else:
-        ids = generate_text(gpt.placed(), layout, np.repeat(codes, num_captions, axis=0), sampling, seed, **how)
+        job = caption_job(layout, np.repeat(codes, num_captions, axis=0), sampling)
+        ids = [until_end(layout, ids_T) for ids_T in run(gpt.placed(), job, sampling, seed, **how).tokens]
     return [gpt.setup.text.decode(text) for text in ids]
 
 

@@ -19,7 +19,9 @@ from imagegpt_jax.data.packing import NO_LABEL, Layout
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.generation import scorers
 from imagegpt_jax.inference.loading import Decoder, Tokenizer
-from imagegpt_jax.sampling.jobs import TILE, Sampling, image_job, run
+from imagegpt_jax.sampling.batching import BATCH_SIZE, run
+from imagegpt_jax.sampling.jobs import image_job
+from imagegpt_jax.sampling.settings import Sampling
 
 Grid = tuple[int, int]
 
@@ -34,7 +36,7 @@ class Sketch:
       negative: what guidance leads away from; None for nothing in particular.
       second: texts that are mixed in; None for none.
       shares: float [B], how much of the logits is `second`'s.
-      given: int32 [B, N], codes that are taken over, FREE elsewhere; None where all are drawn.
+      given: int32 [B, N], codes that are taken over, UNKNOWN elsewhere; None where all are drawn.
       grid: (rows, columns) of codes; None for the decoder's own.
       source: uint8 [B, H, W, C], the picture whose pixels stay where `fresh` is not set.
       fresh: bool [B, H, W], where new pixels go.
@@ -122,7 +124,7 @@ def draw(
     num_images: int = 1,
     first: int = 0,
     draws: Sequence[int] | None = None,
-    tile: int = TILE,
+    batch_size: int = BATCH_SIZE,
     mesh: jax.sharding.Mesh | None = None,
     on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> Iterator[Drawing]:
@@ -137,7 +139,7 @@ def draw(
       num_images: pictures of each request.
       first: number of the picture to begin with; those before it have been drawn.
       draws: for each picture, the number i of its draws in place of its own number.
-      tile: pictures that a device draws at once.
+      batch_size: pictures that a device draws at once.
       mesh: devices to draw on, see `sampling.batching.run`.
       on_step: called after every code, see `sampling.batching.run`.
 
@@ -160,7 +162,7 @@ def draw(
     away = None if sketch.negative is None else gpt.read(sketch.negative)
     if negative is not None and not sampling.guided:
         raise UserError("a negative prompt acts through guidance: give a cfg_scale other than 1.")
-    together = tile * (1 if mesh is None else mesh.size // mesh.shape["tensor"])
+    together = batch_size * (1 if mesh is None else mesh.size // mesh.shape["tensor"])
     total = len(texts) * num_images
 
     def tiles() -> Iterator[Drawing]:
@@ -189,7 +191,7 @@ def draw(
                 sampling,
                 seed,
                 sample_indices=index if draws is None else np.asarray(draws)[index],
-                tile=tile,
+                batch_size=batch_size,
                 mesh=mesh,
                 on_step=on_step,
             )

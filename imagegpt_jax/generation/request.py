@@ -10,7 +10,7 @@ import numpy as np
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.generation.pipeline import Grid, Sketch, check_pair
 from imagegpt_jax.inference.loading import Decoder, Tokenizer
-from imagegpt_jax.sampling.jobs import FREE
+from imagegpt_jax.sampling.engine import UNKNOWN
 
 
 def inpaint(
@@ -29,7 +29,7 @@ def inpaint(
         raise UserError(f"a mask has the pictures' height and width {source.shape[1:3]}, and this one {masks.shape}.")
     masks = np.broadcast_to(masks, source.shape[:3])
     touched = masks.reshape(len(masks), grid[0], tok.downsample, grid[1], tok.downsample).any((2, 4))
-    given = np.where(touched.reshape(codes.shape), FREE, codes)
+    given = np.where(touched.reshape(codes.shape), UNKNOWN, codes)
     return Sketch(prompts=prompts, classes=classes, given=given, grid=grid, source=source, fresh=masks)
 
 
@@ -50,7 +50,7 @@ def outpaint(
     wide = np.pad(source, ((0, 0), (top, bottom), (left, right), (0, 0)))
     fresh = np.pad(np.zeros(source.shape[:3], bool), ((0, 0), (top, bottom), (left, right)), constant_values=True)
     cells = [(m // tok.downsample, n // tok.downsample) for m, n in ((top, bottom), (left, right))]
-    given = np.pad(codes.reshape(-1, *grid), ((0, 0), *cells), constant_values=FREE)
+    given = np.pad(codes.reshape(-1, *grid), ((0, 0), *cells), constant_values=UNKNOWN)
     size = given.shape[1:]
     return Sketch(
         prompts=prompts, classes=classes, given=given.reshape(len(given), -1), grid=size, source=wide, fresh=fresh
@@ -82,7 +82,7 @@ def variations(
     _, codes, grid = encoded(tok, images)
     order = np.random.default_rng(seed).permutation(codes.shape[1])
     given = codes.copy()
-    given[:, order[: round(strength * len(order))]] = FREE
+    given[:, order[: round(strength * len(order))]] = UNKNOWN
     return Sketch(prompts=prompts, classes=classes, given=given, grid=grid)
 
 

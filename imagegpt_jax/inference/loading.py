@@ -29,7 +29,9 @@ from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.inference import text_encoder as encoders
 from imagegpt_jax.models.gpt import GPT, Output, Sequence, plain_sequence
 from imagegpt_jax.parallel import sharding
-from imagegpt_jax.sampling.jobs import Sampling, place
+from imagegpt_jax.sampling import settings as settings_lib
+from imagegpt_jax.sampling.batching import place
+from imagegpt_jax.sampling.settings import Sampling
 from imagegpt_jax.tasks import decoder as decoder_task
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
 
@@ -221,7 +223,7 @@ class Decoder(nnx.Module):
         self.path, self.step = path, step
 
     def placed(self, weights: str = "", mesh: jax.sharding.Mesh | None = None) -> GPT:
-        """The network as decoding wants it (`sampling.jobs.place`), made once for each precision of the weights and
+        """The network as decoding wants it (`sampling.batching.place`), made once for each precision of the weights and
         mesh.
         """
         kept, leaves = _PLACED.setdefault(self, {}), jax.tree.leaves(self.gpt)
@@ -294,7 +296,7 @@ class Decoder(nnx.Module):
           UserError: for a setting that is out of range.
         """
         given = {name: value for name, value in settings.items() if value is not None}
-        return config_lib.to_dataclass(Sampling, {**self.config.sampling.to_dict(), **given})
+        return settings_lib.read({**self.config.sampling.to_dict(), **given})
 
     def class_index(self, label: int | str) -> int:
         """Number of a class that is given by name (case and underscores do not matter) or number.

@@ -23,8 +23,8 @@ from imagegpt_jax.config import Config
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import gpt
 from imagegpt_jax.parallel import manual_collectives, sharding
-from imagegpt_jax.sampling.decode_weights import score
-from imagegpt_jax.sampling.jobs import prefill, prepare, step
+from imagegpt_jax.sampling.decode_weights import prepare, score
+from imagegpt_jax.sampling.engine import prefill, step
 from imagegpt_jax.tasks import decoder
 
 
@@ -50,8 +50,8 @@ class Program:
 class Sampling:
     """Prefill with its first scores, and one guided step; rows are twice the samples, and each device has its own.
 
-    Weights are laid out as `sampling.jobs.place` does: cut over `tensor` alone, in the compute dtype. They are traced
-    where they are first asked for.
+    Weights are laid out as `sampling.batching.place` does: cut over `tensor` alone, in the compute dtype. They are
+    traced where they are first asked for.
 
     Args:
       setup: the decoder's static part.

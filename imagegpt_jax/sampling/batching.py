@@ -1,7 +1,7 @@
-"""Any number of samples through programs of one size: tiles of rows, on one device or on every device of a mesh.
+"""Any number of samples through programs of one size: fixed-size batches, on one device or on every device of a mesh.
 
-The draws of sample i depend on (seed, i) alone, and a device always decodes tiles of the same size, the last one filled
-up with its last sample: a picture does not depend on how many others are made beside it, nor on the number of devices.
+Sample i depends only on (seed, i): a device always decodes batches of the same size, the last one filled up with its
+last sample. So an image does not depend on how many others are made beside it, nor on the number of devices.
 
 Shapes: B samples, N tokens, G prompts of a sample.
 """
@@ -23,59 +23,27 @@ from imagegpt_jax.models.gpt import Sequence as Sequence_
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.sampling import engine, parallel, speculative
 from imagegpt_jax.sampling.decode_weights import prepare, prepared
+from imagegpt_jax.sampling.jobs import Job
 from imagegpt_jax.sampling.settings import Sampling
 from imagegpt_jax.sampling.token_sampling import Filters
 
-TILE = 8
-Packed = dict[str, np.ndarray]  # what `Layout.prompt` returns
+BATCH_SIZE = 8  # samples that a device decodes at once
 OnStep = Callable[[int, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """Samples to decode.
-
-    Attributes:
-      prompts: G packed prompts, each of B rows.
-      without: the prompt of guidance, B rows; None without guidance.
-      offsets: int32 [N, 3], see `engine.Settings`.
-      start: first of the ids that may be drawn.
-      size: how many there are.
-      mix: float32 [B, G], shares of the prompts; None for one prompt.
-      given: int32 [B, N], see `engine.Rows`.
-      bias: float32 [size], see `engine.Settings`.
-      any_order: whether tokens may be drawn in another order than that of `offsets`: codes of a picture, not words.
-    """
-
-    prompts: Sequence[Packed]
-    without: Packed | None
-    offsets: np.ndarray
-    start: int
-    size: int
-    mix: np.ndarray | None = None
-    given: np.ndarray | None = None
-    bias: np.ndarray | None = None
-    any_order: bool = False
-
-    @property
-    def total(self) -> int:
-        """B."""
-        return len(self.prompts[0]["tokens"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What came of some samples.
+class Samples:
+    """What was sampled.
 
     Attributes:
       tokens: int32 [B, N], numbers within the ids that may be drawn.
       log_likelihood: float32 [B], see `engine.State`.
-      passes: int32 [B], how often each sample went through the network, its prompt included.
+      forward_passes: int32 [B], how often each sample went through the network, its prompt included.
     """
 
     tokens: np.ndarray
     log_likelihood: np.ndarray
-    passes: np.ndarray
+    forward_passes: np.ndarray
 
 
 def place(gpt: GPT, weights: str = "", mesh: Mesh | None = None) -> GPT:
@@ -109,12 +77,12 @@ def run(
     seed: int = 0,
     *,
     sample_indices: Sequence[int] | np.ndarray | None = None,
-    tile: int = TILE,
+    batch_size: int = BATCH_SIZE,
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_step: OnStep | None = None,
-) -> Drawn:
-    """Decodes a job, a tile on every device at a time.
+) -> Samples:
+    """Decodes a job, a batch on every device at a time.
 
     Args:
       gpt: the decoder, as trained or from `place`.
@@ -122,23 +90,23 @@ def run(
       sampling: how to draw.
       seed: with the sample's index, all that its draws depend on.
       sample_indices: index of each sample (default 0, 1, ...).
-      tile: samples that a device decodes at once.
+      batch_size: samples that a device decodes at once.
       mesh: devices to decode on: rows are cut over its `data` and `fsdp` axes, heads and matrices over `tensor`. By
         default the device that the parameters are on.
-      progress: called with (samples done, samples in all) after each tile.
-      on_step: called after every token with (tokens drawn, those of all samples of the tile [b, N], zero where not yet
-        drawn); this leaves the compiled loop at every token.
+      progress: called with (samples done, samples in all) after each batch.
+      on_step: called after every token with (tokens drawn, those of all samples of the batch [b, N], zero where not
+        yet drawn); this leaves the compiled loop at every token.
 
-    A decoder that was trained in random order draws codes that are free after those that are given (for all or most of
-    the samples), wherever they are.
+    A decoder that was trained in random order samples unknown codes after the known ones (those of all or most of the
+    samples), wherever they are.
 
     Raises:
-      UserError: for a tile below 1, sample indices of another number than the samples, or settings that this decoder or
-        this job is not for.
+      UserError: for a batch_size below 1, sample indices of another number than the samples, or settings that this
+        decoder or this job is not for.
     """
     total = job.total
-    if tile < 1:
-        raise UserError(f"tile={tile} must be at least 1.")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1.")
     indices = np.arange(total) if sample_indices is None else np.asarray(sample_indices)
     if indices.shape != (total,):
         raise UserError(f"sample_indices has {indices.size} entries for {total} samples.")
@@ -150,7 +118,7 @@ def run(
     shape, settings = plan(job, sampling)
     keys = sample_keys(seed, indices)
     devices = 1 if mesh is None else sharding.batch_shards(mesh)
-    found = Drawn(np.zeros((total, steps), np.int32), np.zeros(total, np.float32), np.full(total, steps, np.int32))
+    results = Samples(np.zeros((total, steps), np.int32), np.zeros(total, np.float32), np.full(total, steps, np.int32))
 
     def placed(tokens: jax.Array, count: int) -> np.ndarray:
         tokens_BN = np.zeros((count, steps), np.int32)
@@ -158,26 +126,26 @@ def run(
         return tokens_BN
 
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        for first in range(0, total, tile * devices):
-            # The last tiles are filled with the last sample.
-            samples = np.minimum(np.arange(first, first + tile * devices), total - 1)
-            count = min(tile * devices, total - first)
+        for first in range(0, total, batch_size * devices):
+            # The last batches are filled with the last sample.
+            samples = np.minimum(np.arange(first, first + batch_size * devices), total - 1)
+            count = min(batch_size * devices, total - first)
             part = slice(first, first + count)
-            rows = rows_of(job, keys, samples.reshape(devices, tile), mesh)
+            rows = rows_of(job, keys, samples.reshape(devices, batch_size), mesh)
             if sampling.speculative:
                 drawn = speculative.decode(gpt, rows, settings, shape=shape, window=sampling.speculative)
-                found.passes[part] = _fetch(drawn[2])[:count]
-            elif sampling.together > 1:
-                drawn = parallel.decode(gpt, rows, settings, shape=shape, together=sampling.together)
-                found.passes[part] = -(-steps // sampling.together)
+                results.forward_passes[part] = _fetch(drawn[2])[:count]
+            elif sampling.tokens_per_step > 1:
+                drawn = parallel.decode(gpt, rows, settings, shape=shape, tokens_per_step=sampling.tokens_per_step)
+                results.forward_passes[part] = -(-steps // sampling.tokens_per_step)
             else:
                 see = None if on_step is None else lambda i, tokens, count=count: on_step(i, placed(tokens, count))
                 drawn = _one_by_one(gpt, rows, settings, shape, see)
-            found.tokens[part] = placed(drawn[0], count)
-            found.log_likelihood[part] = _fetch(drawn[1])[:count]
+            results.tokens[part] = placed(drawn[0], count)
+            results.log_likelihood[part] = _fetch(drawn[1])[:count]
             if progress is not None:
                 progress(first + count, total)
-    return found
+    return results
 
 
 def _one_by_one(
@@ -192,7 +160,7 @@ def _one_by_one(
     if see is not None:
         see(1, state.drawn)
     drawn = 1
-    for capacity, end in engine.stretches(engine.prompt_slots(gpt, rows.prompt), len(settings.offsets)):
+    for capacity, end in engine.cache_segments(engine.prompt_slots(gpt, rows.prompt), len(settings.offsets)):
         if capacity > state.cache.capacity:
             state = engine.grow(state, capacity)
         for stop in [end] if see is None else range(drawn + 1, end + 1):
@@ -204,14 +172,16 @@ def _one_by_one(
 
 
 def _check(gpt: GPT, job: Job, sampling: Sampling, watched: bool) -> None:
-    if sampling.together > 1 and not gpt.config.target_positions:
+    if sampling.tokens_per_step > 1 and not gpt.config.target_positions:
         raise UserError(
-            f"together={sampling.together} needs a decoder trained in random order (model.target_positions): leave it"
-            " at 1, or try speculative=4."
+            f"tokens_per_step={sampling.tokens_per_step} needs a decoder trained in random order"
+            " (model.target_positions): leave it at 1, or try speculative=4."
         )
-    if sampling.together > 1 and not job.any_order:
-        raise UserError(f"together={sampling.together} is for codes of pictures: words are drawn one after another.")
-    if watched and (sampling.speculative or sampling.together > 1):
+    if sampling.tokens_per_step > 1 and not job.any_order:
+        raise UserError(
+            f"tokens_per_step={sampling.tokens_per_step} is for codes of pictures: words are drawn one after another."
+        )
+    if watched and (sampling.speculative or sampling.tokens_per_step > 1):
         raise UserError("every single token is seen only where they are drawn one after another: leave on_step out.")
 
 
@@ -220,17 +190,17 @@ def _order(gpt: GPT, job: Job, sampling: Sampling, seed: int) -> np.ndarray:
     order = np.arange(len(job.offsets))
     if not gpt.config.target_positions or not job.any_order:
         return order
-    if sampling.together > 1:  # codes of one pass do not know of each other, and should be far apart
+    if sampling.tokens_per_step > 1:  # codes of one pass do not know of each other, and should be far apart
         order = np.random.default_rng(seed).permutation(order)
     if job.given is None:
         return order
-    share_N = np.mean(job.given != engine.FREE, axis=0)
+    share_N = np.mean(job.given != engine.UNKNOWN, axis=0)
     return order[np.argsort(-share_N[order], kind="stable")]
 
 
 def plan(job: Job, sampling: Sampling) -> tuple[engine.Shape, engine.Settings]:
-    """What is the same for all tiles of a job."""
-    shape = engine.Shape(job.start, job.size, len(job.prompts), job.without is not None, sampling.no_repeat)
+    """What is the same for all batches of a job."""
+    shape = engine.Shape(job.start, job.size, len(job.prompts), job.without is not None, sampling.no_repeat_ngram_size)
     guidance = jnp.asarray(sampling.guidance(len(job.offsets)))
     return shape, engine.Settings(jnp.asarray(job.offsets), Filters.of(sampling), guidance, _array(job.bias))
 

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest sequences, instead of drawn ones. For captions, and for short grids of codes.
+"""Beam search: the likeliest sequences, instead of sampled ones. For captions, and for short grids of codes.
 
 Shapes: B samples, K beams, G prompts of a sample, R = B x rows of a sample, N tokens, V ids that may be drawn.
 """
@@ -22,7 +22,7 @@ NO_END = -1  # of sequences that are all as long as they can be
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Beams:
     """The beams of each sample, best first.
 
     Attributes:
@@ -42,18 +42,18 @@ def search(
     beams: int,
     end: int = NO_END,
     length_penalty: float = 0.0,
-    tile: int = 1,
-) -> Found:
+    batch_size: int = 1,
+) -> Beams:
     """Keeps the K likeliest beginnings of each sample, token by token. Exact if K is at least V^(N - 1).
 
     Args:
-      gpt: the decoder, as trained or from `tiles.place`.
+      gpt: the decoder, as trained or from `batching.place`.
       job: what to decode; given tokens are not regarded.
       sampling: of its settings guidance alone.
       beams: K.
       end: token after which a sequence is over.
       length_penalty: alpha of arXiv:1609.08144: final beams are ordered by log-likelihood / ((5 + length) / 6)^alpha.
-      tile: samples that are searched for together.
+      batch_size: samples that are searched for together.
 
     Raises:
       UserError: for fewer than one beam, or more than there are tokens.
@@ -63,18 +63,18 @@ def search(
     gpt = batching.place(gpt, sampling.weights)
     shape, settings = batching.plan(job, sampling)
     keys = batching.sample_keys(0, np.arange(job.total))
-    found_tokens, found_scores = [], []
-    for first in range(0, job.total, tile):
-        samples = np.minimum(np.arange(first, first + tile), job.total - 1)
+    all_tokens, all_scores = [], []
+    for first in range(0, job.total, batch_size):
+        samples = np.minimum(np.arange(first, first + batch_size), job.total - 1)
         rows = batching.rows_of(job, keys, samples[None])
         tokens_BKN, scores_BK = _search(gpt, rows, settings, shape=shape, beams=beams, end=end)
-        count = min(tile, job.total - first)
-        found_tokens.append(np.asarray(tokens_BKN)[:count])
-        found_scores.append(np.asarray(scores_BK)[:count])
-    tokens, scores = np.concatenate(found_tokens), np.concatenate(found_scores)
+        count = min(batch_size, job.total - first)
+        all_tokens.append(np.asarray(tokens_BKN)[:count])
+        all_scores.append(np.asarray(scores_BK)[:count])
+    tokens, scores = np.concatenate(all_tokens), np.concatenate(all_scores)
     length_BK = tokens.shape[2] - np.maximum((tokens == end).sum(2) - 1, 0)
     order_BK = np.argsort(-scores / ((5 + length_BK) / 6) ** length_penalty, axis=1, kind="stable")
-    return Found(np.take_along_axis(tokens, order_BK[..., None], 1), np.take_along_axis(scores, order_BK, 1))
+    return Beams(np.take_along_axis(tokens, order_BK[..., None], 1), np.take_along_axis(scores, order_BK, 1))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "beams", "end"))

@@ -1,17 +1,18 @@
 """The decoding loop: prefill, then one compiled loop over a cache that is updated in place.
 
 `prefill` and `step` are the parts that a server interleaves itself (`Cache.insert`). `start` and `advance` are the loop
-of everything else: `start` runs the prompts of a tile and draws the first token, `advance` goes on to any later token
+of everything else: `start` runs the prompts of a batch and draws the first token, `advance` goes on to any later token
 and may be called again. Nothing compiles anew for other prompts, settings or schedules; only for other shapes.
 
-A step reads all slots of the cache, written or not. So a long picture is decoded in `stretches`, between which the
+A step reads all slots of the cache, written or not. So a long image is decoded in `cache_segments`, between which the
 cache grows (`grow`): in three of equal length a third of the slots need not be read.
 
-A tile decodes B samples in R rows of the network: G prompts for each (one, or several whose logits are mixed), and with
-guidance one more without prompt. Rows lie group by group: [prompt 1 of all samples, prompt 2 of all, ..., none of all].
+A batch decodes B samples in R rows of the network: G prompts for each (one, or several whose logits are mixed), and
+with guidance one more without prompt. Rows lie group by group: [prompt 1 of all samples, prompt 2 of all, ..., none of
+all].
 
-Shapes: B samples of a tile, R rows, G prompts of a sample, N tokens to decode, P prompt length, D width, V ids that may
-be drawn.
+Shapes: B samples of a batch, R rows, G prompts of a sample, N tokens to decode, P prompt length, D width, V ids that
+may be sampled.
 """
 
 import dataclasses
@@ -29,10 +30,10 @@ from imagegpt_jax.parallel import manual_collectives
 from imagegpt_jax.sampling import token_sampling
 from imagegpt_jax.sampling.decode_weights import score
 
-FREE = -1  # a token that is to be drawn, where others are given
-# Each stretch is a program of its own: so many at most, and none for fewer tokens than this.
-MOST_STRETCHES = 4
-SHORTEST_STRETCH = 64
+UNKNOWN = -1  # a token that is to be sampled, where others are known
+# Each segment is a program of its own: so many at most, and none for fewer tokens than this.
+MAX_SEGMENTS = 4
+MIN_SEGMENT = 64
 
 # ------------------------------------------------------------------------------------------- the parts, for a server
 
@@ -113,14 +114,14 @@ class Shape:
       size: V, how many there are.
       prompts: G.
       guided: whether rows without a prompt follow.
-      no_repeat: see `Sampling`.
+      no_repeat_ngram_size: see `Sampling`.
     """
 
     start: int
     size: int
     prompts: int = 1
     guided: bool = False
-    no_repeat: int = 0
+    no_repeat_ngram_size: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -132,7 +133,7 @@ class Rows:
       prompt: R rows.
       keys: one for each sample.
       mix: share of each prompt's logits, for G > 1.
-      given: tokens that are not drawn but given, within 0 to V - 1; FREE elsewhere; None where all are free.
+      given: tokens that are not drawn but given, within 0 to V - 1; UNKNOWN elsewhere; None where all are free.
     """
 
     prompt: Sequence
@@ -191,7 +192,7 @@ def mixed(
     return logits_BV
 
 
-def _draw(
+def _sample_next(
     table_VD: Float[Array, "V D"],
     shape: Shape,
     rows: Rows,
@@ -199,18 +200,22 @@ def _draw(
     state: State,
     hidden_RD: Float[Array, "R D"],
 ) -> State:
-    """Draws token number `train_state.count` from final states and the head's rows of the ids that may be drawn."""
+    """Draws token number `state.count` from final states and the head's rows of the ids that may be drawn."""
     i = state.count
     logits_BV = mixed(score(hidden_RD, table_VD), shape, rows.mix, settings.guidance[i])
     if settings.bias is not None:
         logits_BV = logits_BV + settings.bias
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    if shape.no_repeat:
-        logits_BV = jnp.where(token_sampling.repeats(state.drawn, i, shape.no_repeat, shape.size), -jnp.inf, logits_BV)
-    tokens_B = token_sampling.choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(rows.keys, i), settings.filters)
+    if shape.no_repeat_ngram_size:
+        logits_BV = jnp.where(
+            token_sampling.completes_ngram(state.drawn, i, shape.no_repeat_ngram_size, shape.size), -jnp.inf, logits_BV
+        )
+    tokens_B = token_sampling.sample_tokens(
+        logits_BV, jax.vmap(jax.random.fold_in, (0, None))(rows.keys, i), settings.filters
+    )
     if rows.given is not None:
         given_B = jax.lax.dynamic_index_in_dim(rows.given, i, axis=1, keepdims=False)
-        tokens_B = jnp.where(given_B == FREE, tokens_B, given_B)
+        tokens_B = jnp.where(given_B == UNKNOWN, tokens_B, given_B)
     log_probs_B = jnp.take_along_axis(log_probs_BV, tokens_B[:, None], axis=1)[:, 0]
     return dataclasses.replace(
         state,
@@ -226,14 +231,14 @@ def prompt_slots(gpt: GPT, prompt: Sequence) -> int:
     return prefix + prompt.tokens.shape[1]
 
 
-def stretches(slots: int, steps: int) -> list[tuple[int, int]]:
-    """(capacity of the cache, tokens drawn at its end) of each stretch of a picture.
+def cache_segments(slots: int, steps: int) -> list[tuple[int, int]]:
+    """(capacity of the cache, tokens drawn at its end) of each segment of an image.
 
     Args:
       slots: that the prompt takes.
       steps: tokens to draw; the last one is not written to the cache.
     """
-    count = max(1, min(MOST_STRETCHES, (steps - 1) // SHORTEST_STRETCH))
+    count = max(1, min(MAX_SEGMENTS, (steps - 1) // MIN_SEGMENT))
     ends = [1 + -(-(steps - 1) * i // count) for i in range(1, count + 1)]
     return [(slots + end - 1, end) for end in ends]
 
@@ -241,10 +246,10 @@ def stretches(slots: int, steps: int) -> list[tuple[int, int]]:
 def _start(gpt: GPT, rows: Rows, settings: Settings, *, shape: Shape) -> State:
     prompt, steps = rows.prompt, settings.offsets.shape[0]
     slots = prompt_slots(gpt, prompt)
-    hidden_RD, cache = prefill(gpt, prompt, stretches(slots, steps)[0][0])
+    hidden_RD, cache = prefill(gpt, prompt, cache_segments(slots, steps)[0][0])
     samples = rows.keys.shape[0]
     state = State(cache, jnp.zeros((samples, steps), jnp.int32), jnp.zeros((samples,)), jnp.zeros((), jnp.int32))
-    return _draw(gpt.output_table(shape.start, shape.size), shape, rows, settings, state, hidden_RD)
+    return _sample_next(gpt.output_table(shape.start, shape.size), shape, rows, settings, state, hidden_RD)
 
 
 def _advance(gpt: GPT, rows: Rows, settings: Settings, state: State, stop: jax.Array, *, shape: Shape) -> State:
@@ -264,14 +269,14 @@ def _advance(gpt: GPT, rows: Rows, settings: Settings, state: State, stop: jax.A
             target_positions_R3=targets_R3,
             prompt=rows.prompt,
         )
-        return _draw(table_VD, shape, rows, settings, dataclasses.replace(state, cache=cache), hidden_RD)
+        return _sample_next(table_VD, shape, rows, settings, dataclasses.replace(state, cache=cache), hidden_RD)
 
     return jax.lax.fori_loop(state.count, stop, body, state)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
 def start(gpt: GPT, rows: Rows, settings: Settings, *, shape: Shape) -> State:
-    """Runs the prompts into a cache for the first of the `stretches`, and draws the first token.
+    """Runs the prompts into a cache for the first of the `cache_segments`, and draws the first token.
 
     Args:
       gpt: from `prepare`.

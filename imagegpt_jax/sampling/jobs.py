@@ -1,112 +1,83 @@
-"""Sampling, as everything else calls it: lists in, arrays out. The parts are in `imagegpt_jax/sampling/`.
+"""What is to be decoded: prompts, known tokens and their positions, packed for the engine.
 
 Shapes: B samples, N tokens to decode, G prompts of a sample.
 """
 
-from collections import abc
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
 
 from imagegpt_jax.data.packing import Layout
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.models.gpt import GPT
-from imagegpt_jax.sampling.batching import TILE, Drawn, Job, place, run
-from imagegpt_jax.sampling.decode_weights import prepare
-from imagegpt_jax.sampling.engine import FREE, extend, prefill, step
+from imagegpt_jax.sampling.engine import UNKNOWN
 from imagegpt_jax.sampling.settings import Sampling
-from imagegpt_jax.sampling.token_sampling import Filters, choose
 
-__all__ = [
-    "FREE",
-    "TILE",
-    "Drawn",
-    "Filters",
-    "Sampling",
-    "caption_job",
-    "choose",
-    "extend",
-    "generate_codes",
-    "generate_text",
-    "image_job",
-    "place",
-    "prefill",
-    "prepare",
-    "run",
-    "step",
-]
-
-Texts = abc.Sequence[abc.Sequence[int]]
-Labels = abc.Sequence[int] | np.ndarray
+Texts = Sequence[Sequence[int]]
+Labels = Sequence[int] | np.ndarray
 # A text encoder's output [B, P, E] and its mask [B, P].
 Features = tuple[np.ndarray, np.ndarray]
+Packed = dict[str, np.ndarray]  # what `Layout.prompt` returns
 
 
-def generate_codes(
-    gpt: GPT,
-    layout: Layout,
-    texts: Texts | None,
-    labels: Labels | None = None,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    *,
-    negative: Texts | None = None,
-    given: np.ndarray | None = None,
-    features: Features | None = None,
-    **how: Any,
-) -> Int[np.ndarray, "B N"]:
-    """Samples the image codes of one picture for each prompt.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Samples to decode.
 
-    Args:
-      gpt: the decoder, as trained or from `place`.
-      layout: how it was trained; another `grid` gives pictures of another shape.
-      texts: token ids of each prompt; an empty list is an unconditional picture. `None` where only labels are given.
-      labels: class of each sample, -1 or `None` for none.
-      sampling: how to draw; `None` for the defaults.
-      seed: with the sample's index, all that its draws depend on.
-      negative: token ids of what guidance leads away from, for each sample; none by default.
-      given: codes [B, N] that are not drawn but taken over, FREE (-1) elsewhere.
-      features: a text encoder's output [B, P, E] and its mask [B, P], for a decoder with `feature_width`.
-      **how: `sample_indices`, `tile`, `mesh`, `progress`, `on_step` of `sampling.batching.run`.
-
-    Returns:
-      codes in raster order, 0 <= code < num_codes.
-
-    Raises:
-      UserError: if prompts do not fit the layout, or settings are out of range.
+    Attributes:
+      prompts: G packed prompts, each of B rows.
+      without: the prompt of guidance, B rows; None without guidance.
+      offsets: int32 [N, 3], see `engine.Settings`.
+      start: first of the ids that may be drawn.
+      size: how many there are.
+      mix: float32 [B, G], shares of the prompts; None for one prompt.
+      given: int32 [B, N], see `engine.Rows`.
+      bias: float32 [size], see `engine.Settings`.
+      any_order: whether tokens may be drawn in another order than that of `offsets`: codes of a picture, not words.
     """
-    sampling = sampling or Sampling()
-    shown = None if features is None else [features]
-    job = image_job(layout, [(texts, labels)], sampling, negative=negative, given=given, features=shown)
-    return run(gpt, job, sampling, seed, **how).tokens
+
+    prompts: Sequence[Packed]
+    without: Packed | None
+    offsets: np.ndarray
+    start: int
+    size: int
+    mix: np.ndarray | None = None
+    given: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    any_order: bool = False
+
+    @property
+    def total(self) -> int:
+        """B."""
+        return len(self.prompts[0]["tokens"])
 
 
 def image_job(
     layout: Layout,
-    prompts: abc.Sequence[tuple[Texts | None, Labels | None]],
+    prompts: Sequence[tuple[Texts | None, Labels | None]],
     sampling: Sampling,
     *,
     mix: np.ndarray | None = None,
     negative: Texts | None = None,
     given: np.ndarray | None = None,
-    features: abc.Sequence[Features] | None = None,
+    features: Sequence[Features] | None = None,
     negative_features: Features | None = None,
 ) -> Job:
-    """What `run` needs to draw pictures; arguments as in `generate_codes`.
+    """The job of sampling the image codes of one picture for each prompt, 0 <= code < num_codes, in raster order.
 
     Args:
-      layout: of the sequences.
-      prompts: one (texts, labels), or G whose logits are mixed.
-      sampling: how to draw.
+      layout: how the decoder was trained; another `grid` gives pictures of another shape.
+      prompts: one (texts, labels), or G whose logits are mixed: token ids of each prompt, where an empty list is an
+        unconditional picture, and the class of each sample, -1 for none. Either may be None.
+      sampling: how to sample.
       mix: [B, G], the share of each prompt in the logits; for G > 1.
-      negative: see `generate_codes`.
-      given: see `generate_codes`.
-      features: of each of the prompts, see `generate_codes`.
-      negative_features: of what guidance leads away from; the learned ones of "no text" by default.
+      negative: token ids of each sample's negative prompt; none by default.
+      given: known codes [B, N], UNKNOWN (-1) where they are to be sampled.
+      features: of each of the prompts, for a decoder with `feature_width`.
+      negative_features: of the negative prompts; the learned ones of "no text" by default.
 
     Raises:
-      UserError: as `generate_codes`.
+      UserError: if prompts do not fit the layout, or settings are out of range.
     """
     packed = [layout.prompt(texts, labels) for texts, labels in prompts]
     total = len(packed[0]["tokens"])
@@ -120,9 +91,9 @@ def image_job(
             without |= _shown(negative_features or (values, np.zeros_like(mask)))
     if given is not None:
         given = np.asarray(given, np.int32).reshape(len(given), -1)
-        if given.shape != (total, layout.num_codes) or given.min() < FREE or given.max() >= layout.space.num_codes:
+        if given.shape != (total, layout.num_codes) or given.min() < UNKNOWN or given.max() >= layout.space.num_codes:
             raise UserError(
-                f"given codes are {FREE} (free) or 0 to {layout.space.num_codes - 1}, of shape"
+                f"given codes are {UNKNOWN} (unknown) or 0 to {layout.space.num_codes - 1}, of shape"
                 f" {(total, layout.num_codes)}; these are {given.shape}, {given.min()} to {given.max()}."
             )
     start, size = layout.image_ids
@@ -143,21 +114,12 @@ def _shares(mix: np.ndarray | None, total: int, prompts: int) -> np.ndarray | No
     return shares_BG
 
 
-def generate_text(
-    gpt: GPT, layout: Layout, codes_BN: np.ndarray, sampling: Sampling | None = None, seed: int = 0, **how: Any
-) -> list[list[int]]:
-    """Samples a caption (text ids, without specials) for each picture; arguments as in `generate_codes`.
+def caption_job(layout: Layout, codes_BN: np.ndarray, sampling: Sampling) -> Job:
+    """The job of sampling a caption for each picture.
 
     Raises:
       UserError: if the codes do not fit the layout, the layout has no text, or guidance is asked for.
     """
-    sampling = sampling or Sampling()
-    job = caption_job(layout, codes_BN, sampling)
-    return [until_end(layout, ids_T) for ids_T in run(gpt, job, sampling, seed, **how).tokens]
-
-
-def caption_job(layout: Layout, codes_BN: np.ndarray, sampling: Sampling) -> Job:
-    """What `run` needs to write captions; errors as `generate_text`."""
     if sampling.guided:
         raise UserError("captions are sampled without guidance: leave cfg_scale at 1.")
     if not layout.space.text_vocab:

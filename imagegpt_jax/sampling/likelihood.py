@@ -1,4 +1,4 @@
-"""How likely a decoder finds given pictures and given words: one full pass, in tiles of rows.
+"""How likely a decoder finds given pictures and given words: one full pass, in fixed-size batches.
 
 Shapes: B examples, L sequence, N codes.
 """
@@ -16,7 +16,7 @@ from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.gpt import GPT, Sequence
 
-TILE = 16
+BATCH_SIZE = 16
 FEATURES = ("features", "feature_mask")
 
 
@@ -39,7 +39,7 @@ def log_likelihood(
     *,
     of: str = "image",
     features: tuple[np.ndarray, np.ndarray] | None = None,
-    tile: int = TILE,
+    batch_size: int = BATCH_SIZE,
 ) -> Float[np.ndarray, " B"]:
     """log P(image | words), or log P(words | image), in nats, without guidance.
 
@@ -51,7 +51,7 @@ def log_likelihood(
       codes_BN: its codes.
       of: "image" (given the words) or "text" (given the image; with its end).
       features: a text encoder's output [B, P, E] and its mask [B, P], for a decoder with `feature_width`.
-      tile: examples in one pass.
+      batch_size: examples in one pass.
 
     Raises:
       UserError: if the examples do not fit the layout, `of` is neither, or the decoder writes no words.
@@ -69,10 +69,10 @@ def log_likelihood(
         packed |= dict(zip(FEATURES, features, strict=True))
         names += FEATURES
     out_B = np.zeros(total, np.float32)
-    for first in range(0, total, tile):
-        rows = np.minimum(np.arange(first, first + tile), total - 1)
+    for first in range(0, total, batch_size):
+        rows = np.minimum(np.arange(first, first + batch_size), total - 1)
         batch = {name: packed[name][rows] for name in names if name in packed}
         scores_B = _log_likelihood(gpt, batch, start=start, size=size, kind=kind)
-        count = min(tile, total - first)
+        count = min(batch_size, total - first)
         out_B[first : first + count] = np.asarray(scores_B)[:count]
     return out_B

@@ -24,9 +24,11 @@ from imagegpt_jax.sampling.decode_weights import score
 Drawn = tuple[Int[Array, "B N"], Float[Array, " B"]]  # tokens, and the sum of their log-probabilities
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "together"))
-def decode(gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: engine.Shape, together: int) -> Drawn:
-    """Draws `together` tokens a pass.
+@functools.partial(jax.jit, static_argnames=("shape", "tokens_per_step"))
+def decode(
+    gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: engine.Shape, tokens_per_step: int
+) -> Drawn:
+    """Samples `tokens_per_step` tokens in each forward pass.
 
     Args:
       gpt: from `prepare`, with `target_positions`.
@@ -34,7 +36,7 @@ def decode(gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: eng
       settings: as for `engine.start`; the tokens of a pass are neighbours in `offsets`, and should be far apart in the
         picture.
       shape: as for `engine.start`.
-      together: k.
+      tokens_per_step: k.
 
     Returns:
       the tokens, and the sum of their log-probabilities, each as if those of its pass did not depend on each other.
@@ -43,20 +45,22 @@ def decode(gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: eng
       UserError: for a prompt of features alone.
     """
     mapped = manual_collectives.map_rows(
-        functools.partial(_decode, shape=shape, together=together), (False, True, False)
+        functools.partial(_decode, shape=shape, tokens_per_step=tokens_per_step), (False, True, False)
     )
     return mapped(gpt, rows, settings)
 
 
-def _decode(gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: engine.Shape, together: int) -> Drawn:
+def _decode(
+    gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: engine.Shape, tokens_per_step: int
+) -> Drawn:
     prompt, steps, samples = rows.prompt, settings.offsets.shape[0], rows.keys.shape[0]
-    groups, k = shape.prompts + shape.guided, together
+    groups, k = shape.prompts + shape.guided, tokens_per_step
     table_VD = gpt.output_table(shape.start, shape.size)
     base_R13 = prompt.positions[:, -1:] + 1
     count, passes = prompt.tokens.shape[0], -(-steps // k)
     given = rows.given
     if given is not None:  # the last pass may reach beyond the picture
-        given = jnp.pad(given, ((0, 0), (0, passes * k - steps)), constant_values=engine.FREE)
+        given = jnp.pad(given, ((0, 0), (0, passes * k - steps)), constant_values=engine.UNKNOWN)
 
     def offsets(index: jax.Array) -> jax.Array:
         """Positions [R, L, 3] of tokens by their number in the order; those after the last are the last's."""
@@ -71,10 +75,10 @@ def _decode(gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: en
         if settings.bias is not None:
             logits = logits + settings.bias
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        tokens = token_sampling.choose(logits, fold(rows.keys, number_k).reshape(-1), settings.filters)
+        tokens = token_sampling.sample_tokens(logits, fold(rows.keys, number_k).reshape(-1), settings.filters)
         if given is not None:
             given_X = jax.lax.dynamic_slice_in_dim(given, first, k, axis=1).reshape(-1)
-            tokens = jnp.where(given_X == engine.FREE, tokens, given_X)
+            tokens = jnp.where(given_X == engine.UNKNOWN, tokens, given_X)
         log_probs_X1 = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=1)
         log_probs_Bk = jnp.where(number_k < steps, log_probs_X1.reshape(samples, k), 0)
         tokens = jax.lax.dynamic_update_slice(drawn[0], tokens.reshape(samples, k), (0, first))

@@ -4,14 +4,19 @@ Shapes: N tokens to decode.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from imagegpt_jax.config import to_dataclass
 from imagegpt_jax.errors import UserError, suggest
 
 SCHEDULES = ("constant", "interval", "linear", "cosine", "power_cosine")
 WEIGHTS = ("", "float32", "bfloat16", "int8")
+# Settings as they were called before: in the metadata of pictures, the configs of workdirs and flags.
+RENAMED = {"together": "tokens_per_step", "no_repeat": "no_repeat_ngram_size"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +28,8 @@ class Sampling:
       top_k: keep the k most likely tokens; 0 = all.
       top_p: then keep the fewest most likely tokens whose probabilities sum to at least p (arXiv:1904.09751).
       min_p: then keep the tokens at least this share as likely as the likeliest (arXiv:2407.01082); 0 = all.
-      no_repeat: no run of this many tokens appears twice in what is drawn; 1 = every token at most once, 0 = off.
+      no_repeat_ngram_size: no n-gram of this many tokens appears twice in what is sampled; 1 = every token at
+        most once, 0 = off.
       cfg_scale: classifier-free guidance, logits = none + scale (prompt - none) (arXiv:2207.12598); 1 = off.
       cfg_schedule: how the scale changes from token to token, see `guidance`.
       cfg_power: exponent of "power_cosine" (arXiv:2411.00776).
@@ -33,14 +39,15 @@ class Sampling:
         scale for each column); "" = the decoder's own.
       speculative: window of speculative Jacobi decoding: so many guesses go through the network at once, and what is
         drawn has the same distribution (`sampling/speculative.py`); 0 = off.
-      together: codes that one pass draws, for decoders trained in random order (`sampling/parallel.py`).
+      tokens_per_step: codes that one forward pass samples, for decoders trained in random order
+        (`sampling/parallel.py`).
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    no_repeat: int = 0
+    no_repeat_ngram_size: int = 0
     cfg_scale: float = 1.0
     cfg_schedule: str = "constant"
     cfg_power: float = 1.0
@@ -48,13 +55,13 @@ class Sampling:
     cfg_end: float = 1.0
     weights: str = ""
     speculative: int = 0
-    together: int = 1
+    tokens_per_step: int = 1
 
     def __post_init__(self):
         for name, least in (("temperature", 0), ("cfg_scale", 0)):
             if not getattr(self, name) >= least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
-        for name, what in (("top_k", "0 keeps all tokens"), ("no_repeat", "0 allows repetition")):
+        for name, what in (("top_k", "0 keeps all tokens"), ("no_repeat_ngram_size", "0 allows repetition")):
             value = getattr(self, name)
             if value < 0 or int(value) != value:
                 raise UserError(f"{name}={value} must be a whole number, at least 0 ({what}).")
@@ -72,12 +79,12 @@ class Sampling:
             raise UserError(f"unknown weights {self.weights!r}.{suggest(self.weights, WEIGHTS[1:])}")
         if self.speculative < 0 or self.speculative == 1:
             raise UserError(f"speculative={self.speculative} must be at least 2 tokens, or 0 for one after another.")
-        if self.together < 1:
-            raise UserError(f"together={self.together} must be at least 1.")
-        if (self.speculative > 0) + (self.together > 1) + (self.no_repeat > 0) > 1:
+        if self.tokens_per_step < 1:
+            raise UserError(f"tokens_per_step={self.tokens_per_step} must be at least 1.")
+        if (self.speculative > 0) + (self.tokens_per_step > 1) + (self.no_repeat_ngram_size > 0) > 1:
             raise UserError(
-                f"speculative={self.speculative}, together={self.together} and no_repeat={self.no_repeat} exclude one"
-                " another: leave all but one of them at 0, 1 and 0."
+                f"speculative={self.speculative}, tokens_per_step={self.tokens_per_step} and no_repeat_ngram_size="
+                f"{self.no_repeat_ngram_size} exclude one another: leave all but one of them at 0, 1 and 0."
             )
 
     @property
@@ -100,3 +107,12 @@ class Sampling:
             "power_cosine": (1 - np.cos(np.pi * t**self.cfg_power)) / 2,
         }[self.cfg_schedule]
         return (1 + (self.cfg_scale - 1) * share).astype(np.float32)
+
+
+def read(values: Mapping[str, Any]) -> Sampling:
+    """The `Sampling` of settings by name, old names among them.
+
+    Raises:
+      UserError: for a setting that there is not, or one that is out of range.
+    """
+    return to_dataclass(Sampling, {RENAMED.get(name, name): value for name, value in values.items()})

@@ -37,9 +37,9 @@ class _State:
 
 
 def _probabilities(logits: Float[Array, "*_ V"], filters: token_sampling.Filters) -> Float[Array, "*_ V"]:
-    """What `draw.choose` draws from; at temperature 0 all of it on the likeliest."""
+    """What `sample_tokens` draws from; at temperature 0 all of it on the likeliest."""
     flat = logits.reshape(-1, logits.shape[-1])
-    weights = token_sampling.likelihoods(flat, filters)
+    weights = token_sampling.filtered_probabilities(flat, filters)
     greedy = jax.nn.one_hot(jnp.argmax(flat, axis=-1), flat.shape[-1])
     weights = jnp.where(filters.temperature > 0, weights / jnp.sum(weights, axis=-1, keepdims=True), greedy)
     return weights.reshape(logits.shape)
@@ -49,7 +49,7 @@ def _picks(weights_BWV: Float[Array, "B W V"], keys_B: jax.Array) -> Int[Array, 
     """One draw from each of the distributions of each row."""
     samples, window, size = weights_BWV.shape
     uniform_BW = jax.vmap(lambda key: jax.random.uniform(key, (window,)))(keys_B)
-    return token_sampling.pick(weights_BWV.reshape(-1, size), uniform_BW.reshape(-1)).reshape(samples, window)
+    return token_sampling.sample_index(weights_BWV.reshape(-1, size), uniform_BW.reshape(-1)).reshape(samples, window)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "window"))
@@ -91,7 +91,7 @@ def _decode(
         if rows.given is not None:  # a given token is drawn for certain
             given_BW = jnp.take_along_axis(rows.given, number_BW, axis=1)
             certain_BWV = jax.nn.one_hot(given_BW, shape.size)
-            p_BWV = jnp.where((given_BW == engine.FREE)[..., None], p_BWV, certain_BWV)
+            p_BWV = jnp.where((given_BW == engine.UNKNOWN)[..., None], p_BWV, certain_BWV)
         return p_BWV, jax.nn.log_softmax(logits_BWV, axis=-1)
 
     def likelihood(log_p_BWV: jax.Array, tokens_BW: jax.Array) -> Float[Array, "B W"]:

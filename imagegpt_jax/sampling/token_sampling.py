@@ -1,4 +1,5 @@
-"""From logits to a token: filters without a sort, and one draw for each row. Exact: see tests/sampling/test_draw.py.
+"""From logits to a token: filters without a sort, and one random number for each row. `test_token_sampling.py` shows
+that both are exact.
 
 A filter keeps the tokens above a threshold, which is found bit by bit: the bits of a float, read as an integer, rise
 with the float. For 4 rows of 16384 that takes a third of the time of `top_k`, and no shape depends on the settings.
@@ -36,7 +37,7 @@ class Filters:
         return cls(temperature, jnp.int32(sampling.top_k), top_p, min_p)
 
 
-def choose(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], filters: Filters) -> Int[Array, " B"]:
+def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], filters: Filters) -> Int[Array, " B"]:
     """Draws one token per row with that row's key; see `Sampling` for the filters.
 
     Args:
@@ -44,14 +45,14 @@ def choose(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], filters: Fi
       keys_B: one key per row.
       filters: how to draw.
     """
-    weights_BV = likelihoods(logits_BV, filters)
-    drawn_B = pick(weights_BV, jax.vmap(functools.partial(jax.random.uniform, dtype=jnp.float32))(keys_B))
+    weights_BV = filtered_probabilities(logits_BV, filters)
+    drawn_B = sample_index(weights_BV, jax.vmap(functools.partial(jax.random.uniform, dtype=jnp.float32))(keys_B))
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     return jnp.where(filters.temperature.reshape(-1) > 0, drawn_B, greedy_B)
 
 
-def likelihoods(logits_BV: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
-    """Probabilities, but for a factor in each row, that `choose` draws with; 0 where a filter has dropped the token."""
+def filtered_probabilities(logits_BV: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
+    """Probabilities, but for a factor in each row; 0 where a filter has dropped the token."""
     temperature, top_k, top_p, min_p = (
         jnp.reshape(x, (-1, 1)) for x in (filters.temperature, filters.top_k, filters.top_p, filters.min_p)
     )
@@ -60,13 +61,15 @@ def likelihoods(logits_BV: Float[Array, "B V"], filters: Filters) -> Float[Array
     top_k = jnp.where(top_k > 0, top_k, scaled_BV.shape[-1])
     weights_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
     weights_BV = jax.lax.cond(
-        jnp.any(top_k < scaled_BV.shape[-1]), lambda w: jnp.where(most(w, top_k), w, 0), lambda w: w, weights_BV
+        jnp.any(top_k < scaled_BV.shape[-1]), lambda w: jnp.where(top_k_mask(w, top_k), w, 0), lambda w: w, weights_BV
     )
-    weights_BV = jax.lax.cond(jnp.any(top_p < 1), lambda w: jnp.where(nucleus(w, top_p), w, 0), lambda w: w, weights_BV)
+    weights_BV = jax.lax.cond(
+        jnp.any(top_p < 1), lambda w: jnp.where(top_p_mask(w, top_p), w, 0), lambda w: w, weights_BV
+    )
     return jnp.where(weights_BV >= min_p, weights_BV, 0)  # the likeliest token weighs 1
 
 
-def most(values_BV: Float[Array, "B V"], count: Int[Array, "..."]) -> Bool[Array, "B V"]:
+def top_k_mask(values_BV: Float[Array, "B V"], count: Int[Array, "..."]) -> Bool[Array, "B V"]:
     """Which are the `count` largest of each row of values that are not negative; of equal ones the first."""
     bits_BV = jax.lax.bitcast_convert_type(values_BV, jnp.int32)
     least_B1 = _bisect(lambda t: jnp.sum(bits_BV >= t, axis=-1, keepdims=True) >= count, len(values_BV))
@@ -75,7 +78,7 @@ def most(values_BV: Float[Array, "B V"], count: Int[Array, "..."]) -> Bool[Array
     return above_BV | _first(equal_BV, left_B1)
 
 
-def nucleus(weights_BV: Float[Array, "B V"], share: Float[Array, "..."]) -> Bool[Array, "B V"]:
+def top_p_mask(weights_BV: Float[Array, "B V"], share: Float[Array, "..."]) -> Bool[Array, "B V"]:
     """Which tokens, from the largest weight down, come before the weights sum to `share` of all; equal ones by id."""
     bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
     wanted_B1 = share * jnp.sum(weights_BV, axis=-1, keepdims=True)
@@ -110,7 +113,7 @@ def _first(flags_BV: Bool[Array, "B V"], count_B1: jax.Array) -> Bool[Array, "B 
     )
 
 
-def pick(weights_BV: Float[Array, "B V"], uniform_B: Float[Array, " B"]) -> Int[Array, " B"]:
+def sample_index(weights_BV: Float[Array, "B V"], uniform_B: Float[Array, " B"]) -> Int[Array, " B"]:
     """The token at which the sums of weights pass `uniform` of the whole: first among blocks, then within one."""
     size = weights_BV.shape[-1]
     padded_BV = jnp.pad(weights_BV, ((0, 0), (0, -size % BLOCK)))
@@ -127,13 +130,13 @@ def pick(weights_BV: Float[Array, "B V"], uniform_B: Float[Array, " B"]) -> Int[
     return (block_B1 * BLOCK + jnp.minimum(token_B1, last_B1))[:, 0].astype(jnp.int32)
 
 
-def repeats(drawn_BN: Int[Array, "B N"], count: Int[Array, ""], run: int, vocab: int) -> Bool[Array, "B V"]:
-    """Which tokens would complete a run of `run` tokens that is already among the first `count` drawn."""
+def completes_ngram(drawn_BN: Int[Array, "B N"], count: Int[Array, ""], size: int, vocab: int) -> Bool[Array, "B V"]:
+    """Which tokens would complete an n-gram of `size` tokens that is already among the first `count` drawn."""
     length = drawn_BN.shape[1]
-    ends = jnp.arange(length)  # an earlier run ends here
-    same_BN = (ends < count) & (ends >= run - 1)
+    ends = jnp.arange(length)  # an earlier n-gram ends here
+    same_BN = (ends < count) & (ends >= size - 1)
     same_BN = jnp.broadcast_to(same_BN, drawn_BN.shape)
-    for back in range(1, run):
+    for back in range(1, size):
         then_BN = jnp.roll(drawn_BN, back, axis=1)
         now_B1 = jax.lax.dynamic_slice_in_dim(drawn_BN, jnp.maximum(count - back, 0), 1, axis=1)
         same_BN &= then_BN == now_B1

@@ -82,7 +82,7 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
         from imagegpt_jax.metrics import features
         from imagegpt_jax.metrics import reconstructed
         from imagegpt_jax.metrics.common import to_host
-        from imagegpt_jax.sampling.jobs import Sampling
+        from imagegpt_jax.sampling.settings import Sampling
         from imagegpt_jax.sampling.jobs import image_job
         from imagegpt_jax.models import gpt
         from imagegpt_jax.models.gpt_config import GPTConfig

@@ -9,8 +9,9 @@ import pytest
 import imagegpt_jax as ig
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.generation import pipeline, request
-from imagegpt_jax.sampling.jobs import FREE, Sampling
+from imagegpt_jax.sampling.engine import UNKNOWN
 from imagegpt_jax.sampling.likelihood import log_likelihood
+from imagegpt_jax.sampling.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,12 @@ def test_inpainting_keeps_every_pixel_outside_the_mask_and_every_code_that_it_do
         assert (image[masks[i // 2]] != pictures[i // 2][masks[i // 2]]).any()
     sketch = request.inpaint(gpt, tok, pictures, masks, ["dog", "cat"], [None, None])
     touched = np.array([[5 // 4 * 4 + 9 // 4], [3]], dtype=object)
-    assert np.flatnonzero(sketch.given[0] == FREE).tolist() == touched[0]
-    assert np.flatnonzero(sketch.given[1] == FREE).tolist() == [3, 7, 11, 15]
+    assert np.flatnonzero(sketch.given[0] == UNKNOWN).tolist() == touched[0]
+    assert np.flatnonzero(sketch.given[1] == UNKNOWN).tolist() == [3, 7, 11, 15]
     images, codes = drawn(gpt, tok, sketch, num_images=2, seed=4)
     np.testing.assert_array_equal(images, out)
     kept = np.repeat(sketch.given, 2, axis=0)
-    np.testing.assert_array_equal(codes[kept != FREE], kept[kept != FREE])
+    np.testing.assert_array_equal(codes[kept != UNKNOWN], kept[kept != UNKNOWN])
 
 
 def test_outpainting_keeps_the_picture_and_makes_it_larger(gpt, tok, pictures):
@@ -59,7 +60,7 @@ def test_outpainting_keeps_the_picture_and_makes_it_larger(gpt, tok, pictures):
     sketch = request.outpaint(gpt, tok, pictures, (4, 8, 0, 4), ["dog"] * 2, [None] * 2)
     given = sketch.given.reshape(2, 5, 7)
     np.testing.assert_array_equal(given[:, 1:, 1:5].reshape(2, -1), tok.encode(pictures))
-    assert (given == FREE).sum() == 2 * (35 - 16)
+    assert (given == UNKNOWN).sum() == 2 * (35 - 16)
 
 
 def test_completion_keeps_the_upper_part(gpt, tok, pictures):
@@ -71,11 +72,11 @@ def test_completion_keeps_the_upper_part(gpt, tok, pictures):
 
 def test_variations_and_edits_keep_a_share_of_the_codes(gpt, tok, pictures):
     sketch = request.variations(gpt, tok, pictures, 0.25, ["a", "b"], [None] * 2, seed=3)
-    free = sketch.given == FREE
+    free = sketch.given == UNKNOWN
     assert free.sum(1).tolist() == [4, 4]
     np.testing.assert_array_equal(np.where(free, 0, sketch.given), np.where(free, 0, tok.encode(pictures)))
     other = request.variations(gpt, tok, pictures, 0.25, ["a", "b"], [None] * 2, seed=4)
-    assert (free != (other.given == FREE)).any()
+    assert (free != (other.given == UNKNOWN)).any()
     out = ig.edit(gpt, tok, pictures, ["a", "b"], strength=0.25, seed=3)
     np.testing.assert_array_equal(out, drawn(gpt, tok, sketch, seed=3)[0])
     np.testing.assert_array_equal(ig.variations(gpt, tok, pictures, 0.25, ["a", "b"], seed=3), out)
@@ -258,11 +259,11 @@ def test_learned_positions_end_somewhere(gpt):
 
 
 def test_sampling_settings_reach_the_engine(gpt, tok):
-    one = ig.generate(gpt, tok, "dog", no_repeat=1, temperature=0.0)
+    one = ig.generate(gpt, tok, "dog", no_repeat_ngram_size=1, temperature=0.0)
     codes = tok.encode(one)
     assert (one.shape, codes.shape) == ((1, 16, 16, 3), (1, 16))
     sketch = pipeline.Sketch(prompts=["dog"], classes=[None])
-    (part,) = pipeline.draw(gpt, tok, sketch, Sampling(temperature=0.0, no_repeat=1))
+    (part,) = pipeline.draw(gpt, tok, sketch, Sampling(temperature=0.0, no_repeat_ngram_size=1))
     assert len(set(part.codes[0].tolist())) == 16
 
 
@@ -273,4 +274,4 @@ def test_ways_to_decode_are_settings_of_every_task(gpt, tok, pictures):
     plain = ig.inpaint(gpt, tok, pictures, masks, ["dog", "cat"], **how)
     np.testing.assert_array_equal(ig.inpaint(gpt, tok, pictures, masks, ["dog", "cat"], speculative=4, **how), plain)
     with pytest.raises(UserError, match="target_positions"):
-        ig.inpaint(gpt, tok, pictures, masks, ["dog", "cat"], together=2, **how)
+        ig.inpaint(gpt, tok, pictures, masks, ["dog", "cat"], tokens_per_step=2, **how)

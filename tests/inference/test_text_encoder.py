@@ -18,8 +18,10 @@ from imagegpt_jax import images
 from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import plain_sequence
-from imagegpt_jax.sampling.jobs import Sampling, generate_codes, image_job
+from imagegpt_jax.sampling import batching
+from imagegpt_jax.sampling.jobs import image_job
 from imagegpt_jax.sampling.likelihood import log_likelihood
+from imagegpt_jax.sampling.settings import Sampling
 from imagegpt_jax.tasks import decoder
 from imagegpt_jax.training import loop
 
@@ -103,7 +105,8 @@ def test_pictures_follow_the_words(run):
     greedy = Sampling(temperature=0.0, cfg_scale=3.0)
     how = {"temperature": 0.0, "cfg_scale": 3.0, "tile": 4}
     features = gpt.read(PROMPTS)
-    expected = generate_codes(gpt.gpt, gpt.setup.layout, [[]] * 4, features=features, sampling=greedy, tile=4)
+    job = image_job(gpt.setup.layout, [([[]] * 4, None)], greedy, features=[features])
+    expected = batching.run(gpt.gpt, job, greedy, batch_size=4).tokens
     pictures = ig.generate(gpt, tok, PROMPTS, **how)
     np.testing.assert_array_equal(pictures, images.to_uint8(tok.decode(expected)))
     assert (ig.generate(gpt, tok, PROMPTS[:1], negative="dog", **how) != pictures[:1]).any()

@@ -18,7 +18,9 @@ from imagegpt_jax.images import to_uint8
 from imagegpt_jax.metrics import captions, frechet, kernels, networks, protocols, reconstruction, statistics
 from imagegpt_jax.metrics.features import Network
 from imagegpt_jax.parallel import sharding
-from imagegpt_jax.sampling.jobs import Sampling, generate_codes
+from imagegpt_jax.sampling.batching import run
+from imagegpt_jax.sampling.jobs import image_job
+from imagegpt_jax.sampling.settings import Sampling
 from imagegpt_jax.tasks import decoder, tokenizer
 from imagegpt_jax.tasks.decoder import evaluation
 from imagegpt_jax.tasks.decoder.setup import tokenizer_params
@@ -113,7 +115,8 @@ def test_samples_are_scored_on_the_mesh_like_a_folder(monkeypatch):
     assert len(set(texts)) == 6
     sampling = Sampling(**setup.config.sampling.to_dict())
     module = setup.networks["decoder"].module(state.params("decoder"))
-    codes = generate_codes(module, setup.layout, setup.text.encode_batch(texts), sampling=sampling)
+    job = image_job(setup.layout, [(setup.text.encode_batch(texts), None)], sampling)
+    codes = run(module, job, sampling).tokens
     tokenizer = setup.tokenizer.networks["generator"].module(tokenizer_params(setup))
     pictures = to_uint8(
         np.asarray(jax.jit(type(tokenizer).decode_codes)(tokenizer, codes.reshape(-1, *setup.layout.grid)))

@@ -9,7 +9,7 @@ import pytest
 from imagegpt_jax.config import sibling
 from imagegpt_jax.models import flops, gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
-from imagegpt_jax.sampling.jobs import step as add_token
+from imagegpt_jax.sampling.engine import step as add_token
 from imagegpt_jax.tasks import decoder, tokenizer
 
 BASE = {"vocab_size": 64, "width": 32, "depth": 3, "heads": 4, "mlp_width": 48}

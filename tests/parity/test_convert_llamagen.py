@@ -20,7 +20,9 @@ import imagegpt_jax as ig
 from imagegpt_jax.convert import command
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.inference.text_encoder import open_encoder
-from imagegpt_jax.sampling.jobs import Sampling, generate_codes
+from imagegpt_jax.sampling.batching import run
+from imagegpt_jax.sampling.jobs import image_job
+from imagegpt_jax.sampling.settings import Sampling
 
 pytestmark = pytest.mark.parity
 
@@ -65,7 +67,8 @@ def test_greedy_pictures_are_the_same(by_class, shows):
         for _ in range(GRID**2):
             logits = reference(reference.condition(torch.tensor(labels)), codes)
             codes = torch.cat([codes, logits[:, -1:].argmax(-1)], dim=1)
-    ours = generate_codes(gpt.gpt, gpt.setup.layout, None, labels, Sampling(temperature=0.0))
+    how = Sampling(temperature=0.0)
+    ours = run(gpt.gpt, image_job(gpt.setup.layout, [(None, labels)], how), how).tokens
     np.testing.assert_array_equal(ours, codes.numpy())
     shows("llamagen", "greedy")
 
@@ -98,13 +101,8 @@ def test_a_language_model_reads_the_words_of_a_text_conditional_decoder(tmp_path
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "gpt2/tokenizer.json"))
     gpt = ig.load_decoder(tmp_path / "t2i.safetensors", text_encoder=tmp_path / "gpt2", heads=4, grid=(GRID, GRID))
-    ours = generate_codes(
-        gpt.gpt,
-        gpt.setup.layout,
-        [[]] * 3,
-        sampling=Sampling(temperature=0.0),
-        features=gpt.read(["a red boat", "dog", ""]),
-    )
+    how, features = Sampling(temperature=0.0), gpt.read(["a red boat", "dog", ""])
+    ours = run(gpt.gpt, image_job(gpt.setup.layout, [([[]] * 3, None)], how, features=[features]), how).tokens
     for row, ids in zip(ours, ([0, 1, 2], [3], []), strict=True):
         features, seen = reference.cls_embedding.uncond_embedding[None].clone(), torch.ones(1, FEATURES[0], dtype=bool)
         codes = torch.zeros(1, 0, dtype=torch.long)

@@ -12,7 +12,9 @@ from imagegpt_jax.data.packing import Layout, TokenSpace
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, GPTConfig
 from imagegpt_jax.sampling import beam
-from imagegpt_jax.sampling.jobs import Sampling, caption_job, image_job, run
+from imagegpt_jax.sampling.batching import run
+from imagegpt_jax.sampling.jobs import caption_job, image_job
+from imagegpt_jax.sampling.settings import Sampling
 
 SPACE = TokenSpace(text_vocab=4, num_classes=0, num_codes=6)
 LAYOUT = Layout(space=SPACE, text_length=3, grid=(2, 2))
@@ -40,7 +42,7 @@ def every_caption(gpt):
         prefixes = []
         for stop in (1, 2, 3):  # of a caption that ends early only what comes up to its end counts
             part = dataclasses.replace(job, given=np.asarray(captions)[:, :stop], offsets=job.offsets[:stop])
-            prefixes.append(run(gpt, part, HOW, tile=len(captions)).log_likelihood)
+            prefixes.append(run(gpt, part, HOW, batch_size=len(captions)).log_likelihood)
         for c, caption in enumerate(captions):
             length = caption.index(end) + 1 if end in caption else 3
             found[b][caption] = prefixes[length - 1][c]
@@ -50,7 +52,7 @@ def every_caption(gpt):
 
 def test_a_wide_beam_finds_the_best_of_all_captions(gpt, every_caption):
     job = caption_job(LAYOUT, CODES, HOW)
-    found = beam.search(gpt, job, HOW, beams=job.size, end=SPACE.eot, tile=2)
+    found = beam.search(gpt, job, HOW, beams=job.size, end=SPACE.eot, batch_size=2)
     for b, scores in enumerate(every_caption):
         ranked = sorted(scores.items(), key=lambda item: -item[1])
         assert tuple(found.tokens[b, 0].tolist()) == ranked[0][0]
@@ -71,15 +73,15 @@ def test_every_beam_is_that_of_the_definition(gpt, every_caption):
         for _ in range(3):
             longer = [(*s, v) for s in beams for v in (*range(4), end) if end not in s or v == end]
             beams = sorted(longer, key=lambda s: -mass(s))[:2]
-        found = beam.search(gpt, caption_job(LAYOUT, CODES, HOW), HOW, beams=2, end=end, tile=2)
+        found = beam.search(gpt, caption_job(LAYOUT, CODES, HOW), HOW, beams=2, end=end, batch_size=2)
         assert [tuple(t) for t in found.tokens[b].tolist()] == beams
         np.testing.assert_allclose(found.log_likelihood[b], [np.log(joint[s]) for s in beams], rtol=1e-4)
 
 
 def test_length_penalty_orders_the_final_beams(gpt, every_caption):
     job = caption_job(LAYOUT, CODES, HOW)
-    plain = beam.search(gpt, job, HOW, beams=6, end=SPACE.eot, tile=2)
-    long = beam.search(gpt, job, HOW, beams=6, end=SPACE.eot, length_penalty=20.0, tile=2)
+    plain = beam.search(gpt, job, HOW, beams=6, end=SPACE.eot, batch_size=2)
+    long = beam.search(gpt, job, HOW, beams=6, end=SPACE.eot, length_penalty=20.0, batch_size=2)
     lengths = [
         np.where((f.tokens == SPACE.eot).any(2), (f.tokens == SPACE.eot).argmax(2) + 1, 3) for f in (plain, long)
     ]
@@ -90,11 +92,11 @@ def test_length_penalty_orders_the_final_beams(gpt, every_caption):
 def test_one_beam_is_greedy_with_guidance(gpt):
     how = Sampling(temperature=0.0, cfg_scale=2.0)
     job = image_job(LAYOUT, [([[1], [2, 3]], None)], how)
-    greedy = run(gpt, job, how, tile=2)
-    found = beam.search(gpt, job, how, beams=1, tile=2)
+    greedy = run(gpt, job, how, batch_size=2)
+    found = beam.search(gpt, job, how, beams=1, batch_size=2)
     np.testing.assert_array_equal(found.tokens[:, 0], greedy.tokens)
     np.testing.assert_allclose(found.log_likelihood[:, 0], greedy.log_likelihood, rtol=1e-4)
-    wide = beam.search(gpt, job, how, beams=6, tile=2)
+    wide = beam.search(gpt, job, how, beams=6, batch_size=2)
     assert (wide.log_likelihood[:, 0] >= found.log_likelihood[:, 0] - 1e-4).all()
     with pytest.raises(UserError, match="beams=7"):
         beam.search(gpt, job, how, beams=7)

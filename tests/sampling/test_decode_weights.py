@@ -8,8 +8,10 @@ import pytest
 from imagegpt_jax.data.packing import Layout, TokenSpace
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.gpt import GPT, GPTConfig
+from imagegpt_jax.sampling.batching import run
 from imagegpt_jax.sampling.decode_weights import ColumnLinear, Int8Linear, prepare
-from imagegpt_jax.sampling.jobs import Sampling, image_job, run
+from imagegpt_jax.sampling.jobs import image_job
+from imagegpt_jax.sampling.settings import Sampling
 
 SPACE = TokenSpace(text_vocab=20, num_classes=0, num_codes=30)
 LAYOUT = Layout(space=SPACE, text_length=3, grid=(2, 3))
@@ -56,7 +58,7 @@ def test_likelihoods_in_every_precision():
     for weights in ("float32", "bfloat16", "int8"):
         how = Sampling(weights=weights)
         job = image_job(LAYOUT, [([[i] for i in range(8)], None)], how, given=codes_BN)
-        found[weights] = run(gpt, job, how, tile=8).log_likelihood / 6
+        found[weights] = run(gpt, job, how, batch_size=8).log_likelihood / 6
     reference = jax.nn.log_softmax(gpt_logits(gpt, LAYOUT.pack([[i] for i in range(8)], None, codes_BN)), axis=-1)
     expected = np.take_along_axis(np.asarray(reference), codes_BN[..., None], -1)[..., 0].mean(1)
     np.testing.assert_allclose(found["float32"], expected, atol=1e-5)

@@ -25,10 +25,10 @@ def test_the_same_bits_on_one_device_and_on_eight_and_logits_to_1e_5_under_tenso
         from imagegpt_jax.parallel import sharding
         from imagegpt_jax.data.packing import Layout
         from imagegpt_jax.data.packing import TokenSpace
-        from imagegpt_jax.sampling.jobs import Sampling
+        from imagegpt_jax.sampling.settings import Sampling
         from imagegpt_jax.sampling.jobs import image_job
-        from imagegpt_jax.sampling.jobs import place
-        from imagegpt_jax.sampling.jobs import run
+        from imagegpt_jax.sampling.batching import place
+        from imagegpt_jax.sampling.batching import run
         from imagegpt_jax.models.gpt import GPT
         from imagegpt_jax.models.gpt import GPTConfig
 
@@ -45,10 +45,10 @@ def test_the_same_bits_on_one_device_and_on_eight_and_logits_to_1e_5_under_tenso
             sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
             return sharding.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
-        def draw(which=slice(None), mesh=None, tile=4, given=None):
+        def draw(which=slice(None), mesh=None, batch_size=4, given=None):
             job = image_job(layout, [(texts[which], None)], how, given=given)
             indices = np.arange(64)[which]
-            return run(gpt, job, how, 5, sample_indices=indices, tile=tile, mesh=mesh)
+            return run(gpt, job, how, 5, sample_indices=indices, batch_size=batch_size, mesh=mesh)
 
         def same(a, b):
             np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -67,7 +67,7 @@ def test_the_same_bits_on_one_device_and_on_eight_and_logits_to_1e_5_under_tenso
         # The same tokens, under other shapes of the products: their log-likelihoods, of nine tokens, in nats.
         def scores(**kwargs):
             return draw(given=one.tokens, **kwargs).log_likelihood / 9
-        for other in ({"mesh": mesh(1, 1, 2)}, {"mesh": mesh(2, 2, 2)}, {"tile": 7}):
+        for other in ({"mesh": mesh(1, 1, 2)}, {"mesh": mesh(2, 2, 2)}, {"batch_size": 7}):
             np.testing.assert_allclose(scores(**other), one.log_likelihood / 9, atol=1e-5)
         cut = place(gpt, mesh=mesh(2, 2, 2)).blocks[0].attention.query.weight[...]
         assert {s.data.shape for s in cut.addressable_shards} == {(32, 64)}, cut.sharding

@@ -11,7 +11,10 @@ import pytest
 from imagegpt_jax.data.packing import Layout, TokenSpace
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, GPTConfig
-from imagegpt_jax.sampling.jobs import FREE, Sampling, image_job, run
+from imagegpt_jax.sampling.batching import run
+from imagegpt_jax.sampling.engine import UNKNOWN
+from imagegpt_jax.sampling.jobs import image_job
+from imagegpt_jax.sampling.settings import Sampling
 
 DRAWS = 40_000
 
@@ -30,18 +33,18 @@ def test_greedy_tokens_are_identical(position):
     gpt, space = make(20, **({"position": "learned", "max_length": 20} if position == "learned" else {}))
     layout = Layout(space=space, text_length=2, grid=(4, 4))
     how = Sampling(temperature=0.0, cfg_scale=2.0, cfg_schedule="cosine")
-    given = np.full((5, 16), FREE)
+    given = np.full((5, 16), UNKNOWN)
     given[2:, 3:9] = np.random.default_rng(0).integers(0, 20, (3, 6))
     for codes in (None, given):
         job = image_job(layout, [([[1], [2, 3], [], [4], [5]], None)], how, given=codes)
-        plain = run(gpt, job, how, tile=3)
+        plain = run(gpt, job, how, batch_size=3)
         for window in (2, 7):
-            fast = run(gpt, job, dataclasses.replace(how, speculative=window), tile=3)
+            fast = run(gpt, job, dataclasses.replace(how, speculative=window), batch_size=3)
             np.testing.assert_array_equal(fast.tokens, plain.tokens)
             np.testing.assert_allclose(fast.log_likelihood, plain.log_likelihood, rtol=1e-4)
-            assert (fast.passes <= 16).all()
-        assert fast.passes.mean() < 14
-        assert (plain.passes == 16).all()
+            assert (fast.forward_passes <= 16).all()
+        assert fast.forward_passes.mean() < 14
+        assert (plain.forward_passes == 16).all()
 
 
 def test_a_decoder_in_float64_draws_too():
@@ -51,7 +54,7 @@ def test_a_decoder_in_float64_draws_too():
         layout = Layout(space=space, text_length=1, grid=(2, 3))
         how = Sampling(temperature=0.0, top_k=5, top_p=0.9)
         job = image_job(layout, [([[1], [2]], None)], how)
-        plain, fast = (run(gpt, job, dataclasses.replace(how, speculative=n), tile=2) for n in (0, 3))
+        plain, fast = (run(gpt, job, dataclasses.replace(how, speculative=n), batch_size=2) for n in (0, 3))
     np.testing.assert_array_equal(fast.tokens, plain.tokens)
     assert len(np.unique(plain.tokens)) > 2
 
@@ -67,9 +70,9 @@ def test_the_distribution_is_that_of_plain_decoding(settings):
     counts = np.zeros(64)
     for seed in range(DRAWS // 20_000):
         job = image_job(layout, [([[1]] * 20_000, None)], how)
-        drawn = run(gpt, job, dataclasses.replace(how, speculative=3), seed, tile=20_000)
+        drawn = run(gpt, job, dataclasses.replace(how, speculative=3), seed, batch_size=20_000)
         counts += np.bincount(drawn.tokens @ [16, 4, 1], minlength=64)
-    assert (drawn.passes < 3).any()
+    assert (drawn.forward_passes < 3).any()
     if not settings:  # without filters a sequence's log-likelihood is that of its draws
         expected = np.log(probs[drawn.tokens @ [16, 4, 1]])
         np.testing.assert_allclose(drawn.log_likelihood, expected, rtol=1e-4, atol=1e-4)
@@ -105,9 +108,9 @@ def test_a_sample_depends_on_its_seed_and_index_alone():
     gpt, space = make(20)
     layout = Layout(space=space, text_length=2, grid=(2, 3))
     how = Sampling(top_p=0.9, speculative=4)
-    together = run(gpt, image_job(layout, [([[1], [2], [3], [4]], None)], how), how, 5, tile=2)
+    together = run(gpt, image_job(layout, [([[1], [2], [3], [4]], None)], how), how, 5, batch_size=2)
     job = image_job(layout, [([[3]], None)], how)
-    alone = run(gpt, job, how, 5, tile=2, sample_indices=[2])
+    alone = run(gpt, job, how, 5, batch_size=2, sample_indices=[2])
     np.testing.assert_array_equal(together.tokens[2], alone.tokens[0])
     with pytest.raises(UserError, match="on_step"):
         run(gpt, job, how, on_step=print)
@@ -117,7 +120,7 @@ def test_a_sample_depends_on_its_seed_and_index_alone():
     ("settings", "words"),
     [
         ({"speculative": 1}, "speculative=1"),
-        ({"speculative": 4, "no_repeat": 1}, "no_repeat=1"),
+        ({"speculative": 4, "no_repeat_ngram_size": 1}, "no_repeat_ngram_size=1"),
         ({"speculative": 4, "together": 2}, "exclude"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 from imagegpt_jax.sampling import token_sampling
 from imagegpt_jax.sampling.settings import Sampling
-from imagegpt_jax.sampling.token_sampling import Filters, choose
+from imagegpt_jax.sampling.token_sampling import Filters, sample_tokens
 
 DRAWS = 100_000
 
@@ -30,8 +30,8 @@ def probabilities(logits_V, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return out_V / out_V.sum()
 
 
-weights = jax.jit(token_sampling.likelihoods)
-pick = jax.jit(token_sampling.pick)
+weights = jax.jit(token_sampling.filtered_probabilities)
+pick = jax.jit(token_sampling.sample_index)
 SETTINGS = [
     {},
     {"temperature": 0.6},
@@ -89,7 +89,9 @@ def test_a_hundred_thousand_draws(settings):
     logits_V = np.random.default_rng(3).normal(size=50).astype(np.float32)
     probs_V = probabilities(logits_V, **settings)
     logits_BV = jnp.broadcast_to(logits_V, (DRAWS, 50))
-    drawn = jax.jit(choose)(logits_BV, jax.random.split(jax.random.key(5), DRAWS), Filters.of(Sampling(**settings)))
+    drawn = jax.jit(sample_tokens)(
+        logits_BV, jax.random.split(jax.random.key(5), DRAWS), Filters.of(Sampling(**settings))
+    )
     statistic, freedom = chi_square(np.asarray(drawn), probs_V)
     # Normal approximation of the upper 0.0005 quantile (Wilson and Hilferty 1931).
     limit = freedom * (1 - 2 / (9 * freedom) + 3.29 * np.sqrt(2 / (9 * freedom))) ** 3
@@ -112,14 +114,14 @@ def test_temperature_zero_takes_the_first_of_the_largest():
     logits_BV = jnp.array([[0.0, 1e-4, 0.0, 1e-4]] * 50)
     for settings in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}):
         filters = Filters.of(Sampling(temperature=0.0, **settings))
-        drawn = choose(logits_BV, jax.random.split(jax.random.key(0), 50), filters)
+        drawn = sample_tokens(logits_BV, jax.random.split(jax.random.key(0), 50), filters)
         assert set(drawn.tolist()) == {1}
 
 
 def test_settings_may_differ_by_row():
     filters = Filters(jnp.ones(400), jnp.array([1, 2, 0, 0] * 100), jnp.array([1, 1, 0.3, 1] * 100), jnp.zeros(400))
     logits_BV = jnp.log(jnp.broadcast_to(jnp.array([0.1, 0.2, 0.3, 0.4]), (400, 4)))
-    drawn = choose(logits_BV, jax.random.split(jax.random.key(0), 400), filters)
+    drawn = sample_tokens(logits_BV, jax.random.split(jax.random.key(0), 400), filters)
     assert [set(drawn[i::4].tolist()) for i in range(4)] == [{3}, {2, 3}, {3}, {0, 1, 2, 3}]
 
 
@@ -128,7 +130,7 @@ def test_repeats_are_the_tokens_that_would_complete_a_run_again(run):
     rng = np.random.default_rng(run)
     drawn_BN = rng.integers(0, 3, (20, 12))
     for count in (0, 1, 2, 5, 12):
-        got_BV = np.asarray(token_sampling.repeats(jnp.asarray(drawn_BN), jnp.int32(count), run, 3))
+        got_BV = np.asarray(token_sampling.completes_ngram(jnp.asarray(drawn_BN), jnp.int32(count), run, 3))
         for drawn_N, got_V in zip(drawn_BN.tolist(), got_BV, strict=True):
             history = drawn_N[:count]
             runs = {tuple(history[i : i + run]) for i in range(count - run + 1)}

@@ -30,7 +30,7 @@ def make(workload: sampling.Workload, weights: str) -> tuple[Any, Any]:
 
     from imagegpt_jax.data.packing import Layout, TokenSpace
     from imagegpt_jax.models.gpt import GPT, GPTConfig
-    from imagegpt_jax.sampling.jobs import prepare
+    from imagegpt_jax.sampling.decode_weights import prepare
 
     space = TokenSpace(text_vocab=0, num_classes=workload.classes, num_codes=workload.codes)
     layout = Layout(space=space, text_length=1, grid=(workload.side, workload.side))
@@ -83,7 +83,9 @@ def main() -> None:
     """Times the line that the flags name."""
     import jax
 
-    from imagegpt_jax.sampling.jobs import Sampling, image_job, run
+    from imagegpt_jax.sampling.batching import run
+    from imagegpt_jax.sampling.jobs import image_job
+    from imagegpt_jax.sampling.settings import Sampling
 
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
     imported = sampling.resident()
@@ -97,7 +99,7 @@ def main() -> None:
     seeds = iter(range(10**9))
 
     def call() -> float:
-        return float(run(gpt, job, how, next(seeds), tile=workload.images).passes.mean())
+        return float(run(gpt, job, how, next(seeds), batch_size=workload.images).forward_passes.mean())
 
     found = workloads.timed(call, SECONDS.value, fewest=1, warm_up=1)
     memory = {"imports_rss_bytes": imported, "peak_rss_bytes": sampling.peak_resident()}

@@ -133,7 +133,9 @@ def styles(gpt: Any, tok: Any, source: Any, rng: np.random.Generator) -> dict[st
 
 def weights(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict[str, float]:
     """The figures of `weights`: -log2 P(picture | words) of a code, in each precision."""
-    from imagegpt_jax.sampling.jobs import Sampling, image_job, run
+    from imagegpt_jax.sampling.batching import run
+    from imagegpt_jax.sampling.jobs import image_job
+    from imagegpt_jax.sampling.settings import Sampling
 
     codes, texts = tok.encode(pictures), [gpt.encode_text(text) for text in words]
     found = {}
@@ -149,15 +151,16 @@ def steps(gpt: Any, words: list[str]) -> dict[str, float]:
     """The figures of `steps`, as the decoder draws and greedily."""
     import dataclasses
 
-    from imagegpt_jax.sampling.jobs import image_job, run
+    from imagegpt_jax.sampling.batching import run
+    from imagegpt_jax.sampling.jobs import image_job
 
     texts, layout = [gpt.encode_text(text) for text in words[:32]], gpt.setup.layout
     found: dict[str, float] = {"codes": layout.num_codes, "window": WINDOW}
     for name, temperature in (("as_drawn", None), ("greedy", 0.0)):
         how = gpt.sampling(temperature=temperature, cfg_scale=CFG_SCALE.value)
-        how = dataclasses.replace(how, no_repeat=0, speculative=WINDOW)
+        how = dataclasses.replace(how, no_repeat_ngram_size=0, speculative=WINDOW)
         job = image_job(layout, [(texts, None)], how)
-        found[f"{name}_steps"] = float(run(gpt.gpt, job, how, SEED.value).passes.mean())
+        found[f"{name}_steps"] = float(run(gpt.gpt, job, how, SEED.value).forward_passes.mean())
     return found
 
 

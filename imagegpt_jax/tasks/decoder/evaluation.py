@@ -18,7 +18,8 @@ from imagegpt_jax.images import Tile, grid, to_uint8
 from imagegpt_jax.metrics import common, likelihood
 from imagegpt_jax.metrics.evaluator import Evaluation, Evaluator
 from imagegpt_jax.parallel import sharding
-from imagegpt_jax.sampling.jobs import TILE, generate_codes
+from imagegpt_jax.sampling.batching import BATCH_SIZE, run
+from imagegpt_jax.sampling.jobs import image_job
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
 from imagegpt_jax.tasks.decoder.batches import PROMPTS, batches, encode
 from imagegpt_jax.tasks.decoder.setup import Setup, sampling_of, tokenizer_params
@@ -90,15 +91,9 @@ def _sample_grid(setup: Setup, params: train_state.Params) -> np.ndarray:
     with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, first)):
         params = jax.device_put(common.to_host(params), first[0])
         module: Any = setup.networks["decoder"].module(params)
-        codes_BN = generate_codes(
-            module,
-            setup.layout,
-            setup.text.encode_batch(prompts),
-            features=features,
-            sampling=sampling_of(config),
-            seed=config.seed,
-            tile=len(prompts),
-        )
+        texts, sampling = setup.text.encode_batch(prompts), sampling_of(config)
+        job = image_job(setup.layout, [(texts, None)], sampling, features=None if features is None else [features])
+        codes_BN = run(module, job, sampling, config.seed, batch_size=len(prompts)).tokens
         pictures = to_uint8(np.asarray(_decoder_of_codes(setup)(codes_BN.reshape(-1, *setup.layout.grid))))
     tiles = [Tile(prompt, list(pictures[4 * i : 4 * i + 4])) for i, prompt in enumerate(config.sample_prompts)]
     return grid(tiles)
@@ -122,16 +117,11 @@ def _score_samples(setup: Setup, params: train_state.Params, mesh: Mesh) -> dict
     """Draws `config.eval_samples` pictures of validation prompts on the mesh of the training, and scores them."""
     config, (texts, labels, _) = setup.config, _asked(setup)
     module: Any = setup.networks["decoder"].module(params)
-    codes_BN = generate_codes(
-        module,
-        setup.layout,
-        setup.text.encode_batch(texts) if not config.data.use_labels or any(texts) else None,
-        labels,
-        features=None if setup.encoder is None else setup.encoder.read(texts),
-        sampling=sampling_of(config),
-        seed=config.seed,
-        mesh=mesh,
-    )
+    ids = setup.text.encode_batch(texts) if not config.data.use_labels or any(texts) else None
+    features = None if setup.encoder is None else [setup.encoder.read(texts)]
+    sampling = sampling_of(config)
+    job = image_job(setup.layout, [(ids, labels)], sampling, features=features)
+    codes_BN = run(module, job, sampling, config.seed, mesh=mesh).tokens
     return _sample_scorer(setup, mesh)(_pictures(setup, codes_BN, mesh))
 
 
@@ -150,7 +140,7 @@ def _asked(setup: Setup) -> tuple[list[str], list[int] | None, list[str]]:
 def _pictures(setup: Setup, codes_BN: np.ndarray, mesh: Mesh) -> np.ndarray:
     """Codes -> uint8 [B, H, W, C], a tile on every device of the mesh at a time."""
     decode, params = _decode_on(setup, mesh)
-    tile = TILE * sharding.batch_shards(mesh)
+    tile = BATCH_SIZE * sharding.batch_shards(mesh)
     parts = []
     with jax.set_mesh(mesh):
         for start in range(0, len(codes_BN), tile):

@@ -220,7 +220,7 @@ def sampling_of(config: Config) -> settings.Sampling:
       UserError: for a value that is not possible.
     """
     try:
-        return to_dataclass(settings.Sampling, config.sampling)
+        return settings.read(config.sampling)
     except UserError as e:
         raise UserError(f"config.sampling cannot be used: {e}") from e
 

@@ -1,4 +1,4 @@
-"""Parameters of another run in a new one, whatever is trained here and there; `test_checks.py` has what cannot work."""
+"""Parameters of another run in a new one, whatever the networks; for errors see `test_config_checks.py`."""
 
 import jax
 import jax.numpy as jnp

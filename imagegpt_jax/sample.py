@@ -179,7 +179,7 @@ def draw_rows(
     from imagegpt_jax.parallel import sharding
 
     devices = jax.local_devices()
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": TENSOR.value}, devices) if len(devices) > 1 else None
+    mesh = sharding.local_mesh(devices, TENSOR.value) if len(devices) > 1 else None
 
     def write(row: output.Row, image: Any, found: dict[str, Any]) -> None:
         image, checked = finish(image, row["prompt"])

@@ -347,7 +347,7 @@ def score(settings: Settings) -> None:
     from imagegpt_jax.runtime import distributed
 
     opened = open_data(settings, found)
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = sharding.local_mesh(jax.devices())
     started = time.monotonic()
     scores: Scores = {**provenance.code(), "jax_version": jax.__version__}
     page = Material()

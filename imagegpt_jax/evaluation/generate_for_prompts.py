@@ -175,9 +175,9 @@ def _draw(
     from imagegpt_jax.parallel import sharding
 
     devices = jax.local_devices()
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices) if len(devices) > 1 else None
+    mesh = sharding.local_mesh(devices) if len(devices) > 1 else None
     held = {path.name for path in folder.iterdir()}
-    turn = pipeline.TILE * len(devices)
+    turn = pipeline.BATCH_SIZE * len(devices)
     mine = [
         i
         for i in range(len(asked))

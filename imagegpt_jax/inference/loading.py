@@ -28,7 +28,7 @@ from imagegpt_jax.convert.formats import Options
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.inference import text_encoder as encoders
 from imagegpt_jax.models.gpt import GPT, Output, Sequence, plain_sequence
-from imagegpt_jax.parallel import sharding
+from imagegpt_jax.parallel import padding, sharding
 from imagegpt_jax.sampling import settings as settings_lib
 from imagegpt_jax.sampling.batching import place
 from imagegpt_jax.sampling.settings import Sampling
@@ -79,7 +79,7 @@ class Tokenizer:
           step: checkpoint.
           rows: images that each device runs at once.
         """
-        self._mesh = mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
+        self._mesh = mesh = sharding.local_mesh()
         self.config = setup.model
         self.path, self.step = path, step
         self.downsample, self.num_codes = self.config.downsample, self.config.quantizer.num_ids
@@ -153,18 +153,10 @@ class Tokenizer:
         return np.clip(images_BHWC, -1, 1)
 
     def _in_tiles(self, fn: Callable[..., jax.Array], inputs: np.ndarray) -> np.ndarray:
-        """Runs `fn` over tiles of rows; the last tile is filled up with copies of its last row."""
-        outputs: list[np.ndarray] = []
-        running: jax.Array | None = None
-        for start in range(0, len(inputs), self.tile):
-            tile = inputs[start : start + self.tile]
-            tile = np.concatenate([tile, np.repeat(tile[-1:], self.tile - len(tile), axis=0)])
-            with jax.set_mesh(self._mesh):  # the caller may be at work on a mesh of all processes' devices
-                dispatched = fn(self._params, jax.device_put(tile, self._sharding))
-            if running is not None:
-                outputs.append(np.asarray(running))
-            running = dispatched
-        return np.concatenate([*outputs, np.asarray(running)])[: len(inputs)]
+        with jax.set_mesh(self._mesh):  # the caller may be at work on a mesh of all processes' devices
+            return padding.map_batches(
+                lambda rows: fn(self._params, jax.device_put(rows, self._sharding)), self.tile, inputs
+            )
 
 
 def _fingerprint(config: Any, params: Any) -> str:
@@ -184,7 +176,7 @@ def read_tokenizer(
         return tokenizer_task.setup_for_weights(loaded.config, loaded.network), loaded.params, 0
     setup = tokenizer_task.setup_for_inference(read_config(path, "tokenizer"), path)
     step = checkpoint.choose_step(path, step)
-    abstract = jax.eval_shape(functools.partial(tokenizer_task.init_state, setup), jax.eval_shape(jax.random.key, 0))
+    abstract = train_state.abstract(tokenizer_task.init_state, setup)
     return setup, checkpoint.load_params(path, abstract, "generator", step), step
 
 
@@ -400,7 +392,7 @@ def load_decoder(
     if loaded is not None:
         return Decoder(loaded.module(), setup, path=str(path), step=0)
     step = checkpoint.choose_step(path, step)
-    abstract = jax.eval_shape(functools.partial(decoder_task.init_state, setup), jax.eval_shape(jax.random.key, 0))
+    abstract = train_state.abstract(decoder_task.init_state, setup)
     params = checkpoint.load_params(path, abstract, "decoder", step)
     network: Any = setup.networks["decoder"].module(params)
     return Decoder(network, setup, path=str(path), step=step)

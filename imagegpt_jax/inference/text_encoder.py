@@ -23,7 +23,7 @@ from imagegpt_jax.data.text import TextTokenizer
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, Sequence
 from imagegpt_jax.models.gpt_config import GPTConfig
-from imagegpt_jax.parallel import sharding
+from imagegpt_jax.parallel import padding, sharding
 
 TILE = 16  # prompts that are read at once: the same for any number, so that none depends on the others
 
@@ -53,11 +53,8 @@ def read(
 ) -> tuple[Float[np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
     """Features of prompts and which of them are real, TILE prompts at a time."""
     tokens_BP, mask_BP = place(text.encode_batch(list(prompts)), length)
-    parts = []
-    for start in range(0, len(prompts), TILE):
-        rows = np.minimum(np.arange(start, start + TILE), len(prompts) - 1)
-        parts.append(np.asarray(_states(gpt, tokens_BP[rows], mask_BP[rows]), np.float32))
-    return np.concatenate(parts)[: len(prompts)], mask_BP
+    values_BPE = padding.map_batches(functools.partial(_states, gpt), TILE, tokens_BP, mask_BP)
+    return np.asarray(values_BPE, np.float32), mask_BP
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,8 +85,8 @@ class TextEncoder:
 
     def read(self, prompts: List[str]) -> tuple[Float[np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
         """Features of prompts and which of them are real, computed on this process's first device."""
-        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
-        with jax.set_mesh(mesh):  # the caller may be at work on a mesh of all processes' devices
+        # The caller may be at work on a mesh of all processes' devices.
+        with jax.set_mesh(sharding.local_mesh(jax.local_devices()[:1])):
             return read(self._module, self.text, prompts, self.length)
 
     def place(self, prompts: List[str]) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:

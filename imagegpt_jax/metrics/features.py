@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from imagegpt_jax.metrics.sets import ImageSet
-from imagegpt_jax.parallel import sharding
+from imagegpt_jax.parallel import padding, sharding
 
 TILE = 8
 _READERS = 8
@@ -115,7 +115,7 @@ def extract(
     """
     # Virtual devices of one CPU would only share it.
     devices = jax.local_devices() if jax.default_backend() != "cpu" else jax.local_devices()[:1]
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices)
+    mesh = sharding.local_mesh(devices)
     # By way of the host: what was read under a mesh of all processes' devices is on all of these.
     held = {network.name: jax.tree.map(np.asarray, network.params) for network in networks}
     params = jax.device_put(held, sharding.replicated(mesh))
@@ -136,9 +136,8 @@ def extract(
         computed = {}
         for network in networks:
             prepared = np.stack([network.prepare(image) for image in filled])
-            prepared = np.concatenate([prepared, np.repeat(prepared[-1:], rows - len(prepared), axis=0)])
             with jax.set_mesh(mesh):  # the caller may be at work on a mesh of all processes' devices
-                placed = jax.device_put(prepared, sharding.batch_sharding(mesh))
+                placed = jax.device_put(padding.pad(prepared, rows), sharding.batch_sharding(mesh))
                 found = _run(network.apply, params[network.name], placed)
             computed |= {key: value for o, value in found.items() if (key := (network.name, o)) in outputs}
         padded = np.zeros((rows, 32), np.uint8)

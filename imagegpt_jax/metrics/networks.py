@@ -1,6 +1,7 @@
 """The frozen networks that scores are made of, loaded from files and ready for `features.extract`."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.metrics import resizing, score, ssim
 from imagegpt_jax.metrics.features import Network
 from imagegpt_jax.models.pretrained import clip, dinov2, efficientnet, inception, lpips, weights
+from imagegpt_jax.parallel import padding
 
 Loader = Callable[[str, str], Network]
 _TEXTS = 64  # of a tile
@@ -184,12 +186,7 @@ def embed_texts(path: str, texts: Sequence[str]) -> np.ndarray:
     """
     module = clip.CLIP.load(path)
     ids_NL = _tokenize(path, texts, module.length)
-    rows = []
-    for start in range(0, len(ids_NL), _TEXTS):
-        tile = ids_NL[start : start + _TEXTS]
-        filled = np.concatenate([tile, np.repeat(tile[-1:], _TEXTS - len(tile), axis=0)])
-        rows.append(np.asarray(_embed(module, filled))[: len(tile)])
-    return np.concatenate(rows)
+    return padding.map_batches(functools.partial(_embed, module), _TEXTS, ids_NL)
 
 
 @jax.jit

@@ -105,8 +105,7 @@ class Plan:
         sharding.check_batch_size(config.batch_size, self.mesh, config.accumulate)
         self.task.check_mesh(self.setup, self.mesh)
         with jax.set_mesh(self.mesh):
-            make = functools.partial(self.task.init_state, self.setup)
-            abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
+            abstract = train_state.abstract(self.task.init_state, self.setup)
         self.layout = train_state.shardings(abstract, self.setup.networks, self.mesh)
         self.state = with_shardings(abstract, self.layout)
 

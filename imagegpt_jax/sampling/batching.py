@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT
 from imagegpt_jax.models.gpt import Sequence as Sequence_
-from imagegpt_jax.parallel import sharding
+from imagegpt_jax.parallel import padding, sharding
 from imagegpt_jax.sampling import engine, parallel, speculative
 from imagegpt_jax.sampling.decode_weights import prepare, prepared
 from imagegpt_jax.sampling.jobs import Job
@@ -126,11 +126,8 @@ def run(
         return tokens_BN
 
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        for first in range(0, total, batch_size * devices):
-            # The last batches are filled with the last sample.
-            samples = np.minimum(np.arange(first, first + batch_size * devices), total - 1)
-            count = min(batch_size * devices, total - first)
-            part = slice(first, first + count)
+        for part, samples in padding.padded_batches(total, batch_size * devices):
+            count = part.stop - part.start
             rows = rows_of(job, keys, samples.reshape(devices, batch_size), mesh)
             if sampling.speculative:
                 drawn = speculative.decode(gpt, rows, settings, shape=shape, window=sampling.speculative)
@@ -144,7 +141,7 @@ def run(
             results.tokens[part] = placed(drawn[0], count)
             results.log_likelihood[part] = _fetch(drawn[1])[:count]
             if progress is not None:
-                progress(first + count, total)
+                progress(part.stop, total)
     return results
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT
+from imagegpt_jax.parallel import padding
 from imagegpt_jax.sampling import batching, engine
 from imagegpt_jax.sampling.decode_weights import score
 from imagegpt_jax.sampling.settings import Sampling
@@ -64,11 +65,10 @@ def search(
     shape, settings = batching.plan(job, sampling)
     keys = batching.sample_keys(0, np.arange(job.total))
     all_tokens, all_scores = [], []
-    for first in range(0, job.total, batch_size):
-        samples = np.minimum(np.arange(first, first + batch_size), job.total - 1)
+    for part, samples in padding.padded_batches(job.total, batch_size):
         rows = batching.rows_of(job, keys, samples[None])
         tokens_BKN, scores_BK = _search(gpt, rows, settings, shape=shape, beams=beams, end=end)
-        count = min(batch_size, job.total - first)
+        count = part.stop - part.start
         all_tokens.append(np.asarray(tokens_BKN)[:count])
         all_scores.append(np.asarray(scores_BK)[:count])
     tokens, scores = np.concatenate(all_tokens), np.concatenate(all_scores)

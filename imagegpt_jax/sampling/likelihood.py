@@ -15,6 +15,7 @@ from imagegpt_jax.data.packing import IMAGE, IMAGE_TO_TEXT, TEXT, TEXT_TO_IMAGE,
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.gpt import GPT, Sequence
+from imagegpt_jax.parallel import padding
 
 BATCH_SIZE = 16
 FEATURES = ("features", "feature_mask")
@@ -69,10 +70,8 @@ def log_likelihood(
         packed |= dict(zip(FEATURES, features, strict=True))
         names += FEATURES
     out_B = np.zeros(total, np.float32)
-    for first in range(0, total, batch_size):
-        rows = np.minimum(np.arange(first, first + batch_size), total - 1)
+    for part, rows in padding.padded_batches(total, batch_size):
         batch = {name: packed[name][rows] for name in names if name in packed}
         scores_B = _log_likelihood(gpt, batch, start=start, size=size, kind=kind)
-        count = min(batch_size, total - first)
-        out_B[first : first + count] = np.asarray(scores_B)[:count]
+        out_B[part] = np.asarray(scores_B)[: part.stop - part.start]
     return out_B

@@ -103,7 +103,7 @@ def test_training_trains_what_reads_the_features_and_nothing_of_the_encoder(run,
 def test_pictures_follow_the_words(run):
     gpt, tok = run.gpt, run.gpt.load_tokenizer()
     greedy = Sampling(temperature=0.0, cfg_scale=3.0)
-    how = {"temperature": 0.0, "cfg_scale": 3.0, "tile": 4}
+    how = {"temperature": 0.0, "cfg_scale": 3.0, "batch_size": 4}
     features = gpt.read(PROMPTS)
     job = image_job(gpt.setup.layout, [([[]] * 4, None)], greedy, features=[features])
     expected = batching.run(gpt.gpt, job, greedy, batch_size=4).tokens

@@ -8,7 +8,6 @@ Meshes are data x fsdp x tensor on virtual CPU devices, those that the `size=tes
 on every device is compared, and the sharding that it came back with. Exits with status 1 if one differs.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -59,8 +58,7 @@ class Campaign:
         root = pathlib.Path(__file__).resolve().parents[2]
         self._config = config_lib.sibling(str(root / "configs" / "x.py"), f"{name}.py").get_config("size=test")
         setup = task.setup_abstract(self._config)
-        make = functools.partial(task.init_state, setup)
-        abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
+        abstract = train_state.abstract(task.init_state, setup)
         rng = np.random.default_rng(0)
         self._values = jax.tree.map(lambda x: np.asarray(rng.standard_normal(x.shape) * 9, x.dtype), abstract)
         self._targets: dict[Shape, Any] = {}

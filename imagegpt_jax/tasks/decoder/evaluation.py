@@ -17,7 +17,7 @@ from imagegpt_jax.data import sources
 from imagegpt_jax.images import Tile, grid, to_uint8
 from imagegpt_jax.metrics import common, likelihood
 from imagegpt_jax.metrics.evaluator import Evaluation, Evaluator
-from imagegpt_jax.parallel import sharding
+from imagegpt_jax.parallel import padding, sharding
 from imagegpt_jax.sampling.batching import BATCH_SIZE, run
 from imagegpt_jax.sampling.jobs import image_job
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
@@ -88,7 +88,7 @@ def _sample_grid(setup: Setup, params: train_state.Params) -> np.ndarray:
     config, first = setup.config, jax.local_devices()[:1]
     prompts = [prompt for prompt in config.sample_prompts for _ in range(4)]
     features = None if setup.encoder is None else setup.encoder.read(prompts)
-    with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, first)):
+    with jax.set_mesh(sharding.local_mesh(first)):
         params = jax.device_put(common.to_host(params), first[0])
         module: Any = setup.networks["decoder"].module(params)
         texts, sampling = setup.text.encode_batch(prompts), sampling_of(config)
@@ -140,15 +140,17 @@ def _asked(setup: Setup) -> tuple[list[str], list[int] | None, list[str]]:
 def _pictures(setup: Setup, codes_BN: np.ndarray, mesh: Mesh) -> np.ndarray:
     """Codes -> uint8 [B, H, W, C], a tile on every device of the mesh at a time."""
     decode, params = _decode_on(setup, mesh)
-    tile = BATCH_SIZE * sharding.batch_shards(mesh)
-    parts = []
+
+    def dispatch(codes_Bhw: np.ndarray) -> jax.Array:
+        return decode(params, jax.device_put(codes_Bhw, sharding.batch_sharding(mesh)))
+
     with jax.set_mesh(mesh):
-        for start in range(0, len(codes_BN), tile):
-            rows = codes_BN[start : start + tile].reshape(-1, *setup.layout.grid)
-            filled = np.concatenate([rows, np.repeat(rows[-1:], tile - len(rows), axis=0)])
-            placed = jax.device_put(filled, sharding.batch_sharding(mesh))
-            parts.append(to_uint8(common.to_host(decode(params, placed))[: len(rows)]))
-    return np.concatenate(parts)
+        return padding.map_batches(
+            dispatch,
+            BATCH_SIZE * sharding.batch_shards(mesh),
+            codes_BN.reshape(-1, *setup.layout.grid),
+            fetch=lambda images_BHWC: to_uint8(common.to_host(images_BHWC)),
+        )
 
 
 @functools.cache

@@ -344,8 +344,7 @@ def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> train_state.Par
         params = reading.load_for(setup.config.tokenizer, "tokenizer", setup.tokenizer.networks["generator"])
         return params if sharding_tree is None else sharding.put_whole(params, sharding_tree)
     if setup.config.tokenizer:
-        make = functools.partial(tokenizer_task.init_state, setup.tokenizer)
-        abstract = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
+        abstract = train_state.abstract(tokenizer_task.init_state, setup.tokenizer)
         return checkpoint.load_params(setup.config.tokenizer, abstract, "generator", sharding=sharding_tree)
     return jax.device_put(_untrained(setup), sharding_tree)
 

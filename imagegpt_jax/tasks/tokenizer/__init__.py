@@ -206,7 +206,7 @@ def step_flops(setup: Setup, phase: str, batch: Mapping[str, Any]) -> float:
     # Products of Muon's and Shampoo's matrices are none of the model's, and made once a step whatever the batch.
     config.optim.name = config.discriminator_optim.name = "sgd"
     plain = _build(config, {}, "vgg16" if "perceptual" in setup.networks else "")
-    state = jax.eval_shape(functools.partial(init_state, plain), jax.eval_shape(jax.random.key, 0))
+    state = train_state.abstract(init_state, plain)
     step = functools.partial(train_step, plain, phase)
     count, *sides = batch["image"].shape
     return count * flops.traced(step, state, {"image": jax.ShapeDtypeStruct((1, *sides), jnp.float32)})

@@ -12,13 +12,15 @@ import collections
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 BETWEEN_SLICES = "between-slices"
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", BETWEEN_SLICES)
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z\-]+)\((.*)$")
-_ARRAY = re.compile(r"\b(pred|[subf]\d+|bf16|f8\w*)\[([\d,]*)\]")
+# Name, type of the result, operation, and what follows its opening bracket.
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b(pred|[subf]\d+|bf16|f8\w*)\[([\d,]*)\](\{[^}]*\})?")
 _WIDTHS = {"pred": 1, "bf16": 2}
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?(%?[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -28,6 +30,39 @@ _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _SLICES = re.compile(r'_xla_megascale_target="?\{\{?([\d,]+)\}')
 # A computation with one of these goes on with, or ends, what another one started.
 _CONTINUES = re.compile(r'custom_call_target="AsyncCollective(?!Start")')
+
+
+class Array(NamedTuple):
+    """An array in a type, such as bf16[8,128]{1,0:T(8,128)S(1)}."""
+
+    kind: str
+    dims: tuple[int, ...]
+    layout: str
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        width = _WIDTHS.get(self.kind) or (1 if self.kind.startswith("f8") else int(self.kind[1:]) / 8)
+        return int(math.prod(self.dims) * width)
+
+    @property
+    def in_hbm(self) -> bool:
+        """Whether it lies in HBM: a layout says S(1) for VMEM, S(2) for semaphores and so on, and nothing for HBM."""
+        return not re.search(r"S\([1-9]", self.layout)
+
+
+def arrays(text: str) -> list[Array]:
+    """The arrays of a type, or of a whole module, in order; tuples are flattened."""
+    return [_array(*match) for match in _ARRAY.findall(text)]
+
+
+def distinct_arrays(text: str) -> set[Array]:
+    """`arrays` without repetitions, in less time where a module has many."""
+    return {_array(*match) for match in set(_ARRAY.findall(text))}
+
+
+def _array(kind: str, dims: str, layout: str) -> Array:
+    return Array(kind, tuple(int(d) for d in dims.split(",") if d), layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,20 +128,21 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str | None]:
             current = computations[name] = _Computation(continues=name.startswith("async_collective_fusion"))
             entry = name if line.startswith("ENTRY") else entry
             continue
-        match = _INSTRUCTION.match(line)
+        match = INSTRUCTION.match(line)
         if current is None or match is None:
             continue
         _, result, operation, rest = match.groups()
         kind = operation.removesuffix("-start")
         if kind in KINDS:
             # Started asynchronously, the result is (operand, result, ...).
-            size = _bytes(result) if kind == operation else max(_sizes(result), default=0)
+            sizes = [array.bytes for array in arrays(result)]
+            size = sum(sizes) if kind == operation else max(sizes, default=0)
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter-fusion"
             current.collectives.append(_sent(kind, size, _group(line)))
         elif operation == "send" and (transfer := _TRANSFER.search(line)):
             # The result is (payload, context, token).
-            current.collectives.append((BETWEEN_SLICES, _crossing(transfer[1], _sizes(result)[0], line)))
+            current.collectives.append((BETWEEN_SLICES, _crossing(transfer[1], arrays(result)[0].bytes, line)))
         current.continues |= bool(_CONTINUES.search(line))
         if operation == "constant" and result.startswith("s32[]"):
             current.bound = int(rest.split(")")[0])
@@ -138,18 +174,6 @@ def _crossing(transfer: str, size: int, line: str) -> int:
     if transfer == "ONE_TO_ONE":
         return size
     return round(size * (slices - 1) / slices * (2 if transfer == "ALL_REDUCE" else 1))
-
-
-def _sizes(text: str) -> list[int]:
-    sizes = []
-    for kind, dims in _ARRAY.findall(text):
-        width = _WIDTHS.get(kind) or (1 if kind.startswith("f8") else int(re.sub(r"\D", "", kind)) / 8)
-        sizes.append(int(math.prod(int(d) for d in dims.split(",") if d) * width))
-    return sizes
-
-
-def _bytes(text: str) -> int:
-    return sum(_sizes(text))
 
 
 def _group(line: str) -> int:

@@ -1,6 +1,6 @@
 """Bytes between HBM and the chip, read from a piece of HLO text."""
 
-from imagegpt_jax.perf import traffic
+from imagegpt_jax.perf import hlo, traffic
 
 TEXT = """HloModule jit_step
 
@@ -44,7 +44,8 @@ def test_what_is_fetched_for_the_next_run_counts_once():
 
 
 def test_types():
-    assert traffic.arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0}, s32[])") == [
+    arrays = hlo.arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0}, s32[])")
+    assert [(array.bytes, array.in_hbm) for array in arrays] == [
         (12, False),
         (5, True),
         (4, True),

@@ -51,14 +51,7 @@ def _moved(workdir: epath.PathLike, a: int, b: int) -> list[str]:
 
 
 def _trainable(workdir: epath.PathLike, step: int) -> Any:
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
+    from imagegpt_jax.checkpoint import trees
 
-    folder = folders.root(workdir) / str(step) / folders.STATE
-    with ocp.PyTreeCheckpointer() as reader:
-        wanted = {"trainable": reader.metadata(folder).item_metadata.tree["trainable"]}
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        return reader.restore(
-            folder, args=ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
-        )["trainable"]
+    folder = folders.root(workdir) / str(step)
+    return trees.read(folder, {"trainable": trees.stored(folder)["trainable"]}, on_host=True)["trainable"]

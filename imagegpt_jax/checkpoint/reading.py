@@ -4,10 +4,9 @@ import sys
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
-from imagegpt_jax.checkpoint import folders
+from imagegpt_jax.checkpoint import folders, trees
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged
 from imagegpt_jax.errors import UserError
@@ -70,13 +69,7 @@ def load_params(
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         sharding = jax.tree.map(lambda _: device, join(wanted[field][network], wanted["frozen"][network]))
     wanted = {part: {network: _with_sharding(tree[network], sharding)} for part, tree in wanted.items()}
-    with ocp.PyTreeCheckpointer() as reader:
-        restored = reader.restore(
-            folders.root(workdir) / str(step) / folders.STATE,
-            args=ocp.args.PyTreeRestore(
-                wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-            ),
-        )
+    restored = trees.read(folders.root(workdir) / str(step), wanted)
     return join(restored[field][network], restored["frozen"][network])
 
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from imagegpt_jax import config as config_lib
-from imagegpt_jax.checkpoint import folders
+from imagegpt_jax.checkpoint import folders, trees
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
 from imagegpt_jax.config import Config
@@ -189,7 +189,7 @@ class Checkpoints:
                 continue
             assert manifest is not None
             verified = time.perf_counter() - started
-            restored = self._read(folder / folders.STATE, state)
+            restored = self._read(folder, state)
             self._log.write(
                 "restore",
                 step=step,
@@ -214,22 +214,19 @@ class Checkpoints:
         distributed.barrier()
 
     def _read(self, folder: epath.Path, state: TrainState) -> TrainState:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-        with ocp.PyTreeCheckpointer() as reader:
-            try:
-                return reader.restore(folder, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
-            except ValueError as e:
-                if not (different := _different(reader.metadata(folder).item_metadata.tree, abstract)):
-                    raise UserError(
-                        f"{folder} cannot be read ({filesystem.reason(e)}): start the same command again."
-                    ) from e
+        try:
+            return trees.read(folder, state, partial=False)
+        except ValueError as e:
+            if not (different := _different(trees.stored(folder), state)):
                 raise UserError(
-                    f"the checkpoint {folder.parent} is of other networks than this config's"
-                    f" ({'; '.join(different[:4])}{f'; and {len(different) - 4} more' if len(different) > 4 else ''}):"
-                    " give the config that it was trained with, or begin another --workdir with"
-                    f" --config.init_from={self._workdir} --config.init_partial=True."
+                    f"{folder} cannot be read ({filesystem.reason(e)}): start the same command again."
                 ) from e
+            raise UserError(
+                f"the checkpoint {folder} is of other networks than this config's"
+                f" ({'; '.join(different[:4])}{f'; and {len(different) - 4} more' if len(different) > 4 else ''}):"
+                " give the config that it was trained with, or begin another --workdir with"
+                f" --config.init_from={self._workdir} --config.init_partial=True."
+            ) from e
 
     def finish(self, last: int) -> None:
         """At the end of a run: waits, and reads the last checkpoint back from the files.

@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from imagegpt_jax import checkpoint
 from imagegpt_jax import config as config_lib
-from imagegpt_jax.checkpoint import folders
+from imagegpt_jax.checkpoint import folders, trees
 from imagegpt_jax.checkpoint import manifest as manifest_lib
 from imagegpt_jax.checkpoint.manifest import Damaged
 from imagegpt_jax.config import Config
@@ -198,7 +197,7 @@ class _Stored:
     """A checkpoint of another run, whose arrays are not read.
 
     Attributes:
-      folder: of its state.
+      folder: of its step.
       config: the run's config.
       arrays: network -> path -> metadata with a shape; averaged parameters where there are such.
       fields: network -> path -> the field of `TrainState` that holds it.
@@ -230,8 +229,7 @@ class _Stored:
         """The one of a step."""
         folder = folders.root(workdir) / str(step)
         manifest = manifest_lib.read(folder)
-        with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(folder / folders.STATE).item_metadata.tree
+        tree = trees.stored(folder)
         arrays: dict[str, dict[str, Any]] = {}
         fields: dict[str, dict[str, str]] = {}
         for field in ("trainable", "ema", "frozen"):  # an average takes the place of what it is of
@@ -239,7 +237,7 @@ class _Stored:
                 flat = flatten(params)
                 arrays.setdefault(name, {}).update(flat)
                 fields.setdefault(name, {}).update(dict.fromkeys(flat, field))
-        return cls(folder / folders.STATE, manifest.config, arrays, fields)
+        return cls(folder, manifest.config, arrays, fields)
 
     def read(self, name: str, wanted: Arrays, like: Params) -> Arrays:
         """Parameters of a network, in the shardings and dtypes of the `wanted`; `like` has their keys."""
@@ -248,13 +246,8 @@ class _Stored:
             flat = {path: array for path, array in wanted.items() if self.fields[name][path] == field}
             if flat:
                 parts[field] = {name: unflatten(flat, like)}
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, parts)
-        arguments = ocp.args.PyTreeRestore(
-            abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
-        )
-        with ocp.PyTreeCheckpointer() as reader:
-            found = reader.restore(self.folder, args=arguments) if parts else {}
-        return {path: array for part in found.values() for path, array in flatten(part[name]).items()}
+        there = trees.read(self.folder, parts) if parts else {}
+        return {path: array for part in there.values() for path, array in flatten(part[name]).items()}
 
 
 def _match_run(here: Networks, stored: _Stored, config: Config) -> tuple[dict[str, list[str]], list[str]]:

@@ -154,16 +154,12 @@ class Run:
     def _digest(self) -> str:
         import jax
         import numpy as np
-        import orbax.checkpoint as ocp
 
-        folders = self.workdir / "checkpoints"
-        step = max(int(p.name) for p in folders.iterdir() if p.name.isdigit())
-        with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(folders / str(step) / "state").item_metadata.tree
-            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            state = reader.restore(
-                folders / str(step) / "state", args=ocp.args.PyTreeRestore(tree, restore_args=arguments)
-            )
+        from imagegpt_jax.checkpoint import folders, trees
+
+        step = folders.finished(self.workdir)[-1]
+        folder = folders.root(self.workdir) / str(step)
+        state = trees.read(folder, trees.stored(folder), on_host=True)
         sha = hashlib.sha256(str(step).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             leaf = np.asarray(leaf)

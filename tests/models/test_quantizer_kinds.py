@@ -10,7 +10,7 @@ from flax import nnx
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import quantizers
-from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig, init_stats, lattice, learn
+from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig, fsq, init_stats, learn, lfq
 
 VQ = QuantizerConfig(num_codes=8, code_dim=4, l2_normalize=False)
 IBQ = dataclasses.replace(VQ, kind="ibq", index_weight=1.0, commitment_weight=1.0, codebook_weight=0.25)
@@ -248,7 +248,7 @@ def test_fsq_gradient_is_that_of_the_bound():
     z = normal(3, 9, 3)
     gradient = jax.grad(lambda z: jnp.sum(make(FSQ)(z).zq))(z)
     half = jnp.array([4.0, 2.0, 2.0])
-    expected = jax.grad(lambda z: jnp.sum(lattice.fsq_bound(z, FSQ.levels) / half))(z)
+    expected = jax.grad(lambda z: jnp.sum(fsq.bound(z, FSQ.levels) / half))(z)
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
@@ -282,7 +282,7 @@ def test_entropy_of_signs_is_that_over_all_codes(config, temperature):
     z = jnp.asarray(unit(np.asarray(z))) if config.l2_normalize else z
     value = float(np.abs(codes).max())
     plain = jax.value_and_grad(lambda z: quantizers.entropy_loss(z, codes, temperature, 32))(z)
-    factored = jax.value_and_grad(lambda z: lattice.sign_entropy_loss(z, value, temperature))(z)
+    factored = jax.value_and_grad(lambda z: lfq.entropy_loss(z, value, temperature))(z)
     assert float(factored[0]) == pytest.approx(float(plain[0]), rel=1e-4, abs=1e-5)
     if not config.l2_normalize:
         np.testing.assert_allclose(factored[1], plain[1], rtol=1e-3, atol=1e-5)
@@ -291,8 +291,8 @@ def test_entropy_of_signs_is_that_over_all_codes(config, temperature):
 
 def test_entropy_of_signs_is_least_when_sure_codes_are_evenly_used():
     corners = 50 * (2.0 * (np.arange(32)[:, None] >> np.arange(5) & 1) - 1)
-    assert float(lattice.sign_entropy_loss(jnp.asarray(corners), 1.0, 0.1)) == pytest.approx(-5 * np.log(2), rel=1e-4)
-    assert float(lattice.sign_entropy_loss(jnp.full((9, 5), 50.0), 1.0, 0.1)) == pytest.approx(0, abs=1e-6)
+    assert float(lfq.entropy_loss(jnp.asarray(corners), 1.0, 0.1)) == pytest.approx(-5 * np.log(2), rel=1e-4)
+    assert float(lfq.entropy_loss(jnp.full((9, 5), 50.0), 1.0, 0.1)) == pytest.approx(0, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- large codebooks
@@ -349,7 +349,7 @@ def test_no_array_has_all_vectors_times_a_codebook_of_2_to_18(kind):
         ({"kind": "fsq", "levels": (8, 8), "code_dim": 3, "num_codes": 64, "l2_normalize": False}, "each of the 3"),
         ({"kind": "fsq", "levels": (8, 8), "code_dim": 2, "num_codes": 64}, "l2_normalize=False"),
         ({"kind": "lfq", "code_dim": 9, "num_codes": 500}, "num_codes=512"),
-        ({"levels": (8, 8)}, "are for kind='fsq'"),
+        ({"levels": (8, 8)}, "kind='vq' has no levels: set levels="),
         ({"depth": 2}, "l2_normalize=False"),
         ({"kind": "ibq", "codebook_update": "ema"}, "codebook_update='gradient'"),
         ({"codebook_update": "emma"}, "Did you mean 'ema'"),

@@ -1,4 +1,4 @@
-"""Search among learned codes, in chunks: the nearest code, softmax averages and entropies over all of them.
+"""Learned codes, and search among them in chunks: the nearest code, softmax averages and entropies over all.
 
 A codebook lies in pieces on the devices of the logical axis "codes"; each compares the vectors with its own codes.
 Numbers are float32, or float64 if the vectors or the codebook are. No array has N x K elements, only N x chunk.
@@ -6,11 +6,14 @@ Numbers are float32, or float64 if the vectors or the codebook are. No array has
 Shapes: N vectors, Z code dimension, K codes, C chunks of J codes, S pieces.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from imagegpt_jax.models.quantizers.config import Codebook, QuantizerConfig
 from imagegpt_jax.parallel import sharding
 
 # How a vector and a code are compared; either grows with their likeness.
@@ -135,3 +138,38 @@ def soft_codes(z_NZ: Float[Array, "N Z"], codebook_KZ: Float[Array, "K Z"], chun
         return total_NZ + p_NJ @ lax.stop_gradient(chunk_JZ), None
 
     return lax.scan(jax.checkpoint(body), jnp.zeros(z_NZ.shape, normaliser_N.dtype), chunks_CJZ)[0]
+
+
+# -------------------------------------------------------------------------------------- parts of kinds with a codebook
+
+
+def init(config: QuantizerConfig, param_dtype: Any, key: jax.Array) -> Float[Array, "I Z"]:
+    """Uniform codes, on the unit sphere if the config says so."""
+    shape = (config.num_ids, config.group_dim)
+    codebook_IZ = jax.random.uniform(key, shape, param_dtype, -1 / config.num_codes, 1 / config.num_codes)
+    return l2_normalize(codebook_IZ) if config.l2_normalize else codebook_IZ
+
+
+def lookup(config: QuantizerConfig, codebook: Codebook, ids: Int[Array, "..."]) -> Float[Array, "... Z"]:
+    """Indices -> codes."""
+    return jnp.take(codebook(), ids, axis=0)
+
+
+def nearest_each_depth(
+    config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"], metric: str
+) -> tuple[Int[Array, "N D"], Float[Array, "N D Z"]]:
+    """The nearest codes, one after another for what is left over, and what each was chosen for; without gradient."""
+    codebook_KZ, rest_NZ = lax.stop_gradient(codebook()), lax.stop_gradient(z_NZ)
+    codes, rests = [], []
+    for level in range(config.depth):
+        if level:
+            rest_NZ = rest_NZ - jnp.take(codebook_KZ, codes[-1], axis=0)
+        rests.append(rest_NZ)
+        codes.append(nearest_codes(rest_NZ, codebook_KZ, config.chunk_codes, metric))
+    return jnp.stack(codes, axis=1), jnp.stack(rests, axis=1)
+
+
+def straight_through(zq_NZ: Float[Array, "N Z"], z_NZ: Float[Array, "N Z"]) -> Float[Array, "N Z"]:
+    """The values of `zq` with the gradient of `z`."""
+    # z - sg(z) is exactly zero, so training decodes the very values that `lookup` gives.
+    return lax.stop_gradient(zq_NZ) + (z_NZ - lax.stop_gradient(z_NZ))

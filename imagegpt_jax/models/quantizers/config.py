@@ -1,14 +1,69 @@
-"""`QuantizerConfig`: every choice that defines a quantizer, checked before any device work."""
+"""`QuantizerConfig`: every choice that defines a quantizer, checked before device work; `Kind`: what a kind does."""
 
 import dataclasses
-import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int
 
 from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.plugins import plug_in
 
-KINDS = ("vq", "ibq", "fsq", "lfq")
-# Kinds that keep a learned table of codes; the codes of the others follow from their index.
-TABLE_KINDS = ("vq", "ibq")
+# Every kind of quantizer, and where its `Kind` is; a user's own is named in the same way, as module:name.
+KINDS = {name: f"imagegpt_jax.models.quantizers.{name}:{name.upper()}" for name in ("vq", "ibq", "fsq", "lfq")}
 UPDATES = ("gradient", "ema")
+# Options that only some kinds have, and their values for those that do not.
+NEUTRAL: dict[str, Any] = {
+    "depth": 1,
+    "levels": (),
+    "l2_normalize": False,
+    "codebook_update": "gradient",
+    "entropy_weight": 0.0,
+    "revival_steps": 0,
+}
+
+
+class Group(NamedTuple):
+    """What quantizing one group of every vector gives.
+
+    Attributes:
+      zq_NZ: the chosen codes; their gradient goes to the input as the kind has it.
+      codes_ND: int32, their indices within the group, one for each depth.
+      vectors_NDZ: what each was chosen for.
+      losses: unweighted terms, of "commitment", "codebook", "index" and "entropy".
+    """
+
+    zq_NZ: Float[Array, "N Z"]
+    codes_ND: Int[Array, "N D"]
+    vectors_NDZ: Float[Array, "N D Z"]
+    losses: dict[str, Float[Array, ""]]
+
+
+# Learned codes, [K, Z] of a group or [I, Z] of all. A function: kinds without `init` have none, and do not call it.
+Codebook = Callable[[], Float[Array, "I Z"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of quantizer. `codebook()` gives what `init` made and training changed, as it is compared and decoded.
+
+    Attributes:
+      quantize: (config, codebook [K, Z] of the group, z_NZ) -> Group, in training.
+      nearest: (config, codebook, z_NZ) -> (codes_ND, vectors_NDZ), the same without losses and gradient.
+      lookup: (config, codebook [I, Z] of all groups, ids of any shape) -> codes [..., Z], the values of `quantize`.
+      init: (config, param_dtype, key) -> learned codebook [I, Z]; None for codes that follow from their index.
+      check: config -> None; raises UserError for what this kind cannot do.
+      learn: as `use.learn`, which is what None stands for.
+      options: which of `NEUTRAL` it has; the others are refused.
+    """
+
+    quantize: Callable[..., Group]
+    nearest: Callable[..., tuple[Int[Array, "N D"], Float[Array, "N D Z"]]]
+    lookup: Callable[..., Float[Array, "... Z"]]
+    init: Callable[..., Float[Array, "I Z"]] | None = None
+    check: Callable[["QuantizerConfig"], None] | None = None
+    learn: Callable[..., Any] | None = None
+    options: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +76,7 @@ class QuantizerConfig:
     Attributes:
       kind: "vq", the nearest code of a learned codebook (arXiv:1711.00937); "ibq", index backpropagation
         (arXiv:2412.02692); "fsq", finite scalar quantization (arXiv:2309.15505); "lfq", signs (arXiv:2310.05737), which
-        with `l2_normalize` is BSQ (arXiv:2406.07548).
+        with `l2_normalize` is BSQ (arXiv:2406.07548); or "module:name" of a `Kind` of your own.
       num_codes: K, codes of each group: the product of `levels` for "fsq", 2^(code_dim / groups) for "lfq".
       code_dim: numbers in a vector, all groups together.
       groups: parts that a vector is cut into.
@@ -59,7 +114,6 @@ class QuantizerConfig:
     chunk_codes: int = 16384
 
     def __post_init__(self):
-        _check(self.kind in KINDS, f"unknown quantizer kind {self.kind!r}.{suggest(self.kind, KINDS)}")
         _check(
             self.codebook_update in UPDATES,
             f"unknown codebook_update {self.codebook_update!r}.{suggest(self.codebook_update, UPDATES)}",
@@ -71,50 +125,31 @@ class QuantizerConfig:
             f"code_dim={self.code_dim} does not divide by groups={self.groups}: change one.",
         )
         _check(0 <= self.codebook_decay < 1, f"codebook_decay={self.codebook_decay} must be in [0, 1).")
-        if self.has_table:
+        rules = self.rules
+        for name, neutral in NEUTRAL.items():
+            value = getattr(self, name)
             _check(
-                self.num_codes <= self.chunk_codes or self.num_codes % self.chunk_codes == 0,
-                f"chunk_codes={self.chunk_codes} does not divide num_codes={self.num_codes}: use a divisor.",
+                name in rules.options or value == neutral,
+                f"kind={self.kind!r} has no {name}: set {name}={neutral!r} (it is {value!r}).",
             )
-        else:
-            _check(not self.revival_steps, f"kind={self.kind!r} has no codebook to revive: set revival_steps=0.")
         _check(
-            self.codebook_update == "gradient" or self.kind == "vq",
-            f"codebook_update='ema' is for kind='vq': set codebook_update='gradient' for {self.kind!r}.",
+            not self.has_table or self.num_codes <= self.chunk_codes or self.num_codes % self.chunk_codes == 0,
+            f"chunk_codes={self.chunk_codes} does not divide num_codes={self.num_codes}: use a divisor.",
         )
-        _check(
-            self.depth == 1 or (self.kind == "vq" and not self.l2_normalize),
-            f"depth={self.depth} needs kind='vq' and l2_normalize=False: what is left over has no fixed length.",
-        )
-        self._check_lattice()
+        if rules.check:
+            rules.check(self)
 
-    def _check_lattice(self) -> None:
-        if self.kind == "fsq":
-            product = math.prod(self.levels)
-            _check(
-                len(self.levels) == self.group_dim and min(self.levels, default=0) >= 2,
-                f"kind='fsq' needs levels of 2 or more for each of the {self.group_dim} numbers of a group, not"
-                f" {self.levels}: set levels, and code_dim = groups x their number.",
-            )
-            _check(
-                self.num_codes == product,
-                f"levels={self.levels} have {product} codes, and num_codes={self.num_codes}: set num_codes={product}.",
-            )
-            _check(not self.l2_normalize, "kind='fsq' does not compare lengths: set l2_normalize=False.")
-            _check(not self.entropy_weight, "kind='fsq' has no losses: set entropy_weight=0.")
-            return
-        _check(not self.levels, f"levels={self.levels} are for kind='fsq': leave them empty for {self.kind!r}.")
-        if self.kind == "lfq":
-            _check(
-                self.group_dim <= 30 and self.num_codes == 2**self.group_dim,
-                f"kind='lfq' has one bit for each of the {self.group_dim} numbers of a group: set"
-                f" num_codes={2 ** min(self.group_dim, 30)} (it is {self.num_codes}), or another code_dim.",
-            )
+    @property
+    def rules(self) -> Kind:
+        """What the kind does."""
+        kind = plug_in(KINDS.get(self.kind, self.kind), "quantizer kind", KINDS)
+        _check(isinstance(kind, Kind), f"quantizer kind {self.kind!r} is no quantizers.Kind: make it one.")
+        return kind
 
     @property
     def has_table(self) -> bool:
         """Whether there is a learned codebook."""
-        return self.kind in TABLE_KINDS
+        return self.rules.init is not None
 
     @property
     def group_dim(self) -> int:

@@ -14,21 +14,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import layers
-from imagegpt_jax.models.quantizers import lattice
-from imagegpt_jax.models.quantizers.codebook import (
-    DOT,
-    EUCLIDEAN,
-    entropy_loss,
-    l2_normalize,
-    nearest_codes,
-    soft_codes,
-)
-from imagegpt_jax.models.quantizers.config import QuantizerConfig
+from imagegpt_jax.models.quantizers.codebook import l2_normalize
+from imagegpt_jax.models.quantizers.config import Codebook, QuantizerConfig
 from imagegpt_jax.models.quantizers.use import UseSums
 from imagegpt_jax.parallel import sharding
-
-Losses = dict[str, Float[Array, ""]]
 
 
 class Quantized(NamedTuple):
@@ -49,17 +40,8 @@ class Quantized(NamedTuple):
     codes: Int[Array, "..."]
     vectors: Float[Array, "... P Z"]
     sums: UseSums
-    losses: Losses
+    losses: dict[str, Float[Array, ""]]
     loss: Float[Array, ""]
-
-
-class _Group(NamedTuple):
-    """What quantizing one group of every vector gives."""
-
-    zq_NZ: Float[Array, "N Z"]
-    codes_ND: Int[Array, "N D"]
-    vectors_NDZ: Float[Array, "N D Z"]
-    losses: Losses
 
 
 class Quantizer(nnx.Module):
@@ -67,12 +49,8 @@ class Quantizer(nnx.Module):
 
     def __init__(self, config: QuantizerConfig, *, param_dtype: Any = "float32", key: jax.Array):
         self.config = config
-        if not config.has_table:
-            return
-        shape = (config.num_ids, config.group_dim)
-        codebook_IZ = jax.random.uniform(key, shape, param_dtype, -1 / config.num_codes, 1 / config.num_codes)
-        codebook_IZ = l2_normalize(codebook_IZ) if config.l2_normalize else codebook_IZ
-        self.embedding = nnx.Param(codebook_IZ, axes=("codebook", "code_dim"))
+        if (init := config.rules.init) is not None:
+            self.embedding = nnx.Param(init(config, param_dtype, key), axes=("codebook", "code_dim"))
 
     def codebook(self) -> Float[Array, "I Z"]:
         """The learned codes as they are compared and decoded: normalised if the config says so."""
@@ -82,22 +60,14 @@ class Quantizer(nnx.Module):
     def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... Z"]:
         """Indices, in the order of `Quantized.codes` -> vectors."""
         config = self.config
-        parts = self._codes_of(codes.reshape(*codes.shape[:-1], -1, config.groups, config.depth))
+        ids = codes.reshape(*codes.shape[:-1], -1, config.groups, config.depth)
+        parts = config.rules.lookup(config, self.codebook, ids)
         return parts.sum(axis=-2).reshape(*parts.shape[:-3], config.code_dim)
-
-    def _codes_of(self, ids: Int[Array, "..."]) -> Float[Array, "... Z"]:
-        """The code of each index, whatever group it is of."""
-        config = self.config
-        if config.has_table:
-            return jnp.take(self.codebook(), ids, axis=0)
-        if config.kind == "fsq":
-            return lattice.fsq_lookup(ids % config.num_codes, config.levels, jnp.dtype("float32"))
-        value = lattice.sign_value(config.group_dim, config.l2_normalize)
-        return lattice.sign_lookup(ids % config.num_codes, config.group_dim, value, jnp.dtype("float32"))
 
     def nearest(self, z: Float[Array, "... Z"]) -> Int[Array, "..."]:
         """Vectors -> indices, int32, in the order of `Quantized.codes`."""
-        groups = [self._nearest(g, z_NZ)[0] for g, z_NZ in enumerate(self._compared(z))]
+        nearest = self.config.rules.nearest
+        groups = [nearest(self.config, self._codebook_of(g), z_NZ)[0] for g, z_NZ in enumerate(self._compared(z))]
         return self._joined(groups, z.shape)
 
     def _compared(self, z: Float[Array, "... Z"]) -> list[Float[Array, "N Z"]]:
@@ -106,26 +76,12 @@ class Quantizer(nnx.Module):
         parts = jnp.split(z, self.config.groups, axis=-1) if self.config.groups > 1 else [z]
         return [l2_normalize(part) if self.config.l2_normalize else part for part in parts]
 
-    def _codebook_of(self, group: int) -> Float[Array, "K Z"]:
-        codebook_IZ, K = self.codebook(), self.config.num_codes
-        return codebook_IZ if self.config.groups == 1 else codebook_IZ[group * K : (group + 1) * K]
+    def _codebook_of(self, group: int) -> Codebook:
+        def codebook() -> Float[Array, "K Z"]:
+            codebook_IZ, K = self.codebook(), self.config.num_codes
+            return codebook_IZ if self.config.groups == 1 else codebook_IZ[group * K : (group + 1) * K]
 
-    def _nearest(self, group: int, z_NZ: Float[Array, "N Z"]) -> tuple[Int[Array, "N D"], Float[Array, "N D Z"]]:
-        """(codes within the group, what each was chosen for), without gradient."""
-        config, rest_NZ = self.config, lax.stop_gradient(z_NZ)
-        if config.kind == "fsq":
-            return lattice.fsq_round(rest_NZ, config.levels)[1][:, None], rest_NZ[:, None]
-        if config.kind == "lfq":
-            return lattice.sign_codes(rest_NZ, 1.0)[1][:, None], rest_NZ[:, None]
-        codebook_KZ = lax.stop_gradient(self._codebook_of(group))
-        metric = DOT if config.kind == "ibq" else EUCLIDEAN
-        codes, rests = [], []
-        for level in range(config.depth):
-            if level:
-                rest_NZ = rest_NZ - jnp.take(codebook_KZ, codes[-1], axis=0)
-            rests.append(rest_NZ)
-            codes.append(nearest_codes(rest_NZ, codebook_KZ, config.chunk_codes, metric))
-        return jnp.stack(codes, axis=1), jnp.stack(rests, axis=1)
+        return codebook
 
     def _joined(self, groups: list[Int[Array, "N D"]], shape: tuple[int, ...]) -> Int[Array, "..."]:
         """Codes of each group -> indices beside each other."""
@@ -137,8 +93,8 @@ class Quantizer(nnx.Module):
     def __call__(self, z: Float[Array, "... Z"]) -> Quantized:
         """Quantizes vectors; the input has two dimensions or more."""
         config = self.config
-        quantize = {"vq": self._vq, "ibq": self._ibq, "fsq": self._fsq, "lfq": self._lfq}[config.kind]
-        groups = [quantize(g, z_NZ) for g, z_NZ in enumerate(self._compared(z))]
+        quantize = config.rules.quantize
+        groups = [quantize(config, self._codebook_of(g), z_NZ) for g, z_NZ in enumerate(self._compared(z))]
         # Each is a mean over vectors and dimensions, so their mean is that over all groups.
         losses = {n: jnp.asarray(sum(g.losses[n] for g in groups)) / config.groups for n in groups[0].losses}
         weights = {
@@ -147,6 +103,10 @@ class Quantizer(nnx.Module):
             "index": config.index_weight,
             "entropy": config.entropy_weight,
         }
+        if unknown := losses.keys() - weights.keys():
+            raise UserError(
+                f"kind={config.kind!r} has losses without weights, {sorted(unknown)}: name them {sorted(weights)}."
+            )
         zq_NZ = jnp.concatenate([g.zq_NZ for g in groups], axis=-1) if len(groups) > 1 else groups[0].zq_NZ
         vectors_NPZ = jnp.concatenate([g.vectors_NDZ for g in groups], axis=1)
         codes = self._joined([g.codes_ND for g in groups], z.shape)
@@ -166,69 +126,3 @@ class Quantizer(nnx.Module):
             return UseSums(counts_I, None)
         rows = lax.stop_gradient(vectors_NPZ).reshape(-1, config.group_dim)
         return UseSums(counts_I, jnp.zeros((config.num_ids, config.group_dim), rows.dtype).at[ids].add(rows))
-
-    def _vq(self, group: int, z_NZ: Float[Array, "N Z"]) -> _Group:
-        """Nearest codes, one after another for what is left over.
-
-        Losses follow VQ-VAE (arXiv:1711.00937, equation 3), as means over vectors and dimensions, summed over depths
-        (arXiv:2203.01941, equation 8).
-        """
-        config, codebook_KZ = self.config, self._codebook_of(group)
-        codes_ND, rests_NDZ = self._nearest(group, z_NZ)
-        parts = [
-            sharding.constrain(jnp.take(codebook_KZ, codes_ND[:, d], axis=0), ("batch", None))
-            for d in range(config.depth)
-        ]
-        zq_NZ, commitment, learned = parts[0], 0.0, 0.0
-        for level, part_NZ in enumerate(parts):
-            zq_NZ = zq_NZ if level == 0 else zq_NZ + part_NZ
-            commitment += jnp.mean(jnp.square(z_NZ - lax.stop_gradient(zq_NZ)))
-            learned += jnp.mean(jnp.square(lax.stop_gradient(rests_NDZ[:, level]) - part_NZ))
-        losses: Losses = {"commitment": jnp.asarray(commitment)}
-        if config.codebook_update == "gradient":
-            losses["codebook"] = jnp.asarray(learned)
-        if config.entropy_weight:
-            losses["entropy"] = entropy_loss(z_NZ, codebook_KZ, config.entropy_temperature, config.chunk_codes)
-        return _Group(_straight_through(zq_NZ, z_NZ), codes_ND, rests_NDZ, losses)
-
-    def _ibq(self, group: int, z_NZ: Float[Array, "N Z"]) -> _Group:
-        """Index backpropagation (arXiv:2412.02692): zq is the one-hot choice of the greatest z . code, times the codes;
-        its gradient is that of the one-hot for the codes, and that of the softmax for the choice, so that every code
-        gets some. "index" is |zq - z|^2 with that gradient, beside VQ's two losses.
-        """
-        config, codebook_KZ = self.config, self._codebook_of(group)
-        codes_ND, rests_NDZ = self._nearest(group, z_NZ)
-        hard_NZ = sharding.constrain(jnp.take(codebook_KZ, codes_ND[:, 0], axis=0), ("batch", None))
-        soft_NZ = soft_codes(z_NZ, codebook_KZ, config.chunk_codes)
-        zq_NZ = hard_NZ + (soft_NZ - lax.stop_gradient(soft_NZ))
-        losses: Losses = {
-            "index": jnp.mean(jnp.square(zq_NZ - z_NZ)),
-            "commitment": jnp.mean(jnp.square(z_NZ - lax.stop_gradient(hard_NZ))),
-            "codebook": jnp.mean(jnp.square(lax.stop_gradient(z_NZ) - hard_NZ)),
-        }
-        if config.entropy_weight:
-            temperature = config.entropy_temperature
-            losses["entropy"] = entropy_loss(z_NZ, codebook_KZ, temperature, config.chunk_codes, DOT)
-        return _Group(zq_NZ, codes_ND, rests_NDZ, losses)
-
-    def _fsq(self, group: int, z_NZ: Float[Array, "N Z"]) -> _Group:
-        """Finite scalar quantization (arXiv:2309.15505): each number is bounded and rounded; there are no losses."""
-        del group
-        zq_NZ, codes_N = lattice.fsq_round(z_NZ, self.config.levels)
-        return _Group(zq_NZ, codes_N[:, None], z_NZ[:, None], {})
-
-    def _lfq(self, group: int, z_NZ: Float[Array, "N Z"]) -> _Group:
-        """Signs (arXiv:2310.05737), with the commitment loss and the entropy loss of its equation 5."""
-        del group
-        config = self.config
-        value = lattice.sign_value(config.group_dim, config.l2_normalize)
-        zq_NZ, codes_N = lattice.sign_codes(lax.stop_gradient(z_NZ), value)
-        losses: Losses = {"commitment": jnp.mean(jnp.square(z_NZ - zq_NZ))}
-        if config.entropy_weight:
-            losses["entropy"] = lattice.sign_entropy_loss(z_NZ, value, config.entropy_temperature)
-        return _Group(_straight_through(zq_NZ, z_NZ), codes_N[:, None], z_NZ[:, None], losses)
-
-
-def _straight_through(zq_NZ: Float[Array, "N Z"], z_NZ: Float[Array, "N Z"]) -> Float[Array, "N Z"]:
-    # z - sg(z) is exactly zero, so training decodes the very values that `lookup` gives.
-    return lax.stop_gradient(zq_NZ) + (z_NZ - lax.stop_gradient(z_NZ))

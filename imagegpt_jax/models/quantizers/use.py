@@ -74,6 +74,8 @@ def learn(
       The codebook after the step, the statistics, and which codes were replaced (what is kept per code, such as its
       moving average, should start anew there).
     """
+    if (own := config.rules.learn) is not None:
+        return own(config, codebooks, stats, sums, vectors, key)
     after = update_stats(config, stats, sums.counts_I)
     if codebooks is None:
         return None, after, jnp.zeros(config.num_ids, bool)

@@ -1,6 +1,5 @@
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import json
 import lzma
@@ -16,13 +15,9 @@ from imagegpt_jax.errors import UserError
 TOOL = Path(__file__).parents[2] / "tools" / "build_emoji.py"
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("build_emoji", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tool(load_tool):
+    return load_tool("build_emoji.py")
 
 
 def icon_set(*icons, size=32):

@@ -1,7 +1,6 @@
 """Converter of LPIPS weights: names, refusal of anything but arrays, and the hash before the pickle."""
 
 import hashlib
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -17,14 +16,9 @@ from imagegpt_jax.errors import UserError
 TOOL = Path(__file__).parents[2] / "tools" / "convert_lpips.py"
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("convert_lpips", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for name in ("network", "output"):
-        delattr(flags.FLAGS, name)
+@pytest.fixture
+def tool(load_tool):
+    return load_tool("convert_lpips.py")
 
 
 def weights():

@@ -1,5 +1,4 @@
 import importlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -48,25 +47,11 @@ def test_stages_report_rates_and_memory(workdirs, tmp_path):
     assert len((tmp_path / "decoder" / "timing.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.fixture
-def tool():
-    from absl import flags
-
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools" / "gpu_check.py")
-    sys.modules["gpu_check"] = module = importlib.util.module_from_spec(spec)  # where absl looks who defines a flag
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["gpu_check"]
-    for flag in list(flags.FLAGS.flags_by_module_dict()["gpu_check"]):
-        delattr(flags.FLAGS, flag.name)
-
-
 @pytest.mark.parametrize("stage", ["tokenizer", "decoder"])
-def test_the_modest_size_is_one_that_training_takes(stage, tool, tmp_path):
+def test_the_modest_size_is_one_that_training_takes(stage, load_tool, tmp_path):
     import jax
-    from absl import flags
 
-    flags.FLAGS(["gpu_check", "--size=modest"])
+    tool = load_tool("gpu_check.py", "--size=modest")
     config = tool.make_config(stage, tmp_path, devices=2)
     assert config.batch_size == 32
     # Drawing the built-in set at its resolution would take a minute.

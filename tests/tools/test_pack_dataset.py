@@ -9,15 +9,25 @@ import pytest
 from PIL import Image
 
 from imagegpt_jax.data.sources import open_source
+from imagegpt_jax.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "pack_dataset.py"
 
 
-def pack(*flags, ok=True):
-    """Runs the tool as a user does; returns what it said."""
-    done = subprocess.run([sys.executable, TOOL, *flags], capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, done.stderr
-    return done.stdout if ok else done.stderr.strip().splitlines()[-1]
+@pytest.fixture
+def pack(load_tool, capsys):
+    """Runs the tool; returns what it printed, or its error."""
+
+    def run(*flags, ok=True):
+        tool = load_tool("pack_dataset.py", *flags)
+        if ok:
+            tool.main()
+            return capsys.readouterr().out
+        with pytest.raises(UserError) as e:
+            tool.main()
+        return f"error: {e.value}"
+
+    return run
 
 
 def picture(i, format="JPEG"):
@@ -44,7 +54,7 @@ def make_folder(folder, count=5):
         path.write_bytes(picture(i))
 
 
-def test_folder(tmp_path):
+def test_folder(tmp_path, pack):
     images, packed = tmp_path / "images", tmp_path / "packed"
     make_folder(images)
     out = pack(f"--input={images}", f"--output={packed}", "--shard_size=2")
@@ -60,7 +70,7 @@ def test_folder(tmp_path):
     assert "already holds a data set" in pack(f"--input={images}", f"--output={packed}", ok=False)
 
 
-def test_an_image_that_is_none_leaves_nothing_behind(tmp_path):
+def test_an_image_that_is_none_leaves_nothing_behind(tmp_path, pack):
     images, packed = tmp_path / "images", tmp_path / "packed"
     make_folder(images)
     (images / "b" / "3.jpg").write_bytes(b"<html>")
@@ -69,7 +79,7 @@ def test_an_image_that_is_none_leaves_nothing_behind(tmp_path):
     assert not packed.exists()
 
 
-def test_an_interrupted_run_is_continued(tmp_path):
+def test_an_interrupted_run_is_continued(tmp_path, pack):
     images, packed = tmp_path / "images", tmp_path / "packed"
     make_folder(images)
     flags = [f"--input={images}", f"--output={packed}", "--shard_size=2"]
@@ -95,7 +105,7 @@ def test_an_interrupted_run_is_continued(tmp_path):
     assert [r["image"] for r in contents(packed)[1]] == [picture(i) for i in (0, 2, 4, 1, 3)]
 
 
-def test_webdataset_tars(tmp_path):
+def test_webdataset_tars(tmp_path, pack):
     for t in range(2):
         with tarfile.open(tmp_path / f"{t}.tar", "w") as tar:
             for i in range(2):
@@ -116,7 +126,7 @@ def test_webdataset_tars(tmp_path):
     assert records[5]["image"] == picture(1, "PNG")
 
 
-def test_parquet(tmp_path):
+def test_parquet(tmp_path, pack):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -142,7 +152,7 @@ def test_parquet(tmp_path):
     assert not (tmp_path / "o2").exists()
 
 
-def test_tfds_tfrecord(tmp_path):
+def test_tfds_tfrecord(tmp_path, pack):
     from imagegpt_jax.data.tfds_source import import_tfds
 
     tfds = import_tfds()
@@ -184,7 +194,7 @@ def test_tfds_tfrecord(tmp_path):
         (["--input={tmp}"], "--output is missing"),
     ],
 )
-def test_bad_flags(tmp_path, flags, message):
+def test_bad_flags(tmp_path, pack, flags, message):
     (tmp_path / "bad.tar").write_bytes(b"this is no tar file")
     said = pack(*(f.format(tmp=tmp_path) for f in flags), ok=False)
     assert message.format(tmp=tmp_path) in said

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import pathlib
@@ -24,17 +23,8 @@ def run(*arguments):
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    from absl import flags
-
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmarks" / "benchmark.py")
-    sys.modules["benchmark"] = module = importlib.util.module_from_spec(spec)  # where absl looks who defines a flag
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark"]
-    for flag in list(flags.FLAGS.flags_by_module_dict()["benchmark"]):
-        delattr(flags.FLAGS, flag.name)
+def tool(load_tool):
+    return load_tool("benchmarks/benchmark.py")
 
 
 def reading(*seconds, gemm, **more):
@@ -75,10 +65,8 @@ def test_table(tool, readings):
     assert ratio == ("decoder: 4.0 GFLOP a step, GEMM 8 GFLOP/s; ours / PyTorch 2.00 (from 2.00 to 2.00 pair by pair).")
 
 
-def test_floor_is_the_sum_of_the_fastest_parts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "benchmarks"))
-    import benchmark_floor
-
+def test_floor_is_the_sum_of_the_fastest_parts(load_tool):
+    benchmark_floor = load_tool("benchmarks/benchmark_floor.py")
     facts = {"parameters": 30, "model_flops": 1000}
     readings = {
         "ours": [
@@ -104,11 +92,9 @@ def test_floor_is_the_sum_of_the_fastest_parts(monkeypatch):
     )
 
 
-def test_the_floor_knows_all_matrices_of_the_full_decoder(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "benchmarks"))
-    import benchmark_floor
-    import benchmark_workloads as workloads
-
+def test_the_floor_knows_all_matrices_of_the_full_decoder(load_tool):
+    benchmark_floor = load_tool("benchmarks/benchmark_floor.py")
+    workloads = load_tool("benchmarks/benchmark_workloads.py")
     sizes = benchmark_floor.matrices(workloads.decoder_config("full"))
     assert sum(inputs * outputs * count for inputs, outputs, count in sizes) == (
         12 * (4 * 768**2 + 3 * 768 * 2048) + 768 * 16384
@@ -167,13 +153,12 @@ def test_both_workloads_of_ours_run(tmp_path):
     assert ("Other programs are running" in done.stderr) == (found["load_average"] > 0.5)
 
 
-def test_the_full_decoder_is_the_one_that_is_claimed(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "benchmarks"))
-    import benchmark_workloads as workloads
+def test_the_full_decoder_is_the_one_that_is_claimed(load_tool):
     import jax
 
     from imagegpt_jax.tasks import decoder
 
+    workloads = load_tool("benchmarks/benchmark_workloads.py")
     setup = decoder.setup_abstract(workloads.decoder_config("full"))
     state = jax.eval_shape(lambda key: decoder.init_state(setup, key), jax.eval_shape(jax.random.key, 0))
     # Twelve blocks of 4 D^2 + 3 D F + 2 D, the last norm, and two tables of 16384 codes and four marks.
@@ -197,12 +182,16 @@ def test_the_full_decoder_is_the_one_that_is_claimed(monkeypatch):
         (("train", "--workloads=decodr"), "unknown workload 'decodr'. Did you mean 'decoder'?"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments, words):
-    done = run(*arguments)
-    assert done.returncode > 0
-    assert done.stderr.startswith("error: ")
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_mistakes_are_one_sentence(arguments, words, load_tool, capsys):
+    from imagegpt_jax.errors import UserError
+
+    tool = load_tool("benchmarks/benchmark.py", *(a for a in arguments if a.startswith("-")), "--ours_only")
+    with pytest.raises((UserError, SystemExit)) as e:
+        tool.COMMANDS[tool.take_command(["benchmark.py", *arguments])]()
+    said = capsys.readouterr().err or f"error: {e.value}"
+    assert words in said
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
 
 
 def test_without_torch_it_says_what_to_install(tool, monkeypatch):

@@ -10,11 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def sampling(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "benchmarks"))
-    import benchmark_sampling
-
-    return benchmark_sampling
+def sampling(load_tool):
+    return load_tool("benchmarks/benchmark_sampling.py")
 
 
 def reading(*seconds, peak=0):

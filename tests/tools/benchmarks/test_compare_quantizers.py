@@ -1,8 +1,6 @@
 """The comparison of quantizers: scores against their definitions, and what may stand in one table."""
 
-import importlib.util
 import pathlib
-import sys
 import types
 
 import numpy as np
@@ -14,17 +12,9 @@ from imagegpt_jax.errors import UserError
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location(
-        "compare_quantizers", ROOT / "tools" / "benchmarks" / "compare_quantizers.py"
-    )
-    sys.modules["compare_quantizers"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["compare_quantizers"]
-    for flag in list(flags.FLAGS.flags_by_module_dict()["compare_quantizers"]):
-        delattr(flags.FLAGS, flag.name)
+@pytest.fixture
+def tool(load_tool):
+    return load_tool("benchmarks/compare_quantizers.py")
 
 
 def images(count, seed=0):

@@ -1,29 +1,12 @@
-import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
-
 
 @pytest.fixture
-def tool(monkeypatch):
-    from absl import flags
-
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "benchmarks"))
-
-    spec = importlib.util.spec_from_file_location("measure_tasks", ROOT / "tools" / "benchmarks" / "measure_tasks.py")
-    sys.modules["measure_tasks"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["measure_tasks"]
-    for flag in list(flags.FLAGS.flags_by_module_dict()["measure_tasks"]):
-        delattr(flags.FLAGS, flag.name)
+def tool(load_tool):
+    return load_tool("benchmarks/measure_tasks.py")
 
 
 def test_ranks_and_distances(tool):
@@ -36,18 +19,11 @@ def test_ranks_and_distances(tool):
     assert not tool.thumbnails(grey).any()
 
 
-def test_figures_come_with_their_controls(workdirs, tmp_path):
-    command = [sys.executable, "tools/benchmarks/measure_tasks.py", f"--decoder={workdirs.decoder}", "--examples=3"]
+def test_figures_come_with_their_controls(workdirs, tmp_path, load_tool):
     page = tmp_path / "page.md"
     page.write_text("<!-- tasks -->\n<!-- /tasks -->\n")
-    done = subprocess.run(
-        [*command, "--split=validation", f"--output={tmp_path / 'tasks.json'}", f"--page={page}"],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = [f"--decoder={workdirs.decoder}", "--examples=3", "--split=validation"]
+    load_tool("benchmarks/measure_tasks.py", *flags, f"--output={tmp_path / 'tasks.json'}", f"--page={page}").main()
     ((name, found),) = json.loads((tmp_path / "tasks.json").read_text()).items()
     assert name.startswith("emoji:validation")
     rows = [line.split("|")[1:-1] for line in page.read_text().splitlines()[1:-1]]

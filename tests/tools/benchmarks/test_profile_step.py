@@ -1,14 +1,9 @@
-import importlib.util
-import pathlib
 import types
 
 import pytest
-from absl import flags
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.runtime import distributed
-
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -16,13 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
     [("/proc/nope", "/proc/nope cannot be written"), ("/proc", "/proc cannot be written"),
      ("gs://bucket/trace", "a folder of this machine")],
 )  # fmt: skip
-def test_where_no_trace_can_be_written_is_told_before_anything_runs(monkeypatch, output, said):
-    spec = importlib.util.spec_from_file_location("profile_step", ROOT / "tools" / "benchmarks" / "profile_step.py")
-    tool = importlib.util.module_from_spec(spec)
-    before = set(flags.FLAGS)
-    spec.loader.exec_module(tool)
-    for name in set(flags.FLAGS) - before:  # several tools have flags of one name
-        delattr(flags.FLAGS, name)
+def test_where_no_trace_can_be_written_is_told_before_anything_runs(monkeypatch, load_tool, output, said):
+    tool = load_tool("benchmarks/profile_step.py")
 
     def start():
         raise AssertionError("started")

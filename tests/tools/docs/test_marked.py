@@ -1,16 +1,10 @@
-import pathlib
-
 import pytest
 
 from imagegpt_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 
-
-def test_a_page_is_filled_between_its_marks(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "docs"))
-    import marked
-
+def test_a_page_is_filled_between_its_marks(tmp_path, load_tool):
+    marked = load_tool("docs/marked.py")
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- rows -->\nold\n<!-- /rows -->\nb\n<!-- more -->\n<!-- /more -->\n")
     for _ in range(2):

@@ -1,6 +1,5 @@
 """`compile_ahead.py` with a compiler that answers as told; what the real one says is kept in docs/scale.json."""
 
-import importlib.util
 import json
 import pathlib
 import types
@@ -16,16 +15,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool(monkeypatch, load_tool):
     """`tool(large=[...], **flags)` is the tool where the programs in `large` do not fit."""
-    path = ROOT / "tools" / "scale" / "compile_ahead.py"
-    spec = importlib.util.spec_from_file_location("compile_ahead", path)
-    module = importlib.util.module_from_spec(spec)
-    before = set(flags.FLAGS)
-    spec.loader.exec_module(module)
+    module = load_tool("scale/compile_ahead.py")
     module.help = flags.FLAGS["programs"].help
-    for name in set(flags.FLAGS) - before:  # several tools have flags of one name
-        delattr(flags.FLAGS, name)
+    load_tool.forget()  # they are set below
     monkeypatch.setattr(module, "describe", lambda report: f"compiled {report['program']}")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
@@ -111,6 +105,11 @@ def test_help_lists_the_programs_of_every_task(tool):
     from imagegpt_jax.tasks import decoder, tokenizer
 
     config = config_lib.sibling(str(ROOT / "configs" / "x.py"), "tokenizer.py").get_config("size=test")
-    names = {*tokenizer.phases(tokenizer.setup(config)), *decoder.TASK.phases(None), "prefill", "decode"}
+    names = {
+        *tokenizer.TASK.phases(tokenizer.TASK.setup_abstract(config)),
+        *decoder.TASK.phases(None),
+        "prefill",
+        "decode",
+    }
     assert {"train", "adversarial"} <= names
     assert not [name for name in names if name not in tool().help]

@@ -1,11 +1,9 @@
 import functools
-import importlib.util
 import json
 import pathlib
 import types
 
 import pytest
-from absl import flags
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.errors import UserError
@@ -27,10 +25,8 @@ LIMIT = 900
         (lambda b: None, 0, 1),
     ],
 )
-def test_the_largest_batch_is_found_in_few_looks_and_the_next_was_looked_at(monkeypatch, peak, largest, most):
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "scale"))
-    import plan_search
-
+def test_the_largest_batch_is_found_in_few_looks_and_the_next_was_looked_at(load_tool, peak, largest, most):
+    plan_search = load_tool("scale/plan_search.py")
     looked = {}
 
     @functools.cache
@@ -44,19 +40,13 @@ def test_the_largest_batch_is_found_in_few_looks_and_the_next_was_looked_at(monk
 
 
 @pytest.fixture
-def plan(monkeypatch):
+def plan(monkeypatch, load_tool):
     """The tool, with the compiler's answers as told: `plan(config, topology, peak)` sets its flags and returns it."""
     from imagegpt_jax.perf import aot, aot_programs
 
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "scale"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    path = ROOT / "tools" / "scale" / "plan.py"
-    spec = importlib.util.spec_from_file_location("plan", path)
-    tool = importlib.util.module_from_spec(spec)
-    before = set(flags.FLAGS)
-    spec.loader.exec_module(tool)
-    for name in set(flags.FLAGS) - before:  # several tools have flags of one name
-        delattr(flags.FLAGS, name)
+    tool = load_tool("scale/plan.py")
+    load_tool.forget()  # they are set below
     monkeypatch.setattr(tool, "table", lambda plan, peak: "")
     monkeypatch.setattr(aot, "versions", lambda: {"jax": "1"})
 

@@ -1,25 +1,13 @@
-import importlib.util
-import pathlib
-
 import pytest
-from absl import flags
 
 from imagegpt_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 NOW, BEFORE = {"jax": "2"}, {"jax": "1"}
 
 
 @pytest.fixture
-def scale(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "scale"))
-    spec = importlib.util.spec_from_file_location("scale", ROOT / "tools" / "scale" / "scale.py")
-    module = importlib.util.module_from_spec(spec)
-    before = set(flags.FLAGS)
-    spec.loader.exec_module(module)
-    for name in set(flags.FLAGS) - before:  # several tools have flags of one name
-        delattr(flags.FLAGS, name)
-    return module
+def scale(load_tool):
+    return load_tool("scale/scale.py")
 
 
 def test_without_a_pattern_cells_that_are_not_kept_at_these_versions_are_compiled(scale):

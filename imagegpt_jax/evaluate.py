@@ -27,7 +27,9 @@ from etils import epath
 
 from imagegpt_jax import cli, errors
 from imagegpt_jax.evaluation import checkpoint_data, checkpoints, image_sets
-from imagegpt_jax.metrics import protocols, score
+from imagegpt_jax.metrics import protocols
+from imagegpt_jax.metrics.metric import Options
+from imagegpt_jax.runtime import filesystem
 
 CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint", None, "Workdir or exported folder of a tokenizer or a decoder; give it twice to score both."
@@ -210,7 +212,7 @@ def score_checkpoints() -> None:
         weights=image_sets.parse_weights(FEATURE_WEIGHTS.value, protocols.find(PROTOCOL.value).features),
     )
     for path in settings.checkpoints:  # a wrong folder is told before JAX starts
-        checkpoint_data.task_of(path)
+        checkpoint_data.kind_of(path)
     with distributed.distributed_context():
         checkpoints.score(settings)
 
@@ -232,7 +234,7 @@ def score_prompts() -> None:
 
     folder = SAMPLES_DIR.value or str(epath.Path(OUTPUT.value or "").with_suffix("")) + "_samples"
     paths = CHECKPOINT.value or []
-    if len(paths) != 1 or checkpoint_data.task_of(paths[0]) != "decoder":
+    if len(paths) != 1 or checkpoint_data.kind_of(paths[0]) != "decoder":
         raise errors.UserError(
             "--prompts are drawn by one decoder: give one --checkpoint, and its --tokenizer if needed."
         )
@@ -267,7 +269,7 @@ def request_of(images: str, captions: str = "") -> image_sets.Request:
         protocol=protocol,
         metrics=tuple(METRICS.value) or protocol.metrics,
         weights=image_sets.parse_weights(FEATURE_WEIGHTS.value, protocol.features),
-        options=score.Options(bootstrap=BOOTSTRAP.value, infinity=INFINITY.value, seed=SEED.value),
+        options=Options(bootstrap=BOOTSTRAP.value, infinity=INFINITY.value, seed=SEED.value),
         num_images=NUM_IMAGES.value,
         train_images=TRAIN_IMAGES.value,
         statistics=STATISTICS_OUTPUT.value,
@@ -281,7 +283,7 @@ def request_of(images: str, captions: str = "") -> image_sets.Request:
 
 def write_scores(request: image_sets.Request, opened: image_sets.Opened) -> None:
     """Computes, and in the first process writes and prints."""
-    from imagegpt_jax.runtime import distributed, filesystem
+    from imagegpt_jax.runtime import distributed
 
     scores = image_sets.run(request, opened)
     if distributed.is_main_process():

@@ -8,7 +8,7 @@ from PIL import Image
 
 from imagegpt_jax.convert import command
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.evaluation import checkpoint_data
+from imagegpt_jax.evaluation import checkpoint_data, score_table
 from imagegpt_jax.metrics import provenance
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.runtime import distributed
@@ -196,11 +196,11 @@ def test_output_must_be_a_file(binary, workdirs, tmp_path):
 
 
 def test_table_leaves_out_what_was_not_scored():
-    text = checkpoint_data.table({"generation/retrieval_top1": 0.25, "generation/retrieval_top1_shuffled": 0.01})
+    text = score_table.table({"generation/retrieval_top1": 0.25, "generation/retrieval_top1_shuffled": 0.01})
     assert text.split() == ["top-1", "retrieval", "0.2500", "prompts", "shuffled", "0.0100"]
     assert np.all(
         [
             line.key.split("/")[0] in ("tokenizer", "reconstruction", "decoder", "generation", "samples")
-            for line in checkpoint_data.TABLE
+            for line in score_table.TABLE
         ]
     )

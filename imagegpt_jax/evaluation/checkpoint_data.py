@@ -1,18 +1,25 @@
-"""What checkpoints are scored on, and how their scores are shown.
+"""What is asked of the scores of checkpoints, and the checkpoints and data that they are of.
 
 Heavy imports are inside the functions, so that a wrong flag is told at once.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from imagegpt_jax import errors
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from imagegpt_jax.data.sources import Source
+    from imagegpt_jax.metrics.sets import ImageSet
 
 Scores = dict[str, float | int | str]
+BATCH_SIZE = 64
+ROWS = 8  # of a device at once, always: products of other shapes differ in the last bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Settings:
     """What is to be scored, and how.
 
     Attributes:
-      checkpoints: workdirs or exported folders of a tokenizer, a decoder, or both.
+      checkpoints: workdirs or exported folders, one of each kind.
       output: JSON file to write.
       data: data to score on; "" for the run's own validation data.
       ops: what is done to its images; "" for the run's own.
@@ -59,54 +66,6 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """A line of the printed table: a score and its control, by their keys."""
-
-    name: str
-    key: str
-    control: str = ""
-    control_key: str = ""
-
-
-TABLE = (
-    Line("reconstruction PSNR, dB", "tokenizer/val_psnr", "mean colour", "tokenizer/val_psnr_mean_color"),
-    Line("rFID", "reconstruction/fid"),
-    Line("KID of reconstructions", "reconstruction/kid"),
-    Line("codebook usage", "tokenizer/codebook_usage"),
-    Line("codebook perplexity", "tokenizer/codebook_perplexity"),
-    Line("image bits per token", "decoder/val_image_bits_per_token", "unigram", "decoder/unigram_image_bits_per_token"),
-    Line("text bits per token", "decoder/val_text_bits_per_token", "unigram", "decoder/unigram_text_bits_per_token"),
-    Line("KID of samples", "samples/kid", "real pictures", "samples/kid_real"),
-    Line("top-1 retrieval", "generation/retrieval_top1", "prompts shuffled", "generation/retrieval_top1_shuffled"),
-)
-
-
-def table(scores: Scores) -> str:
-    """The scores that are there, each with its control beside it."""
-    lines = []
-    for line in TABLE:
-        if line.key in scores:
-            text = f"{line.name:<26}{scores[line.key]:>10.4f}"
-            lines.append(text + (f"   {line.control:>16}{scores[line.control_key]:>10.4f}" if line.control else ""))
-    return "\n".join(lines)
-
-
-def rows(scores: Scores) -> list[tuple[str, str, str, str]]:
-    """As `table`, for a page: name, score, name of the control, control; and the metrics of sets that are not in it."""
-    found, lines = [], list(TABLE)
-    for key, value in scores.items():
-        of_sets = key.startswith(("reconstruction/", "samples/")) and isinstance(value, float)
-        if of_sets and not key.endswith(("_low", "_high", "_real")) and key not in {line.key for line in TABLE}:
-            control = f"{key}_real" if f"{key}_real" in scores else ""
-            lines.append(Line(key, key, "real pictures" if control else "", control))
-    for line in lines:
-        if line.key in scores:
-            control = f"{scores[line.control_key]:.6g}" if line.control else ""
-            found.append((line.name, f"{scores[line.key]:.6g}", line.control, control))
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
 class Data:
     """A data set and the spec that opens it."""
 
@@ -119,55 +78,83 @@ class Data:
         return {"data": self.spec, "data_fingerprint": self.source.fingerprint}
 
 
-class Subset:
-    """Some records of a source, in a given order."""
+@dataclasses.dataclass
+class Page:
+    """What a page shows besides scores.
 
-    def __init__(self, source: "Source", indices: Sequence[int]):
-        self._source, self._indices = source, list(indices)
-        self.name, self.label_names, self.fingerprint = source.name, source.label_names, source.fingerprint
-        self.quarantine = None
+    Attributes:
+      pictures: name -> uint8 [H, W, C], such as of reconstructions.
+      details: of reconstructions, see `metrics.reconstruction`.
+      samples: image sets of samples and of what they may be copies of.
+    """
 
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Records of the source."""
-        return self._source.__getitems__([self._indices[i] for i in indices])
+    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    details: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    samples: "tuple[ImageSet, ImageSet] | None" = None
 
 
-def stages(settings: Settings) -> dict[str, str]:
-    """Task -> checkpoint, for those that are named, each of which has been found to be there."""
-    found: dict[str, str] = {}
+def batches(settings: Settings, name: str, data: Data, ops: str, mesh: "Mesh", **columns: Any) -> Iterable[Any]:
+    """One pass over the data in order, with a progress bar, in batches of which every device has whole parts of `ROWS`.
+
+    Args:
+      settings: with the size of a batch.
+      name: beside the bar.
+      data: to pass over.
+      ops: what is done to the images.
+      mesh: devices.
+      **columns: `columns` of `pipeline.Batches`.
+    """
+    from tqdm import tqdm
+
+    from imagegpt_jax.data import pipeline
+    from imagegpt_jax.parallel import sharding
+
+    whole = ROWS * sharding.batch_shards(mesh)
+    size = -(-(settings.batch_size or BATCH_SIZE) // whole) * whole
+    one_pass: Any = {"rows": sharding.host_rows(mesh, size), "shuffle": False, "epochs": 1, **columns}
+    read = pipeline.Batches(data.source, ops=ops, batch_size=size, **one_pass)
+    return tqdm(read, desc=name, unit="batch", total=-(-len(data.source) // size), mininterval=1.0)
+
+
+def find_runs(settings: Settings) -> dict[str, str]:
+    """Kind -> checkpoint, for those that are named, each of which is there.
+
+    Raises:
+      UserError: if one is not there, or two are of one kind.
+    """
+    runs: dict[str, str] = {}
     for path in settings.checkpoints:
-        task = task_of(path)
-        if task in found:
-            raise errors.UserError(f"{found[task]} and {path} are both a {task}: score them one at a time.")
-        found[task] = path
-    if settings.step is not None and len(found) > 1:
+        kind = kind_of(path)
+        if kind in runs:
+            raise errors.UserError(f"{runs[kind]} and {path} are both a {kind}: score them one at a time.")
+        runs[kind] = path
+    if settings.step is not None and len(runs) > 1:
         raise errors.UserError("--step needs a single --checkpoint: score them one at a time.")
 
     from imagegpt_jax import checkpoint  # imports JAX, for whose start a wrong folder should not wait
     from imagegpt_jax.convert import reading
 
-    for path in found.values():
+    for path in runs.values():
         if not reading.is_weights(path):
             checkpoint.choose_step(path, settings.step)
         elif settings.step is not None:
             raise errors.UserError(f"{path} holds exported weights, which have no steps: leave --step out.")
-    return found
+    return runs
 
 
-def task_of(path: str) -> str:
-    """ "tokenizer" or "decoder", whichever a workdir, an exported folder or published weights hold.
+def kind_of(path: str) -> str:
+    """What a workdir, an exported folder or published weights hold: "tokenizer", "decoder", or a task's own kind.
 
     Raises:
       UserError: if it is none of these.
     """
     from imagegpt_jax import config as config_lib
 
-    task: Any = config_lib.load(path).task
-    if task != "weights":
-        return task
+    name: Any = config_lib.load(path).task
+    if name != "weights":
+        from imagegpt_jax.tasks import interface
+
+        return interface.find(name).kind
 
     from imagegpt_jax.convert import formats, reading
 
@@ -199,25 +186,12 @@ def config_of(path: str) -> Any:
     return config
 
 
-def by_class(config: Any) -> bool:
-    """Whether a decoder draws classes, not words."""
-    return config.data.text_length <= int(config.data.use_labels)
-
-
-def open_data(settings: Settings, found: Mapping[str, str]) -> dict[str, Data]:
-    """Opens what each stage, and "generation", is scored on."""
+def open_data(settings: Settings, path: str, require: str | None) -> Data:
+    """Opens what a checkpoint is scored on: `settings.data`, else its run's own validation data."""
     from imagegpt_jax.data import sources
 
-    opened = {}
-    for task, path in found.items():
-        spec = settings.data or config_of(path).data.validation
-        opened[task] = Data(spec, sources.open_source(spec, require="image" if task == "tokenizer" else None))
-    if "decoder" in found and settings.generation_prompts:
-        config = config_of(found["decoder"])
-        spec = source_of(settings.generation_data or config.data.train)
-        opened["generation"] = Data(spec, sources.open_source(spec, require="image"))
-        sources.open_source(spec, require="label" if by_class(config) else "captions")
-    return opened
+    spec = settings.data or config_of(path).data.validation
+    return Data(spec, sources.open_source(spec, require=require))
 
 
 def source_of(spec: str) -> str:

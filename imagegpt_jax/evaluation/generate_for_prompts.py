@@ -13,9 +13,10 @@ from etils import epath
 
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.generation import output
+from imagegpt_jax.generation.prompts import read_prompts
 from imagegpt_jax.metrics import prompts
 from imagegpt_jax.metrics.protocols import Protocol
-from imagegpt_jax.runtime.filesystem import write_whole
+from imagegpt_jax.runtime import filesystem
 from imagegpt_jax.sampling.settings import Sampling
 
 if TYPE_CHECKING:
@@ -67,19 +68,19 @@ def parse_sampler(values: Sequence[str]) -> dict[str, float | str]:
       UserError: for a setting that there is not, or no number where one is needed.
     """
     kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Sampling)}
-    found: dict[str, float | str] = {}
+    settings: dict[str, float | str] = {}
     for value in values:
         name, separator, text = value.partition("=")
         if name not in kinds:
             raise UserError(f"unknown setting {name!r} in --sampler.{suggest(name, kinds)}")
         try:
-            found[name] = kinds[name](text)
+            settings[name] = kinds[name](text)
         except ValueError:
             separator = ""
         if not separator:
             raise UserError(f"--sampler={value} is not NAME=VALUE: write {name}={getattr(Sampling(), name)}.")
-    Sampling(**found)  # type: ignore[arg-type]
-    return found
+    Sampling(**settings)  # type: ignore[arg-type]
+    return settings
 
 
 def read(order: Order) -> list[Row]:
@@ -91,7 +92,7 @@ def read(order: Order) -> list[Row]:
     if order.prompts == CLASSES:
         return []
     rows = -(-order.count // order.per_prompt) if order.count else 0
-    return [*prompts.of_protocol(order.protocol.name, order.prompts, rows, order.seed)]
+    return [*prompts.of_protocol(order.protocol.name, order.prompts, rows, order.seed, read_prompts)]
 
 
 def draw(order: Order, rows: Sequence[Row]) -> None:
@@ -127,7 +128,7 @@ def draw(order: Order, rows: Sequence[Row]) -> None:
     if distributed.is_main_process():
         _begin(folder, {**about, "pictures": total, "prompts": _digest(asked)})
         lines = [json.dumps({**row, "file_name": file_name(i)}) for i, row in enumerate(asked)]
-        write_whole(folder / CAPTIONS, "\n".join(lines) + "\n")
+        filesystem.write_whole(folder / CAPTIONS, "\n".join(lines) + "\n")
     distributed.barrier()
     _draw(decoder, tok, sampling, asked, about, folder)
     distributed.barrier()
@@ -155,7 +156,7 @@ def _begin(folder: epath.Path, plan: Mapping[str, Any]) -> None:
                 " another --samples_dir, or remove it."
             )
         return
-    write_whole(folder / PLAN, json.dumps(plan, indent=1) + "\n")
+    filesystem.write_whole(folder / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
 def _draw(
@@ -175,7 +176,7 @@ def _draw(
     from imagegpt_jax.parallel import sharding
 
     devices = jax.local_devices()
-    mesh = sharding.local_mesh(devices) if len(devices) > 1 else None
+    mesh = sharding.local_mesh() if len(devices) > 1 else None
     held = {path.name for path in folder.iterdir()}
     turn = pipeline.BATCH_SIZE * len(devices)
     mine = [
@@ -198,5 +199,5 @@ def _draw(
             request = {"prompt": [text] if text else [], **({} if label is None else {"class": [str(label)]})}
             row = {"index": i, "prompt": text, "class": label, "request": request, "draw": i, **about}
             row["found"] = {"log_likelihood": float(likelihood)}
-            write_whole(folder / file_name(i), images.png_bytes(picture, row))
+            filesystem.write_whole(folder / file_name(i), images.png_bytes(picture, row))
             bar.update()

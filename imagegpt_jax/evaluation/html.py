@@ -109,20 +109,20 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name
         name: [(x, y) for x, y in zip(*pair, strict=True) if math.isfinite(x) and math.isfinite(y)]
         for name, pair in series.items()
     }
-    every = [point for found in points.values() for point in found]
+    every = [point for line in points.values() for point in line]
     if not every:
         return '<p class="note">nothing to draw</p>'
     low, high = np.min(every, axis=0), np.max(every, axis=0)
     high = np.where(high > low, high, low + (np.abs(low) * 0.1 + 1e-9))
     scale = np.array([_WIDTH - _LEFT - 12, _HEIGHT - _BOTTOM - 14]) / (high - low)
     marks = []
-    for i, (name, found) in enumerate(points.items()):
+    for i, (name, line) in enumerate(points.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         places = [
-            f"{_LEFT + (x - low[0]) * scale[0]:.1f},{_HEIGHT - _BOTTOM - (y - low[1]) * scale[1]:.1f}" for x, y in found
+            f"{_LEFT + (x - low[0]) * scale[0]:.1f},{_HEIGHT - _BOTTOM - (y - low[1]) * scale[1]:.1f}" for x, y in line
         ]
         marks.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        if len(found) <= 30:
+        if len(line) <= 30:
             marks += [
                 f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="2.6" fill="{colour}"/>' for p in places
             ]

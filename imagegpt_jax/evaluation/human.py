@@ -23,7 +23,7 @@ from etils import epath
 from PIL import Image
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.metrics import captions, score
+from imagegpt_jax.metrics import captions, metric
 from imagegpt_jax.metrics.sets import Folder, ImageSet
 
 RUNS = ("A", "B")
@@ -83,17 +83,17 @@ def results(votes: Sequence[Vote]) -> dict[str, Any]:
         return {"votes": 0}
     wins = {choice: sum(vote.choice == choice for vote in votes) for choice in (*RUNS, "tie")}
     share = (wins["A"] + wins["tie"] / 2) / len(votes)
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "votes": len(votes),
         "raters": len({vote.rater for vote in votes}),
         "wins": wins,
-        "win_rate_A": score.of_share(share, len(votes)),
+        "win_rate_A": metric.of_share(share, len(votes)),
     }
     for run in RUNS:
         given = np.array([vote.ratings[run] for vote in votes if run in vote.ratings], float)
         if len(given):
-            found[f"rating_{run}"] = score.of_values(given)
-    return found
+            summary[f"rating_{run}"] = metric.of_values(given)
+    return summary
 
 
 class Study:
@@ -235,14 +235,14 @@ def serve(study: Study, port: int) -> http.server.ThreadingHTTPServer:
         raise UserError(f"port {port} cannot be used ({e.strerror}): choose another by --port.") from e
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """Results for a terminal."""
-    if not found["votes"]:
+    if not results["votes"]:
         return "no votes yet"
-    lines = [f"{found['votes']} votes of {found['raters']} raters: {found['wins']}"]
+    lines = [f"{results['votes']} votes of {results['raters']} raters: {results['wins']}"]
     for name in ("win_rate_A", "rating_A", "rating_B"):
-        if name in found:
-            ends = found[name]["interval"]
-            text = f"  [{ends[0]:.3f}, {ends[1]:.3f}] {found[name]['interval_of']}" if ends else ""
-            lines.append(f"  {name:<12}{found[name]['value']:>8.3f}{text}")
+        if name in results:
+            ends = results[name]["interval"]
+            text = f"  [{ends[0]:.3f}, {ends[1]:.3f}] {results[name]['interval_of']}" if ends else ""
+            lines.append(f"  {name:<12}{results[name]['value']:>8.3f}{text}")
     return "\n".join(lines)

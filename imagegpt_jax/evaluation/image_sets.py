@@ -3,28 +3,27 @@
 What is wrong is found before JAX starts, as far as it can be seen from the files' headers.
 """
 
-import contextlib
 import dataclasses
-import io
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from etils import epath
 
+from imagegpt_jax import plugins
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.evaluation import report as pages
 from imagegpt_jax.evaluation.html import Report
-from imagegpt_jax.metrics import captions, pairs, prompts, protocols, provenance, score, sets
-from imagegpt_jax.metrics import warnings as mistakes
-from imagegpt_jax.metrics.collected import MOMENTS, ROWS, VALUES, Collected
+from imagegpt_jax.metrics import captions, prompts, protocols, provenance, score, sets, warnings
+from imagegpt_jax.metrics.feature_statistics import JUDGED, ROWS, FeatureStatistics
+from imagegpt_jax.metrics.metric import CAPTIONS, NOTHING, PROMPTS, Options
+from imagegpt_jax.metrics.pairs import Pairs
 from imagegpt_jax.metrics.protocols import Protocol
-from imagegpt_jax.plugins import plug_in
-from imagegpt_jax.runtime.filesystem import write_whole
+from imagegpt_jax.metrics.statistics_files import FileStatistics, write_statistics
+from imagegpt_jax.runtime import filesystem
 
-_BATCH_SIZE = 64
+if TYPE_CHECKING:
+    from imagegpt_jax.metrics.set_scorer import SetScorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Request:
     protocol: Protocol
     metrics: tuple[str, ...]
     weights: Mapping[str, str]
-    options: score.Options
+    options: Options
     num_images: int = 0
     train_images: str = ""
     statistics: str = ""
@@ -69,10 +68,10 @@ class Opened:
     """The sets of a request."""
 
     images: sets.ImageSet
-    reference: sets.ImageSet | sets.Statistics | None
-    training: sets.ImageSet | None
-    pairs: pairs.Pairs | None
-    captions: Sequence[str]
+    reference: sets.ImageSet | FileStatistics | None
+    training: sets.ImageSet | None = None
+    pairs: Pairs | None = None
+    captions: Sequence[str] = ()
 
 
 def parse_weights(values: Sequence[str], features: str) -> dict[str, str]:
@@ -81,25 +80,25 @@ def parse_weights(values: Sequence[str], features: str) -> dict[str, str]:
     Raises:
       UserError: if a network is not known or comes twice, or a file is missing.
     """
-    found: dict[str, str] = {}
+    weights: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")
         if not separator or (name not in score.NETWORKS and epath.Path(value).exists()):
             name, path = features, value
         if name not in score.NETWORKS:
             raise UserError(f"--feature_weights={value} is of an unknown network.{suggest(name, score.NETWORKS)}")
-        if name in found:
-            raise UserError(f"--feature_weights names weights of {name} twice: {found[name]} and {path}.")
+        if name in weights:
+            raise UserError(f"--feature_weights names weights of {name} twice: {weights[name]} and {path}.")
         if not epath.Path(path).exists():
             raise UserError(
                 f"there are no feature weights at {path}: give the file by --feature_weights=FILE, or leave the flag"
                 " out to download it."
             )
-        found[name] = path
-    return found
+        weights[name] = path
+    return weights
 
 
-def open_sets(request: Request, reference: sets.ImageSet | sets.Statistics | None = None) -> Opened:
+def open_sets(request: Request, reference: sets.ImageSet | FileStatistics | None = None) -> Opened:
     """Opens and checks all sets, without JAX.
 
     Args:
@@ -109,62 +108,68 @@ def open_sets(request: Request, reference: sets.ImageSet | sets.Statistics | Non
     Raises:
       UserError: if one cannot be scored.
     """
+    protocol = request.protocol
     reference = open_reference(request) if reference is None else reference
-    images = sets.open_images(request.images, request.num_images, request.protocol.crop(request.protocol.image_crop))
-    kinds = {name: score.METRICS[name].reference for name in request.metrics}
+    images = sets.open_images(request.images, request.num_images, protocol.crop(protocol.image_crop))
     training = None
     if request.train_images:
-        training = sets.open_images(request.train_images, crop=request.protocol.crop(request.protocol.reference_crop))
-    paired = tuple(name for name, kind in kinds.items() if kind == "pairs")
-    both = None
-    if paired:
-        assert reference is not None
-        assert not isinstance(reference, sets.Statistics)  # which `check` has refused
-        both = pairs.Pairs(images, reference)
-        pairs.check_side(paired, images.size)
-    words = captions.read(images, request.captions) if "captions" in kinds.values() else ()
-    return Opened(images, reference, training, both, words)
+        training = sets.open_images(request.train_images, crop=protocol.crop(protocol.reference_crop))
+    of_captions = any(score.find(name).reference == CAPTIONS for name in request.metrics)
+    words = captions.read(images, request.captions) if of_captions else ()
+    return dataclasses.replace(_with_pairs(request, images, reference), training=training, captions=words)
 
 
-def open_reference(request: Request) -> sets.ImageSet | sets.Statistics | None:
+def _with_pairs(request: Request, images: sets.ImageSet, reference: sets.ImageSet | FileStatistics | None) -> Opened:
+    """Two sets, and as pairs where metrics compare image with image."""
+    paired = score.paired(request.metrics)
+    if not paired:
+        return Opened(images, reference)
+    assert reference is not None
+    assert not isinstance(reference, FileStatistics)  # which `open_reference` has refused
+    both = Pairs(images, reference)
+    score.check_side(paired, images.size)
+    return Opened(images, reference, pairs=both)
+
+
+def open_reference(request: Request) -> sets.ImageSet | FileStatistics | None:
     """Opens what images are compared with, None where nothing is, and checks everything but the images.
 
     Raises:
       UserError: if a metric lacks what it needs.
     """
     protocol = request.protocol
-    score.check_metrics(request.metrics, tuple(score.METRICS))
+    score.check_metrics(request.metrics)
+    needed = {name: score.find(name).reference for name in request.metrics}
     for name in request.metrics:
-        network = name if name == "lpips" else score.METRICS[name].network
+        network = score.find(name).network
         score.require_weights(network, request.weights.get(network, ""))
-    needed = {name: score.METRICS[name].reference for name in request.metrics}
-    compared = [name for name, kind in needed.items() if kind not in ("", "captions", "prompts")]
+    compared = [name for name, kind in needed.items() if kind not in (NOTHING, CAPTIONS, PROMPTS)]
     if compared and not request.reference:
         raise UserError(
             f"{', '.join(compared)} need{'s' if len(compared) == 1 else ''} --reference=DIR|NPZ: what the images are"
             f" compared with, for {protocol.name} {protocol.reference}."
         )
-    if "prompts" in needed.values():
+    if PROMPTS in needed.values():
         if not request.scorer or not request.captions:
             raise UserError(
                 "geneval needs --captions=evaluation_metadata.jsonl and --scorer=module:function, which judges an image"
                 " (uint8 [H, W, 3]) by its prompt's row."
             )
-        plug_in(request.scorer, "scorer")
+        plugins.plug_in(request.scorer, "scorer")
         prompts.geneval(request.captions)
     for path in request.sweep:
         pages.guided(path, protocol)
     if not compared:
         return None
-    reference = sets.open_reference(request.reference, protocol.crop(protocol.reference_crop))
-    if isinstance(reference, sets.Statistics):
+    reference = sets.open_reference(request.reference, protocol.crop(protocol.reference_crop), protocol.features)
+    if isinstance(reference, FileStatistics):
         made_by = reference.about.get("protocol", protocol.name)
         if made_by != protocol.name:
             raise UserError(
                 f"{reference.path} holds statistics by the protocol {made_by}, not {protocol.name}:"
                 f" {'; '.join(protocols.differences(protocols.find(made_by).facts(), protocol.facts()))}."
             )
-        score.Reference(reference, protocol.features).check(compared, protocol)
+        score.check_statistics(compared, reference, protocol)
     return reference
 
 
@@ -179,80 +184,40 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
     """
     import jax
 
-    from imagegpt_jax.metrics import networks
-    from imagegpt_jax.metrics.feature_statistics import collect
+    from imagegpt_jax.metrics import set_scorer
     from imagegpt_jax.runtime import distributed
 
     started = time.monotonic()
     protocol, options = request.protocol, request.options
-    needs = score.needs(request.metrics, protocol, options, reference=False)
-    if request.statistics:
-        for output in _kept(request):
-            if output not in needs.setdefault(MOMENTS, []):
-                needs[MOMENTS].append(output)
-    names = sorted({output[0] for wanted in needs.values() for output in wanted})
-    loaded = [networks.load(name, request.weights.get(name, ""), protocol.resize) for name in names]
-    paired = [name for name in request.metrics if score.METRICS[name].reference == "pairs"]
-    if paired:
-        loaded.append(networks.pairs(paired, request.weights.get("lpips", "")))
-
-    def passed(role: str, images: sets.ImageSet, wanted: Mapping[str, Any]) -> Collected:
-        used = {output[0] for outputs in wanted.values() for output in outputs}
-        with _progress(role, len(images)) as advance:
-            return collect(
-                images,
-                wanted,
-                [network for network in loaded if network.name in used],
-                protocol,
-                batch_size=request.batch_size or _BATCH_SIZE,
-                advance=advance,
-            )
-
-    found = passed("images", opened.images, needs)
-    warnings = mistakes.of_set("images", opened.images, found, protocol)
-    compared: Collected | sets.Statistics | None = None
-    sizes = {"images": opened.images.size}
-    beside: Collected | None = None
-    about: dict[str, Any] = {}
-    if isinstance(opened.reference, sets.Statistics):
-        compared = opened.reference
-        _check_weights(compared, loaded, protocol.features)
-        about = {"path": compared.path, "n": compared.count, "sha256": compared.sha256, **compared.about}
-        wanted = score.needs(request.metrics, protocol, options, reference=True)
-        if compared.images is not None and wanted.get(ROWS):
-            beside = passed("reference", compared.images, {ROWS: wanted[ROWS]})
-            about["images"] = provenance.of_set(compared.images, beside.sha256)
-    elif opened.reference is not None:
-        compared = passed(
-            "reference", opened.reference, score.needs(request.metrics, protocol, options, reference=True)
-        )
-        sizes["reference"] = opened.reference.size
-        about = provenance.of_set(opened.reference, compared.sha256)
-        warnings += mistakes.of_set("reference", opened.reference, compared, protocol)
-        if opened.training is not None:
-            warnings += mistakes.of_training(compared, set(passed("train images", opened.training, {}).keys()))
-    warnings += mistakes.of_scores(request.metrics, found, compared, protocol, sizes)
-
+    scorer = set_scorer.SetScorer(
+        request.metrics,
+        protocol,
+        request.weights,
+        options,
+        captions=opened.captions,
+        batch_size=request.batch_size or set_scorer.BATCH_SIZE,
+        besides=_written(protocol) if request.statistics else (),
+        progress=True,
+    )
+    images = scorer.gather("images", opened.images)
+    notes = warnings.of_set("images", opened.images, images, protocol)
+    compared = _gather_reference(scorer, opened)
+    notes += compared.notes + warnings.of_scores(request.metrics, images, compared.source, protocol, compared.sizes)
     if opened.pairs is not None:
-        found.values = passed("pairs", opened.pairs, {VALUES: [("pairs", name) for name in paired]}).values
+        images.values = scorer.gather("pairs", opened.pairs).values
 
     # Every process has seen the same features; one of them is enough for what follows.
     scores: dict[str, Any] = {}
     if distributed.is_main_process():
-        against = None if compared is None else score.Reference(compared, protocol.features, beside)
-        words = None
-        if opened.captions:
-            texts = [protocol.prefix + text for text in opened.captions]
-            words = score.Words(opened.captions, networks.embed_texts(request.weights["clip"], texts))
-        judged = _judge(request, opened.images) if "geneval" in request.metrics else None
-        scores = score.compute(request.metrics, found, against, protocol, options, words, judged)
+        judged = _judge(request, opened.images) if any(score.find(n).form == JUDGED for n in request.metrics) else None
+        scores = scorer.scores(images, compared.source, judged)
         if request.statistics:
-            _write_statistics(request, found, {n.name: n.about["sha256"] for n in loaded})
+            _write_statistics(request, images, {n.name: n.about["sha256"] for n in scorer.networks})
     scores["provenance"] = {
         "protocol": protocol.facts(),
-        "images": provenance.of_set(opened.images, found.sha256),
-        "reference": about,
-        "feature_weights": {network.name: dict(network.about) for network in loaded if network.about},
+        "images": provenance.of_set(opened.images, images.sha256),
+        "reference": compared.about,
+        "feature_weights": {network.name: dict(network.about) for network in scorer.networks if network.about},
         **provenance.drawn_by(opened.images),
         "seed": options.seed,
         "bootstrap": options.bootstrap,
@@ -261,14 +226,47 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
         "platform": jax.default_backend(),
         "processes": jax.process_count(),
         "seconds": round(time.monotonic() - started, 3),
-        "warnings": warnings,
+        "warnings": notes,
     }
     if request.report and distributed.is_main_process():
-        write_whole(epath.Path(request.report), _page(request, opened, scores, found))
-    for collected in (found, compared, beside):
-        if isinstance(collected, Collected):
-            collected.close()
+        filesystem.write_whole(request.report, _page(request, opened, scores, images))
+    for statistics in (images, compared.source, getattr(compared.source, "beside", None)):
+        if isinstance(statistics, FeatureStatistics):
+            statistics.close()
     return scores
+
+
+@dataclasses.dataclass
+class _Compared:
+    """The statistics of the reference, and what to tell of it."""
+
+    sizes: dict[str, tuple[int, int]]
+    source: FeatureStatistics | FileStatistics | None = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: warnings.Warnings = dataclasses.field(default_factory=list)
+
+
+def _gather_reference(scorer: "SetScorer", opened: Opened) -> _Compared:
+    reference, protocol = opened.reference, scorer.protocol
+    compared = _Compared({"images": opened.images.size})
+    if isinstance(reference, FileStatistics):
+        _check_weights(reference, scorer.networks, protocol.features)
+        compared.source = reference
+        count, sha256 = reference.count, reference.sha256
+        compared.about = {"path": reference.path, "n": count, "sha256": sha256, **reference.about}
+        if reference.images is not None and scorer.needs["reference"].get(ROWS):
+            beside = scorer.gather("reference", reference.images, (ROWS,))
+            compared.source = dataclasses.replace(reference, beside=beside)
+            compared.about["images"] = provenance.of_set(reference.images, beside.sha256)
+    elif reference is not None:
+        compared.source = gathered = scorer.gather("reference", reference)
+        compared.sizes["reference"] = reference.size
+        compared.about = provenance.of_set(reference, gathered.sha256)
+        compared.notes = warnings.of_set("reference", reference, gathered, protocol)
+        if opened.training is not None:
+            training = scorer.gather("train images", opened.training)
+            compared.notes += warnings.of_training(gathered, set(training.keys()))
+    return compared
 
 
 def of_sets(request: Request, images: sets.ImageSet, reference: sets.ImageSet) -> dict[str, Any]:
@@ -285,12 +283,10 @@ def of_sets(request: Request, images: sets.ImageSet, reference: sets.ImageSet) -
     Raises:
       UserError: as `run`.
     """
-    paired = tuple(name for name in request.metrics if score.METRICS[name].reference == "pairs")
-    pairs.check_side(paired, images.size)
-    return run(request, Opened(images, reference, None, pairs.Pairs(images, reference) if paired else None, ()))
+    return run(request, _with_pairs(request, images, reference))
 
 
-def _check_weights(statistics: sets.Statistics, networks: Sequence[Any], features: str) -> None:
+def _check_weights(statistics: FileStatistics, networks: Sequence[Any], features: str) -> None:
     made_with = statistics.about.get("weights_sha256")
     for network in networks:
         if network.name == features and made_with not in (None, network.about["sha256"]):
@@ -301,22 +297,22 @@ def _check_weights(statistics: sets.Statistics, networks: Sequence[Any], feature
 
 
 def _judge(request: Request, images: sets.ImageSet) -> tuple[float, dict[str, float]]:
-    rows, judge = prompts.geneval(request.captions), plug_in(request.scorer, "scorer")
+    rows, judge = prompts.geneval(request.captions), plugins.plug_in(request.scorer, "scorer")
     each = max(1, len(images) // len(rows))
     right = [judge(images.read(i), rows[min(i // each, len(rows) - 1)]) for i in range(len(images))]
     return prompts.geneval_score(right, rows)
 
 
-def _page(request: Request, opened: Opened, scores: Mapping[str, Any], found: Collected) -> str:
+def _page(request: Request, opened: Opened, scores: Mapping[str, Any], images: FeatureStatistics) -> str:
     page = Report(f"Scores of {request.images}")
     pages.scores_of(page, scores)
     words = opened.captions or (captions.known(opened.images) if not request.captions else ())
     pages.samples(page, opened.images, words)
     if opened.training is not None:
         pages.neighbours(page, opened.images, opened.training)
-    for name, values in found.values.items():
+    for name, values in images.values.items():
         assert opened.reference is not None
-        assert not isinstance(opened.reference, sets.Statistics)
+        assert not isinstance(opened.reference, FileStatistics)
         pages.worst(page, opened.images, opened.reference, name, values)
     if request.sweep:
         pages.sweep(page, [*(pages.guided(path, request.protocol) for path in request.sweep), scores])
@@ -324,47 +320,34 @@ def _page(request: Request, opened: Opened, scores: Mapping[str, Any], found: Co
     return page.html()
 
 
-def _kept(request: Request) -> list[tuple[str, str]]:
-    """Outputs whose statistics are written."""
-    features = request.protocol.features
-    return [(features, "pool"), *([(features, "spatial")] if features == "inception" else [])]
+def _written(protocol: Protocol) -> tuple[str, ...]:
+    """Metrics of which statistics are written."""
+    return ("fid", "sfid") if protocol.features == "inception" else ("fid",)
 
 
-def _write_statistics(request: Request, found: Any, weights: Mapping[str, str]) -> None:
+def _write_statistics(request: Request, images: FeatureStatistics, weights: Mapping[str, str]) -> None:
     """Writes means and covariances under the keys that ADM's files have, with what they are of."""
-    arrays: dict[str, Any] = {"n": np.int64(found.count)}
-    for (_, output), suffix in zip(_kept(request), ("", "_s"), strict=False):
-        moments = found.moments[request.protocol.features, output]
-        arrays |= {f"mu{suffix}": moments.mean, f"sigma{suffix}": moments.covariance}
     about = {
         "protocol": request.protocol.name,
-        "images_sha256": found.sha256,
+        "images_sha256": images.sha256,
         "weights_sha256": weights[request.protocol.features],
         **provenance.code(),
     }
-    out = io.BytesIO()
-    np.savez(out, about=np.array(json.dumps(about)), **arrays)
-    write_whole(epath.Path(request.statistics), out.getvalue())
-
-
-@contextlib.contextmanager
-def _progress(name: str, count: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit="image", total=count, mininterval=1.0) as bar:
-        yield bar.update
+    outputs = [score.output_of(name, request.protocol) for name in _written(request.protocol)]
+    moments = {output[1]: images.moments[output] for output in outputs}
+    write_statistics(request.statistics, images.count, moments, about)
 
 
 def table(scores: Mapping[str, Any]) -> str:
     """The scores for a terminal, warnings first."""
     about = scores["provenance"]
-    lines = [mistakes.lines(about["warnings"])] if about["warnings"] else []
+    lines = [warnings.lines(about["warnings"])] if about["warnings"] else []
     lines.append(f"protocol {about['protocol']['name']}, {about['images']['n']} images of {about['images']['path']}")
-    for name, found in scores.items():
+    for name, result in scores.items():
         if name != "provenance":
-            ends = found["interval"]
-            text = f"  [{ends[0]:.6g}, {ends[1]:.6g}] {found['interval_of']}" if ends else ""
-            lines.append(f"  {name:<12}{found['value']:>14.6g}{text}")
-            if "infinity" in found:
-                lines.append(f"  {name + ', n -> oo':<12}{found['infinity']['value']:>12.6g}")
+            ends = result["interval"]
+            text = f"  [{ends[0]:.6g}, {ends[1]:.6g}] {result['interval_of']}" if ends else ""
+            lines.append(f"  {name:<12}{result['value']:>14.6g}{text}")
+            if "infinity" in result:
+                lines.append(f"  {name + ', n -> oo':<12}{result['infinity']['value']:>12.6g}")
     return "\n".join(lines)

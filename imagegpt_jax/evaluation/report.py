@@ -12,7 +12,7 @@ from etils import epath
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.evaluation.html import Report, Shown, curves, histogram
-from imagegpt_jax.metrics import provenance, retrieval
+from imagegpt_jax.metrics import provenance, retrieval, score
 from imagegpt_jax.metrics.protocols import Protocol
 from imagegpt_jax.metrics.sets import ImageSet
 
@@ -24,14 +24,14 @@ _CHUNK = 512
 def scores_of(page: Report, scores: Mapping[str, Any]) -> None:
     """Adds scores with their intervals, and what they were made of."""
     rows = []
-    for name, found in scores.items():
+    for name, result in scores.items():
         if name == "provenance":
             continue
-        ends = found["interval"]
+        ends = result["interval"]
         text = f"[{ends[0]:.6g}, {ends[1]:.6g}]" if ends else ""
-        rows.append((name, f"{found['value']:.6g}", text, found["n"], found["interval_of"]))
-        if "infinity" in found:
-            rows.append((f"{name}, n to infinity", f"{found['infinity']['value']:.6g}", "", found["n"], ""))
+        rows.append((name, f"{result['value']:.6g}", text, result["n"], result["interval_of"]))
+        if "infinity" in result:
+            rows.append((f"{name}, n to infinity", f"{result['infinity']['value']:.6g}", "", result["n"], ""))
     page.table("Scores", ("metric", "value", "interval", "images", "interval of"), rows)
     page.warnings(scores["provenance"]["warnings"])
 
@@ -89,7 +89,7 @@ def neighbours(page: Report, images: ImageSet, training: ImageSet) -> None:
 
 def worst(page: Report, images: ImageSet, references: ImageSet, metric: str, values_N: np.ndarray) -> None:
     """Adds the pairs that a metric likes least."""
-    order = np.argsort(values_N if metric != "lpips" else -values_N)[:WORST]
+    order = np.argsort(-values_N if score.find(metric).lower_is_better else values_N)[:WORST]
     shown = [
         Shown([references.read(int(i)), images.read(int(i))], f"{images.names[int(i)]}: {metric} {values_N[i]:.4g}")
         for i in order
@@ -123,11 +123,11 @@ def sweep(page: Report, every: Sequence[Mapping[str, Any]]) -> None:
     points: dict[str, list[tuple[float, float]]] = {}
     for scores in every:
         scale = scores["provenance"]["sampler"].get("cfg_scale")
-        for name, found in scores.items():
+        for name, result in scores.items():
             if name != "provenance" and scale is not None:
-                points.setdefault(name, []).append((float(scale), found["value"]))
-    for name, found in points.items():
-        x, y = zip(*sorted(found), strict=True)
+                points.setdefault(name, []).append((float(scale), result["value"]))
+    for name, line in points.items():
+        x, y = zip(*sorted(line), strict=True)
         page.section(f"{name} against guidance", curves({name: (x, y)}, "cfg_scale", name))
 
 

@@ -35,15 +35,15 @@ def read(images: ImageSet, path: str = "") -> list[str]:
         return _from_file(images, epath.Path(path))
     if not isinstance(images, Folder):
         raise UserError(f"{images.path} has no captions in it: give --captions=FILE, one for each image.")
-    found = []
+    texts = []
     for name in images.names:
         file = epath.Path(images.path) / name
         beside = file.with_suffix(".txt")
         text = beside.read_text().strip() if beside.exists() else _prompt(file)
         if not text:
             raise UserError(f"{file} has no caption: put it into {beside.name} beside it, or give --captions=FILE.")
-        found.append(text)
-    return found
+        texts.append(text)
+    return texts
 
 
 def known(images: ImageSet) -> list[str]:

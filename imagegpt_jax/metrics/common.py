@@ -71,6 +71,7 @@ def outputs(
     batches: Iterable[Mapping[str, np.ndarray]],
     columns: Sequence[str],
     mesh: Mesh,
+    rows: int = 0,
 ) -> Iterator[Any]:
     """Runs `fn(params, batch)` over batches and yields its outputs on the host, one batch behind the device.
 
@@ -80,12 +81,13 @@ def outputs(
       batches: batches of this process's rows, such as `pipeline.Batches` yields.
       columns: the columns that `fn` needs; "mask" is made (all True) where the batches have none.
       mesh: devices to run on.
+      rows: of a device at once, of which batches have a multiple: no result then depends on their size; 0 for all.
 
     Raises:
       UserError: if the data lacks a column.
     """
     pending = None
-    for batch in batches:
+    for batch in _split(batches, rows, mesh) if rows else batches:
         preemption.current.check()
         if pending is not None:
             yield to_host(pending)
@@ -94,14 +96,8 @@ def outputs(
         yield to_host(pending)
 
 
-def tiles(batches: Iterable[Mapping[str, np.ndarray]], rows: int, mesh: Mesh) -> Iterator[dict[str, np.ndarray]]:
-    """Cuts batches into tiles of a fixed number of rows for each device, which are the same for batches of any size.
-
-    Args:
-      batches: of this process's rows; a device's rows are a multiple of `rows`.
-      rows: of a device.
-      mesh: devices that the batches will be laid out on.
-    """
+def _split(batches: Iterable[Mapping[str, np.ndarray]], rows: int, mesh: Mesh) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of a fixed number of rows for each device, which are the same for batches of any size."""
     parts = len(mesh.local_devices)
     for batch in batches:
         each = len(next(iter(batch.values()))) // parts

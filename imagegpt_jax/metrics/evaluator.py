@@ -14,10 +14,12 @@ class Evaluation:
     Attributes:
       scores: name -> value, such as "validation/psnr", in the order in which they are written.
       images: name -> uint8 [N, H, W, C], shown beside the scores.
+      details: name -> array of what the scores were made of, for a report.
     """
 
     scores: Mapping[str, float]
     images: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    details: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Evaluator(Protocol):

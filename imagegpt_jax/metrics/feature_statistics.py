@@ -1,20 +1,112 @@
 """One pass over a set of images that gathers what its scores need, and no more than that.
 
-Shapes: N images, D features, K classes.
+Importing this does not import JAX. Shapes: N images, D features, K classes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imagegpt_jax.metrics import artefacts, statistics
-from imagegpt_jax.metrics.collected import CLASSES, MOMENTS, ROWS, VALUES, Collected, Output
-from imagegpt_jax.metrics.features import Network, Part, extract
-from imagegpt_jax.metrics.protocols import Protocol
-from imagegpt_jax.metrics.sets import ImageSet
+from imagegpt_jax.metrics import artefacts, frechet, statistics
 
+if TYPE_CHECKING:
+    from imagegpt_jax.metrics.features import Network
+    from imagegpt_jax.metrics.protocols import Protocol
+    from imagegpt_jax.metrics.sets import ImageSet
+
+Output = tuple[str, str]  # network, and which of its outputs
+MOMENTS, CLASSES, ROWS, VALUES, JUDGED = "moments", "classes", "rows", "values", "judged"
 _CHECKED = 64  # images that are looked at for traces of JPEG
+
+
+@dataclasses.dataclass
+class FeatureStatistics:
+    """What one pass has gathered of a set.
+
+    Attributes:
+      digests: uint8 [N, 32], SHA-256 of each image's pixels.
+      moments: mean and covariance of an output.
+      classes: class scores of an output.
+      rows: every feature of an output, in a temporary file.
+      values: what pair metrics say of each image.
+      jpeg_like: how many of `checked` images show traces of JPEG.
+      checked: how many were looked at.
+    """
+
+    digests: np.ndarray
+    moments: dict[Output, statistics.Moments] = dataclasses.field(default_factory=dict)
+    classes: dict[Output, statistics.ClassScores] = dataclasses.field(default_factory=dict)
+    rows: dict[Output, statistics.Rows] = dataclasses.field(default_factory=dict)
+    values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    jpeg_like: int = 0
+    checked: int = 0
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.digests)
+
+    @property
+    def sha256(self) -> str:
+        """Of all pixels in their order."""
+        return hashlib.sha256(self.digests.tobytes()).hexdigest()
+
+    @property
+    def duplicates(self) -> int:
+        """Images that are there already."""
+        return self.count - len(set(self.keys()))
+
+    def gaussian(self, output: Output) -> frechet.Gaussian:
+        """Mean and covariance of an output."""
+        return frechet.Gaussian.of(self.moments[output])
+
+    def features(self, output: Output) -> statistics.Rows:
+        """Every feature of an output."""
+        return self.rows[output]
+
+    def keys(self) -> Iterable[bytes]:
+        """A key for each image, equal for equal images."""
+        return (digest.tobytes() for digest in self.digests)
+
+    def add(
+        self,
+        form: str,
+        output: Output,
+        features_NX: np.ndarray,
+        start: int = 0,
+        splits_N: Any = (),
+    ) -> None:
+        """Adds an output's features of images in a form.
+
+        Args:
+          form: `MOMENTS`, `CLASSES`, `ROWS` or `VALUES`.
+          output: the network and its output.
+          features_NX: of these images.
+          start: number of the first of them, which `CLASSES` and `VALUES` ask for.
+          splits_N: of `CLASSES`, the split of each image of the set.
+        """
+        stop = start + len(features_NX)
+        if form == MOMENTS:
+            self.moments.setdefault(output, statistics.Moments(features_NX.shape[1])).add(features_NX)
+        elif form == CLASSES:
+            if output not in self.classes:
+                self.classes[output] = statistics.ClassScores(max(splits_N, default=0) + 1, features_NX.shape[1])
+            self.classes[output].add(features_NX, splits_N[start:stop])
+        elif form == VALUES:
+            self.values.setdefault(output[1], np.zeros(self.count))[start:stop] = features_NX
+        else:
+            rows_ND = features_NX.reshape(len(features_NX), -1)
+            self.rows.setdefault(output, statistics.Rows(rows_ND.shape[1])).add(rows_ND)
+
+    def close(self) -> None:
+        """Frees the temporary files."""
+        for rows in self.rows.values():
+            rows.close()
 
 
 def collect(
@@ -25,57 +117,33 @@ def collect(
     *,
     batch_size: int,
     advance: Callable[[int], Any] = lambda count: None,
-) -> Collected:
+) -> FeatureStatistics:
     """Passes over the set once.
 
     Args:
       images: the set.
-      needs: `MOMENTS`, `CLASSES`, `ROWS` -> the outputs that are needed in that form.
+      needs: `MOMENTS`, `CLASSES`, `ROWS`, `VALUES` -> the outputs that are needed in that form.
       networks: what computes them.
-      protocol: how the Inception Score cuts.
+      protocol: how the Inception Score splits.
       batch_size: images that a process reads at once.
       advance: told how many images have been done since the last call.
 
     Raises:
       UserError: if an image is damaged.
     """
-    found = Collected(np.zeros((len(images), 32), np.uint8), {}, {}, {})
+    from imagegpt_jax.metrics.features import extract
+
+    gathered = FeatureStatistics(np.zeros((len(images), 32), np.uint8))
     outputs = sorted({output for wanted in needs.values() for output in wanted})
-    cut = protocol.inception
-    if cut.count:
-        splits_N = statistics.splits_by_number(len(images), cut.count, cut.shuffle_seed)
-    else:
-        splits_N = np.arange(len(images)) // cut.size
+    splits_N = protocol.inception.split(len(images))
     for part in extract(images, networks, outputs, batch_size=batch_size, advance=advance):
-        _add(found, part, needs, splits_N)
-    _check_artefacts(found, images)
-    return found
-
-
-def _add(found: Collected, part: Part, needs: Mapping[str, Sequence[Output]], splits_N: np.ndarray) -> None:
-    numbers = slice(part.start, part.start + len(part.digests))
-    found.digests[numbers] = part.digests
-    for output in needs.get(MOMENTS, ()):
-        rows = part.features[output]
-        found.moments.setdefault(output, statistics.Moments(rows.shape[1])).add(rows)
-    for output in needs.get(CLASSES, ()):
-        rows = part.features[output]
-        scores = found.classes.setdefault(
-            output, statistics.ClassScores(int(splits_N.max()) + 1 if len(splits_N) else 1, rows.shape[1])
-        )
-        scores.add(rows, splits_N[numbers])
-    for output in needs.get(VALUES, ()):
-        values = found.values.setdefault(output[1], np.zeros(len(found.digests)))
-        values[numbers] = part.features[output]
-    for output in needs.get(ROWS, ()):
-        rows = part.features[output].reshape(len(part.digests), -1)
-        found.rows.setdefault(output, statistics.Rows(rows.shape[1])).add(rows)
-
-
-def _check_artefacts(found: Collected, images: ImageSet) -> None:
-    if len(images.shape) != 3 or "decoded" in images.formats:
-        return
-    last = min(_CHECKED, len(images)) - 1 if images.in_order else len(images) - 1
-    chosen = np.unique(np.linspace(0, last, min(_CHECKED, len(images))).astype(int))
-    found.checked = len(chosen)
-    found.jpeg_like = sum(artefacts.looks_like_jpeg(images.read(int(number))) for number in chosen)
+        gathered.digests[part.start : part.start + len(part.digests)] = part.digests
+        for form, wanted in needs.items():
+            for output in wanted:
+                gathered.add(form, output, part.features[output], part.start, splits_N)
+    if len(images.shape) == 3 and "decoded" not in images.formats:
+        last = min(_CHECKED, len(images)) - 1 if images.in_order else len(images) - 1
+        chosen = np.unique(np.linspace(0, last, min(_CHECKED, len(images))).astype(int))
+        gathered.checked = len(chosen)
+        gathered.jpeg_like = sum(artefacts.looks_like_jpeg(images.read(int(number))) for number in chosen)
+    return gathered

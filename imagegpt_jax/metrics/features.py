@@ -114,8 +114,7 @@ def extract(
       UserError: if an image is damaged.
     """
     # Virtual devices of one CPU would only share it.
-    devices = jax.local_devices() if jax.default_backend() != "cpu" else jax.local_devices()[:1]
-    mesh = sharding.local_mesh(devices)
+    mesh = sharding.local_mesh(jax.local_devices()[:1] if jax.default_backend() == "cpu" else None)
     # By way of the host: what was read under a mesh of all processes' devices is on all of these.
     held = {network.name: jax.tree.map(np.asarray, network.params) for network in networks}
     params = jax.device_put(held, sharding.replicated(mesh))
@@ -135,11 +134,11 @@ def extract(
         filled = tile or [np.zeros(images.shape, np.uint8)]
         computed = {}
         for network in networks:
-            prepared = np.stack([network.prepare(image) for image in filled])
+            prepared = padding.pad(np.stack([network.prepare(image) for image in filled]), rows)
             with jax.set_mesh(mesh):  # the caller may be at work on a mesh of all processes' devices
-                placed = jax.device_put(padding.pad(prepared, rows), sharding.batch_sharding(mesh))
-                found = _run(network.apply, params[network.name], placed)
-            computed |= {key: value for o, value in found.items() if (key := (network.name, o)) in outputs}
+                placed = jax.device_put(prepared, sharding.batch_sharding(mesh))
+                computed_here = _run(network.apply, params[network.name], placed)
+            computed |= {key: value for o, value in computed_here.items() if (key := (network.name, o)) in outputs}
         padded = np.zeros((rows, 32), np.uint8)
         padded[: len(digests)] = digests
         return padded, computed

@@ -12,31 +12,29 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from imagegpt_jax import train_state
-from imagegpt_jax.errors import UserError, suggest
-from imagegpt_jax.metrics import resizing, score, ssim
+from imagegpt_jax import plugins, train_state
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.metrics import resizing, score
 from imagegpt_jax.metrics.features import Network
 from imagegpt_jax.models.pretrained import clip, dinov2, efficientnet, inception, lpips, weights
 from imagegpt_jax.parallel import padding
 
 Loader = Callable[[str, str], Network]
-_TEXTS = 64  # of a tile
+_TEXTS = 64  # of a batch
 
 
 def load(name: str, path: str, resize: str) -> Network:
     """Loads a network.
 
     Args:
-      name: such as "inception".
+      name: such as "inception"; or "module:function" of a user's own (path, resize) -> `Network`.
       path: file of its weights; "" for the public file, downloaded once.
       resize: how images come to its size, see `resizing`.
 
     Raises:
       UserError: if there is no such network, or its weights are missing or do not fit.
     """
-    if name not in LOADERS:
-        raise UserError(f"unknown feature network {name!r}.{suggest(name, LOADERS)}")
-    return LOADERS[name](path, resize)
+    return plugins.resolve(name, "feature network", LOADERS)(path, resize)
 
 
 def check_weights(name: str, path: str, flag: str) -> None:
@@ -50,8 +48,7 @@ def check_weights(name: str, path: str, flag: str) -> None:
     Raises:
       UserError: if there is no such network, or its weights are missing.
     """
-    if name not in LOADERS:
-        raise UserError(f"unknown feature network {name!r}.{suggest(name, LOADERS)}")
+    plugins.resolve(name, "feature network", LOADERS)
     if path and not epath.Path(path).exists():
         raise UserError(f"there are no weights of {name} at {path}: give the file by {flag}.")
     if not path and name == "inception":
@@ -83,13 +80,13 @@ class _Apply:
 
 
 def _about(path: str, file: weights.File, flag: str) -> dict[str, str]:
-    found = path or str(weights.fetch(file, flag))
-    return {"path": found, "sha256": weights.sha256(found)}
+    path = path or str(weights.fetch(file, flag))
+    return {"path": path, "sha256": weights.sha256(path)}
 
 
 def _inception_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
-    found = module(images)
-    return {"pool": found.pool, "spatial": found.spatial, "logits": found.logits}
+    features = module(images)
+    return {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
 
 
 def _inception(path: str, resize: str) -> Network:
@@ -140,25 +137,25 @@ def _about_folder(path: str) -> dict[str, str]:
     place = epath.Path(path)
     if not place.is_dir():
         return {"path": path, "sha256": weights.sha256(place)}
-    found = sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
-    digest = hashlib.sha256("".join(weights.sha256(file) for file in found).encode())
+    files = sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
+    digest = hashlib.sha256("".join(weights.sha256(file) for file in files).encode())
     return {"path": path, "sha256": digest.hexdigest()}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Compare:
-    """Metrics of image pairs; LPIPS is the module with parameters."""
+    """Metrics of image pairs: functions by name, and LPIPS, the module with parameters, where there is its graph."""
 
-    names: tuple[str, ...]
+    functions: tuple[tuple[str, Callable[..., Any]], ...]
     graph: Any
 
     def __call__(self, params: Any, pairs_B2HWC: jax.Array) -> Mapping[str, jax.Array]:
         a, b = pairs_B2HWC[:, 0].astype(jnp.float32), pairs_B2HWC[:, 1].astype(jnp.float32)
-        found = {name: ssim.METRICS[name](a, b) for name in self.names if name != "lpips"}
-        if "lpips" in self.names:
+        values = {name: function(a, b) for name, function in self.functions}
+        if self.graph is not None:
             with jax.default_matmul_precision("float32"):
-                found["lpips"] = train_state.merge(self.graph, params)(a / 127.5 - 1, b / 127.5 - 1)
-        return found
+                values["lpips"] = train_state.merge(self.graph, params)(a / 127.5 - 1, b / 127.5 - 1)
+        return values
 
 
 def pairs(names: Sequence[str], path: str) -> Network:
@@ -167,15 +164,21 @@ def pairs(names: Sequence[str], path: str) -> Network:
     Raises:
       UserError: if LPIPS is asked for without weights.
     """
+    compared = {name: score.find(name).compare for name in names}
+    functions = tuple(
+        (name, plugins.plug_in(compare, "metric") if isinstance(compare, str) else compare)
+        for name, compare in compared.items()
+        if compare
+    )
     if "lpips" not in names:
-        return Network("pairs", {}, np.asarray, _Compare(tuple(names), None), {})
+        return Network("pairs", {}, np.asarray, _Compare(functions, None), {})
     score.require_weights("lpips", path)
     graph, params = train_state.split(lpips.LPIPS.load(path))
-    return Network("pairs", _about_folder(path), np.asarray, _Compare(tuple(names), graph), params)
+    return Network("pairs", _about_folder(path), np.asarray, _Compare(functions, graph), params)
 
 
 def embed_texts(path: str, texts: Sequence[str]) -> np.ndarray:
-    """CLIP's embeddings of texts, float32 [N, E], in tiles of a fixed size.
+    """CLIP's embeddings of texts, float32 [N, E], in batches of a fixed size.
 
     Args:
       path: folder with CLIP's weights and the files of its tokenizer.

@@ -8,10 +8,6 @@ import numpy as np
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.metrics.sets import Folder, ImageSet
 
-WINDOW = 11  # side of SSIM's window
-METRICS = ("psnr", "ssim", "ms_ssim", "lpips")
-MIN_SIDE = {"ssim": WINDOW, "ms_ssim": WINDOW * 16, "lpips": 31}
-
 
 class Pairs:
     """Two sets as one: image i of the one beside image i of the other, uint8 [2, H, W, 3]."""
@@ -42,11 +38,7 @@ class Pairs:
         self._sets = (images, references)
         self.path, self.size, self.formats, self.names = images.path, images.size, images.formats, images.names
         self.in_order = images.in_order or references.in_order
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[2, H, W, 3]."""
-        return (2, *self.size, 3)
+        self.shape = (2, *self.size, 3)
 
     def __len__(self) -> int:
         return len(self._sets[0])
@@ -54,12 +46,3 @@ class Pairs:
     def read(self, number: int) -> np.ndarray:
         """One pair."""
         return np.stack([part.read(number) for part in self._sets])
-
-
-def check_side(names: tuple[str, ...], size: tuple[int, int]) -> None:
-    """Raises UserError if the images are too small for a metric."""
-    for name in names:
-        if min(size) < MIN_SIDE.get(name, 1):
-            raise UserError(
-                f"{name} needs images of {MIN_SIDE[name]} pixels a side, and these are {size[0]} x {size[1]}."
-            )

@@ -36,7 +36,7 @@ def radii(table: Table, neighbours: int) -> Float[np.ndarray, "N"]:
     """
     if len(table) <= neighbours:
         raise UserError(f"the {neighbours}-th nearest neighbour needs more than {neighbours} images, not {len(table)}.")
-    found = np.empty(len(table))
+    radii_N = np.empty(len(table))
     for start, rows in _chunks(table):
         nearest = np.full((len(rows), 0), np.inf)
         for other, columns in _chunks(table):
@@ -45,8 +45,8 @@ def radii(table: Table, neighbours: int) -> Float[np.ndarray, "N"]:
             square[same] = np.inf  # a row is not its own neighbour, though another with its numbers is
             both = np.concatenate([nearest, square], axis=1)
             nearest = np.partition(both, neighbours - 1, axis=1)[:, :neighbours] if both.shape[1] > neighbours else both
-        found[start : start + len(rows)] = nearest.max(axis=1)
-    return found
+        radii_N[start : start + len(rows)] = nearest.max(axis=1)
+    return radii_N
 
 
 def share_inside(points: Table, centres: Table, radii_M: Float[np.ndarray, "M"]) -> float:

@@ -15,10 +15,8 @@ from etils import epath
 
 from imagegpt_jax.data import tables
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.generation.prompts import read_prompts
 
 COCO_COUNT = 30_000
-Scorer = Callable[[np.ndarray, Mapping[str, Any]], bool]
 
 
 def _text(path: epath.PathLike) -> str:
@@ -43,9 +41,9 @@ def coco_captions(path: epath.PathLike, count: int = COCO_COUNT, seed: int = 0) 
       UserError: if the file is none of COCO's, or has fewer captions.
     """
     try:
-        found = json.loads(_text(path))
-        names = {image["id"]: image["file_name"] for image in found["images"]}
-        rows = sorted(found["annotations"], key=lambda row: row["id"])
+        content = json.loads(_text(path))
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        rows = sorted(content["annotations"], key=lambda row: row["id"])
         every = [{"file_name": names[r["image_id"]], "text": r["caption"].strip(), "id": r["id"]} for r in rows]
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is not COCO's file of captions ({e}): give captions_val2014.json.") from e
@@ -67,14 +65,17 @@ def listed(path: epath.PathLike) -> list[dict[str, str]]:
     return [{"text": row["Prompt"].strip(), **{ours: row[name] for name, ours in kept.items()}} for row in rows]
 
 
-def of_protocol(name: str, path: epath.PathLike, count: int, seed: int) -> list[dict[str, Any]]:
+def of_protocol(
+    name: str, path: epath.PathLike, count: int, seed: int, read_others: Callable[[str], Sequence[str]]
+) -> list[dict[str, Any]]:
     """What a protocol draws pictures of.
 
     Args:
-      name: of the protocol; those without prompts of their own take any file that `sample` does.
+      name: of the protocol.
       path: the file of its authors.
       count: only so many; 0 for all.
       seed: of the draw, where there is one.
+      read_others: reads the prompts of any file, for protocols without prompts of their own.
 
     Returns:
       rows with "text", and what else the file says.
@@ -82,18 +83,16 @@ def of_protocol(name: str, path: epath.PathLike, count: int, seed: int) -> list[
     Raises:
       UserError: if the file is none of the protocol's.
     """
-    found: list[dict[str, Any]]
-    if name == "coco30k_zero_shot":
-        if epath.Path(path).suffix == ".json":
-            return coco_captions(path, count or COCO_COUNT, seed)
-        found = [*listed(path)]
-    elif name == "parti_prompts":
-        found = [*listed(path)]
+    rows: list[dict[str, Any]]
+    if name == "coco30k_zero_shot" and epath.Path(path).suffix == ".json":
+        return coco_captions(path, count or COCO_COUNT, seed)
+    if name in ("coco30k_zero_shot", "parti_prompts"):
+        rows = [*listed(path)]
     elif name == "geneval":
-        found = [{**row, "text": row["prompt"]} for row in geneval(path)]
+        rows = [{**row, "text": row["prompt"]} for row in geneval(path)]
     else:
-        found = [{"text": text} for text in read_prompts(os.fspath(path))]
-    return found[:count] if count else found
+        rows = [{"text": text} for text in read_others(os.fspath(path))]
+    return rows[:count] if count else rows
 
 
 def geneval(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -128,8 +127,8 @@ def geneval_score(right: Sequence[bool], rows: Sequence[Mapping[str, Any]]) -> t
     if not right or len(right) % len(rows):
         raise UserError(f"{len(right)} images do not divide among {len(rows)} prompts: draw as many of each.")
     each = len(right) // len(rows)
-    found: dict[str, list[bool]] = collections.defaultdict(list)
+    hits_of: dict[str, list[bool]] = collections.defaultdict(list)
     for i, hit in enumerate(right):
-        found[rows[i // each]["tag"]].append(bool(hit))
-    shares = {tag: float(np.mean(hits)) for tag, hits in sorted(found.items())}
+        hits_of[rows[i // each]["tag"]].append(bool(hit))
+    shares = {tag: float(np.mean(hits)) for tag, hits in sorted(hits_of.items())}
     return float(np.mean(list(shares.values()))), shares

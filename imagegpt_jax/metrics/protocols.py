@@ -8,9 +8,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.metrics.kernels import Subsets
 from imagegpt_jax.metrics.resizing import Crop
+from imagegpt_jax.metrics.statistics import splits_by_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,12 @@ class InceptionSplits:
     def of(self, images: int) -> int:
         """How many parts so many images make."""
         return self.count or max(1, -(-images // self.size))
+
+    def split(self, images: int) -> Int[np.ndarray, "N"]:
+        """The part of each of so many images."""
+        if self.count:
+            return splits_by_number(images, self.count, self.shuffle_seed)
+        return np.arange(images) // self.size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,14 +47,14 @@ def of_set(images: ImageSet, sha256: str) -> dict[str, Any]:
 
 def drawn_by(images: ImageSet) -> dict[str, Any]:
     """ "sampler", "model" and "sampling_seed" of images, where `sample` wrote them into their metadata; else empty."""
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     if isinstance(images, Folder):
         with contextlib.suppress(OSError, ValueError, SyntaxError):
-            found = images_lib.read_metadata((epath.Path(images.path) / images.names[0]).read_bytes())
+            metadata = images_lib.read_metadata((epath.Path(images.path) / images.names[0]).read_bytes())
     return {
-        "sampler": found.get("sampler", {}),
-        "model": {name: found[name] for name in _MODEL if name in found},
-        "sampling_seed": found.get("seed"),
+        "sampler": metadata.get("sampler", {}),
+        "model": {name: metadata[name] for name in _MODEL if name in metadata},
+        "sampling_seed": metadata.get("seed"),
     }
 
 
@@ -166,9 +166,9 @@ def compare(paths: Sequence[str]) -> str:
     for name in sorted((a.keys() ^ b.keys()) - {"provenance"}):
         lines.append(f"{name:<14}only in {'A' if name in a else 'B'}")
     lines += ["", f"protocol {first.get('name')}", f"A = {paths[0]}", f"B = {paths[1]}"]
-    found = [(path, text) for path, text in _MATTERS if _at(a["provenance"], path) != _at(b["provenance"], path)]
-    lines += ["", "differences:" if found else "no difference in what the scores were made of"]
-    for path, text in found:
+    differ = [(path, text) for path, text in _MATTERS if _at(a["provenance"], path) != _at(b["provenance"], path)]
+    lines += ["", "differences:" if differ else "no difference in what the scores were made of"]
+    for path, text in differ:
         lines.append(f"  {path}: {_short(_at(a['provenance'], path))} | {_short(_at(b['provenance'], path))} - {text}")
     for label, scores in (("A", a), ("B", b)):
         for warned in scores["provenance"].get("warnings", []):

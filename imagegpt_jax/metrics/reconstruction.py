@@ -6,18 +6,18 @@ Shapes: B batch, H W C image, h w code grid, K codes.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from imagegpt_jax.metrics import common, frechet, kernels, protocols, statistics
+from imagegpt_jax.metrics import common, protocols, score
+from imagegpt_jax.metrics.evaluator import Evaluation
+from imagegpt_jax.metrics.feature_statistics import MOMENTS, ROWS, FeatureStatistics
+from imagegpt_jax.metrics.features import Network
 from imagegpt_jax.parallel import sharding
-
-if TYPE_CHECKING:
-    from imagegpt_jax.metrics.features import Network
 
 # PSNR of two equal images is infinite; it is counted as this, so that a mean over images exists.
 MAX_PSNR = 100.0
@@ -35,7 +35,7 @@ def _levels(images_BHWC: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(images_BHWC.astype(jnp.float32), -1, 1) + 1) * 127.5)
 
 
-def _features(network: "Network", params: Any, levels_BHWC: jax.Array) -> jax.Array:
+def _features(network: Network, params: Any, levels_BHWC: jax.Array) -> jax.Array:
     """Features on the device, of images that are resized there as `prepare` does on the host."""
     if network.size:
         shape = (levels_BHWC.shape[0], network.size, network.size, levels_BHWC.shape[3])
@@ -43,13 +43,12 @@ def _features(network: "Network", params: Any, levels_BHWC: jax.Array) -> jax.Ar
     return network.apply(params, levels_BHWC)["pool"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _measure(
     reconstruct: Callable[..., Any],
     num_codes: int,
     num_shown: int,
     num_worst: int,
-    features: Callable[[Any, jax.Array], jax.Array] | None,
+    network: Network | None,
     params: Any,
     batch: Any,
 ) -> dict[str, Any]:
@@ -65,8 +64,8 @@ def _measure(
     if num_worst:
         _, worst_n = jax.lax.top_k(jnp.where(mask_B, -psnr, -jnp.inf), min(num_worst, len(psnr)))
         compared["worst"] = jnp.stack([real_levels, fake_levels], axis=1)[worst_n].astype(jnp.uint8)
-    if features is not None:
-        compared["features"] = jnp.stack([features(feature_params, x) for x in (real_levels, fake_levels)])
+    if network is not None:
+        compared["features"] = jnp.stack([_features(network, feature_params, x) for x in (real_levels, fake_levels)])
     return compared | {
         "per_image": {
             "psnr": psnr,
@@ -80,21 +79,6 @@ def _measure(
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Details:
-    """What scores of reconstructions were made of.
-
-    Attributes:
-      counts_K: int64 [K], how often each code was used.
-      worst: uint8 [n, 2, H, W, C], images and reconstructions of the lowest PSNR, worst first, if they were asked for.
-      psnr: float [n], of these.
-    """
-
-    counts_K: np.ndarray
-    worst: np.ndarray
-    psnr: np.ndarray
-
-
 class _Worst:
     """The worst pairs so far."""
 
@@ -105,11 +89,11 @@ class _Worst:
 
     def add(self, psnr_B: np.ndarray, mask_B: np.ndarray, pairs_n: np.ndarray) -> None:
         """Takes a batch's worst pairs, of which those of rows that only fill it up come last."""
-        found = np.sort(np.where(mask_B, psnr_B, np.inf))[: len(pairs_n)]
-        real = np.isfinite(found)
-        order = np.argsort([*self._psnr, *found[real]], kind="stable")[: self._count]
+        lowest = np.sort(np.where(mask_B, psnr_B, np.inf))[: len(pairs_n)]
+        real = np.isfinite(lowest)
+        order = np.argsort([*self._psnr, *lowest[real]], kind="stable")[: self._count]
         pairs = [*self._pairs, *pairs_n[real]]
-        values = [*self._psnr, *found[real].tolist()]
+        values = [*self._psnr, *lowest[real].tolist()]
         self._pairs, self._psnr = [pairs[i] for i in order], [values[i] for i in order]
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
@@ -117,101 +101,110 @@ class _Worst:
         return np.array(self._pairs), np.array(self._psnr)
 
 
-class Comparison:
-    """A network that compares images with reconstructions, on the devices of a mesh."""
-
-    def __init__(self, network: "Network", mesh: Mesh):
-        self.network = network
-        self.params = jax.device_put(network.params, sharding.replicated(mesh))
-        # The same object every time, with which the compiled program is kept.
-        self.features = functools.partial(_features, network)
-
-
 class _Sets:
-    """Features of images and of their reconstructions."""
+    """Features of images and of their reconstructions, whose pixels are not hashed."""
 
-    def __init__(self, name: str):
-        self._name, self._moments, self._rows = name, [], []
+    def __init__(self, network: str):
+        self._protocol = dataclasses.replace(protocols.find("emoji"), features=network)
+        self._forms = (ROWS, MOMENTS) if network == "inception" else (ROWS,)
+        self._sets = [FeatureStatistics(np.zeros((0, 32), np.uint8)) for _ in range(2)]
 
     def add(self, features_2BD: np.ndarray) -> None:
-        size = features_2BD.shape[-1]
-        if not self._rows:
-            self._moments = [statistics.Moments(size) for _ in range(2)]
-            self._rows = [statistics.Rows(size) for _ in range(2)]
-        for moments, rows, features in zip(self._moments, self._rows, features_2BD, strict=True):
-            moments.add(features)
-            rows.add(features)
+        for gathered, features_BD in zip(self._sets, features_2BD, strict=True):
+            for form in self._forms:
+                gathered.add(form, (self._protocol.features, "pool"), features_BD)
 
     def result(self) -> dict[str, float]:
-        real, fake = self._rows
-        scores = {"kid": float(kernels.kid(fake, real, protocols.find("emoji").kid).mean())}
-        if self._name == "inception":
-            gaussians = [frechet.Gaussian.of(moments) for moments in self._moments]
-            scores["rfid"] = frechet.distance(*gaussians)
-        for rows in self._rows:
-            rows.close()
+        (real, fake), protocol = self._sets, self._protocol
+        scores = {"kid": score.compute(["kid"], fake, real, protocol)["kid"]["value"]}
+        if MOMENTS in self._forms:  # the distance is symmetric, but for its last bits
+            scores["rfid"] = score.compute(["fid"], real, fake, protocol)["fid"]["value"]
+        for gathered in self._sets:
+            gathered.close()
         return scores
 
 
-def evaluate(
-    reconstruct: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
-    params: Any,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    num_codes: int,
-    mesh: Mesh,
-    num_shown: int = 16,
-    num_worst: int = 0,
-    tell: Callable[["Details"], Any] = lambda details: None,
-    compare: "Comparison | None" = None,
-) -> tuple[dict[str, float], np.ndarray]:
-    """Scores reconstructions of a whole split.
+class ReconstructionEvaluator:
+    """Scores a tokenizer by its reconstructions of a whole split, and by how much of its codebook it uses."""
 
-    Args:
-      reconstruct: pure function (params, images_BHWC in [-1, 1]) -> (images_BHWC, codes_Bhw). Give the same function
-        object every time: the compiled program is kept with it.
-      params: its first argument.
-      batches: {"image": [B, H, W, C] in [-1, 1], "mask": [B]} batches of this process's rows, every example once.
-      num_codes: size of the codebook.
-      mesh: devices to run on.
-      num_shown: at most so many images, the first ones, go into the grid.
-      num_worst: so many pairs of the lowest PSNR are told.
-      tell: told what the scores were made of.
-      compare: by whose features the reconstructions are compared with the images as sets; None leaves that out.
+    def __init__(
+        self,
+        reconstruct: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
+        batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+        num_codes: int,
+        mesh: Mesh,
+        *,
+        name: str = "generator",
+        network: Network | None = None,
+        prefix: str = "",
+        rows: int = 0,
+        num_shown: int = 16,
+        num_worst: int = 0,
+    ):
+        """Compiles nothing yet.
 
-    Returns:
-      (scores, grid). Scores: `psnr`, the mean over images of each image's PSNR in dB, rounded to 256 levels; its
-      control `psnr_mean_color`, the same with every image replaced by its own mean colour; `l1` and `mse` of unrounded
-      values in [-1, 1]; `codebook_usage`, the share of codes used over the whole split; `codebook_perplexity`, 2 to the
-      entropy of code use; `images`, how many were scored; with `compare` `kid`, and of the FID Inception `rfid`.
-      Grid: uint8 [2 H, n W, C], inputs over reconstructions.
+        Args:
+          reconstruct: pure function (params, images_BHWC in [-1, 1]) -> (images_BHWC, codes_Bhw).
+          batches: {"image": [B, H, W, C] in [-1, 1], "mask": [B]} batches of this process's rows, every example once.
+          num_codes: size of the codebook.
+          mesh: devices to run on.
+          name: of the network whose parameters `reconstruct` takes.
+          network: by whose features the reconstructions are compared with the images as sets; None leaves that out.
+          prefix: of the names of scores and images.
+          rows: of a device at once, see `common.outputs`.
+          num_shown: at most so many images, the first ones, go into the grid.
+          num_worst: so many pairs of the lowest PSNR are told.
+        """
+        self._batches, self._num_codes, self._mesh, self._rows = batches, num_codes, mesh, rows
+        self._name, self._prefix, self._num_shown, self._num_worst = name, prefix, num_shown, num_worst
+        self._network, replicated = network, sharding.replicated(mesh)
+        self._feature_params = None if network is None else jax.device_put(network.params, replicated)
+        self._measure = jax.jit(functools.partial(_measure, reconstruct, num_codes, num_shown, num_worst, network))
 
-    Raises:
-      UserError: if there is no image.
-    """
-    worst = _Worst(num_worst)
-    means, images, counts_K = common.Mean(), 0, np.zeros(num_codes, np.int64)
-    shown: list[np.ndarray] = []
-    features = None if compare is None else compare.features
-    measure = functools.partial(_measure, reconstruct, num_codes, num_shown, num_worst, features)
-    both = (params, None if compare is None else compare.params)
-    compared = None if compare is None else _Sets(compare.network.name)
-    for out in common.outputs(measure, both, batches, ("image", "mask"), mesh):
-        if compared is not None:
-            compared.add(out["features"][:, out["mask"]])
-        means.add(out["per_image"], out["mask"])
-        images += int(out["mask"].sum())
-        counts_K += out["counts_K"]
-        if num_worst:
-            worst.add(out["per_image"]["psnr"], out["mask"], out["worst"])
-        if sum(part.shape[1] for part in shown) < num_shown:
-            shown.append(out["shown"][:, out["mask"][: out["shown"].shape[1]]])
-    tell(Details(counts_K, *worst.pairs()))
-    scores = means.result() | {
-        "codebook_usage": float(np.mean(counts_K > 0)),
-        "codebook_perplexity": 2.0 ** common.entropy_bits(counts_K),
-        "images": float(images),
-    }
-    if compared is not None:
-        scores |= compared.result()
-    rows = np.concatenate(shown, axis=1)[:, :num_shown]
-    return scores, np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    def evaluate(self, params: Mapping[str, Any], step: int) -> Evaluation:
+        """Scores reconstructions.
+
+        Returns:
+          Scores: `psnr`, the mean over images of each image's PSNR in dB, rounded to 256 levels; its control
+          `psnr_mean_color`, the same with every image replaced by its own mean colour; `l1` and `mse` of unrounded
+          values in [-1, 1]; `codebook_usage`, the share of codes used over the whole split; `codebook_perplexity`, 2 to
+          the entropy of code use; `images`, how many were scored; with a feature network `kid`, and of the FID
+          Inception `rfid`. Image `reconstructions`: [1, 2 H, n W, C], inputs over reconstructions. Details: `counts_K`,
+          int64 [K], how often each code was used; `worst`, uint8 [n, 2, H, W, C], images and reconstructions of the
+          lowest PSNR, worst first; `worst_psnr`, [n], of these.
+
+        Raises:
+          UserError: if there is no image.
+        """
+        del step
+        worst = _Worst(self._num_worst)
+        means, images, counts_K = common.Mean(), 0, np.zeros(self._num_codes, np.int64)
+        shown: list[np.ndarray] = []
+        sets = None if self._network is None else _Sets(self._network.name)
+        both = (params[self._name], self._feature_params)
+        columns = ("image", "mask")
+        for out in common.outputs(self._measure, both, self._batches(), columns, self._mesh, self._rows):
+            if sets is not None:
+                sets.add(out["features"][:, out["mask"]])
+            means.add(out["per_image"], out["mask"])
+            images += int(out["mask"].sum())
+            counts_K += out["counts_K"]
+            if self._num_worst:
+                worst.add(out["per_image"]["psnr"], out["mask"], out["worst"])
+            if sum(part.shape[1] for part in shown) < self._num_shown:
+                shown.append(out["shown"][:, out["mask"][: out["shown"].shape[1]]])
+        scores = means.result() | {
+            "codebook_usage": float(np.mean(counts_K > 0)),
+            "codebook_perplexity": 2.0 ** common.entropy_bits(counts_K),
+            "images": float(images),
+        }
+        if sets is not None:
+            scores |= sets.result()
+        rows = np.concatenate(shown, axis=1)[:, : self._num_shown]
+        grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+        pairs, psnr = worst.pairs()
+        return Evaluation(
+            {f"{self._prefix}{name}": value for name, value in scores.items()},
+            {f"{self._prefix}reconstructions": grid[None]},
+            {"counts_K": counts_K, "worst": pairs, "worst_psnr": psnr},
+        )

@@ -1,75 +1,135 @@
-"""Scores of a set of images against a reference, each with its interval, its number of images, and what it was made of.
+"""The metrics of sets of images, each one entry of a table, and their values from what was gathered of the sets.
 
-Shapes: N images, D features.
+Importing this does not import JAX. Shapes: N images.
 """
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from imagegpt_jax.errors import UserError, suggest
-from imagegpt_jax.metrics import captions, frechet, kernels, pairs, precision_recall
-from imagegpt_jax.metrics.collected import CLASSES, JUDGED, MOMENTS, ROWS, VALUES, Collected, Output
-from imagegpt_jax.metrics.protocols import Protocol
-from imagegpt_jax.metrics.sets import Statistics
+from imagegpt_jax import plugins
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.metrics import captions as captions_lib
+from imagegpt_jax.metrics import frechet, kernels, precision_recall
+from imagegpt_jax.metrics.feature_statistics import CLASSES, JUDGED, MOMENTS, ROWS, VALUES, FeatureStatistics, Output
+from imagegpt_jax.metrics.metric import (
+    CAPTIONS,
+    IMAGES,
+    NOTHING,
+    PAIRS,
+    PROMPTS,
+    STATISTICS,
+    Inputs,
+    Metric,
+    Options,
+    Reference,
+    Result,
+    of_pairs,
+    of_parts,
+    of_share,
+    of_values,
+    result,
+)
 
-Result = dict[str, Any]
-_Z = 1.959963984540054  # of a 95% interval of a normal distribution
+if TYPE_CHECKING:
+    from imagegpt_jax.metrics.protocols import Protocol
+    from imagegpt_jax.metrics.statistics_files import FileStatistics
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What may be asked for besides.
+def _frechet(x: Inputs) -> Result:
+    assert x.reference is not None
+    other, options = x.reference.gaussian(x.output), x.options
+    value = frechet.distance(x.images.gaussian(x.output), other)
+    more: Result = {"n_reference": other.count}
+    interval = None
+    if options.bootstrap:
+        rng, rows = np.random.default_rng(options.seed), x.rows
+        draws = [
+            frechet.distance(frechet.of_rows(rows, rng.integers(0, len(rows), len(rows))), other)
+            for _ in range(options.bootstrap)
+        ]
+        # Resampling adds the bias of a smaller set: the interval is that of the differences, around the value.
+        low, high = np.percentile(draws, [2.5, 97.5]) - np.mean(draws)
+        interval = (value + low, value + high)
+    if options.infinity:
+        limit, points = frechet.infinity(x.rows, other, seed=options.seed)
+        more["infinity"] = {"value": limit, "points": [list(point) for point in points]}
+    return result(value, x.images.count, interval, f"bootstrap of {options.bootstrap}, 95%", **more)
 
-    Attributes:
-      bootstrap: resamplings of the images for the intervals of Frechet distances; 0 leaves them out.
-      infinity: whether Frechet distances are extrapolated to infinitely many images.
-      seed: of both.
+
+def _inception_score(x: Inputs) -> Result:
+    values = x.images.classes[x.output].scores
+    return of_parts(values, x.images.count, "splits", splits=len(values))
+
+
+def _kid(x: Inputs) -> Result:
+    rows, others, draw = x.rows, x.reference_rows, x.protocol.kid
+    size = draw.size_of(len(rows), len(others))
+    more = {"subsets": draw.count, "subset_size": size, "n_reference": len(others)}
+    return of_parts(kernels.kid(rows, others, draw), x.images.count, f"subsets of {size}", **more)
+
+
+def _cmmd(x: Inputs) -> Result:
+    others = x.reference_rows
+    return result(kernels.cmmd(x.rows, others), x.images.count, n_reference=len(others))
+
+
+def _manifold(function: Callable[..., tuple[float, float]], at: int, neighbours: int, x: Inputs) -> Result:
+    """One of two numbers of `precision_recall`, which are computed together; `neighbours` 0 is the protocol's number.
+
+    Both are shares but for density, which may exceed 1: of the images, or of the references (`at` 1).
     """
-
-    bootstrap: int = 0
-    infinity: bool = False
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """What a metric needs.
-
-    Attributes:
-      output: output of the network; the network is the protocol's if `network` is "".
-      form: in which form.
-      network: name of the network.
-      reference: "images", "statistics" (images will do too), "pairs" (image by image), "captions", "prompts" or
-        "" (none).
-    """
-
-    output: str
-    form: str
-    network: str = ""
-    reference: str = "images"
+    rows, others, neighbours = x.rows, x.reference_rows, neighbours or x.protocol.neighbours
+    value = x.once(function.__name__, lambda: function(rows, others, neighbours))[at]
+    more: Result = {"n_reference": len(others), "neighbours": neighbours}
+    if function is precision_recall.density_coverage and at == 0:
+        return result(value, len(rows), **more)
+    return of_share(value, len(others) if at else len(rows), **more) | {"n": len(rows)}
 
 
+def _clip_score(x: Inputs) -> Result:
+    assert x.texts_NE is not None
+    return of_values(captions_lib.clip_scores(x.rows.block(0, len(x.rows)), x.texts_NE))
+
+
+def _r_precision(x: Inputs) -> Result:
+    assert x.texts_NE is not None
+    images_NE = x.rows.block(0, len(x.rows))
+    share, candidates = captions_lib.r_precision(images_NE, x.texts_NE, x.captions, x.options.seed)
+    return of_share(share, len(x.rows), candidates=candidates)
+
+
+def _geneval(x: Inputs) -> Result:
+    assert x.judged is not None
+    return of_share(x.judged[0], x.images.count, tags=x.judged[1])
+
+
+_PRECISION = functools.partial(_manifold, precision_recall.precision_recall)
+_DENSITY = functools.partial(_manifold, precision_recall.density_coverage)
 METRICS: Mapping[str, Metric] = {
-    "fid": Metric("pool", MOMENTS, reference="statistics"),
-    "sfid": Metric("spatial", MOMENTS, reference="statistics"),
-    "is": Metric("logits", CLASSES, reference=""),
-    "kid": Metric("pool", ROWS),
-    "precision": Metric("pool", ROWS),
-    "recall": Metric("pool", ROWS),
-    "density": Metric("pool", ROWS),
-    "coverage": Metric("pool", ROWS),
-    "fd_dinov2": Metric("pool", MOMENTS, network="dinov2", reference="statistics"),
-    "cmmd": Metric("embedding", ROWS, network="clip"),
-    "clip_score": Metric("embedding", ROWS, network="clip", reference="captions"),
-    "r_precision": Metric("embedding", ROWS, network="clip", reference="captions"),
-    "geneval": Metric("", JUDGED, network="scorer", reference="prompts"),
-    **{name: Metric(name, VALUES, network="pairs", reference="pairs") for name in pairs.METRICS},
+    "fid": Metric(_frechet, "pool", MOMENTS, reference=STATISTICS, lower_is_better=True),
+    "sfid": Metric(_frechet, "spatial", MOMENTS, reference=STATISTICS, lower_is_better=True),
+    "is": Metric(_inception_score, "logits", CLASSES, reference=NOTHING),
+    "kid": Metric(_kid, "pool", lower_is_better=True),
+    "precision": Metric(functools.partial(_PRECISION, 0, 0), "pool"),
+    "recall": Metric(functools.partial(_PRECISION, 1, 0), "pool"),
+    "density": Metric(functools.partial(_DENSITY, 0, 5), "pool"),
+    "coverage": Metric(functools.partial(_DENSITY, 1, 5), "pool"),
+    "fd_dinov2": Metric(_frechet, "pool", MOMENTS, "dinov2", STATISTICS, lower_is_better=True),
+    "cmmd": Metric(_cmmd, "embedding", network="clip", lower_is_better=True),
+    "clip_score": Metric(_clip_score, "embedding", network="clip", reference=CAPTIONS),
+    "r_precision": Metric(_r_precision, "embedding", network="clip", reference=CAPTIONS),
+    "geneval": Metric(_geneval, form=JUDGED, reference=PROMPTS),
+    "psnr": Metric(of_pairs, "", VALUES, "", PAIRS, "imagegpt_jax.metrics.reconstruction:psnr_B"),
+    "ssim": Metric(of_pairs, "", VALUES, "", PAIRS, "imagegpt_jax.metrics.ssim:ssim", min_side=11),
+    "ms_ssim": Metric(of_pairs, "", VALUES, "", PAIRS, "imagegpt_jax.metrics.ssim:ms_ssim", min_side=176),
+    "lpips": Metric(of_pairs, "", VALUES, "lpips", PAIRS, "", min_side=31, lower_is_better=True),
 }
-_DENSITY_NEIGHBOURS = 5
+NO_OPTIONS = Options()
 NETWORKS = ("inception", "clip", "dinov2", "efficientnet_lite0", "lpips")
 # Networks whose weights are not downloaded, and the files that they are in.
 _FILES: Mapping[str, str] = {
@@ -79,11 +139,22 @@ _FILES: Mapping[str, str] = {
 }
 
 
-def check_metrics(names: Sequence[str], known: Sequence[str]) -> None:
+def find(name: str) -> Metric:
+    """The metric of a name of the table, or a user's own by "module:NAME".
+
+    Raises:
+      UserError: if there is none.
+    """
+    metric = plugins.resolve(name, "metric", METRICS)
+    if not isinstance(metric, Metric):
+        raise UserError(f"metric={name} is a {type(metric).__name__}: make it an imagegpt_jax.metrics.metric.Metric.")
+    return metric
+
+
+def check_metrics(names: Sequence[str]) -> None:
     """Raises UserError for a metric that there is not, or that comes twice."""
     for name in names:
-        if name not in known:
-            raise UserError(f"unknown metric {name!r}.{suggest(name, known)} All: {', '.join(known)}.")
+        find(name)
     if len(set(names)) < len(names) or not names:
         raise UserError("--metrics names each metric once, such as --metrics=fid,is,kid.")
 
@@ -96,244 +167,64 @@ def require_weights(name: str, path: str) -> None:
 
 def output_of(name: str, protocol: Protocol) -> Output:
     """Network and output that a metric is computed from."""
-    metric = METRICS[name]
+    metric = find(name)
     return metric.network or protocol.features, metric.output
+
+
+def paired(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the metrics that compare image with image, which takes a pass of its own."""
+    return tuple(name for name in names if find(name).reference == PAIRS)
+
+
+def check_side(names: Sequence[str], size: tuple[int, int]) -> None:
+    """Raises UserError if the images are too small for a metric."""
+    for name in names:
+        if min(size) < (side := find(name).min_side):
+            raise UserError(f"{name} needs images of {side} pixels a side, and these are {size[0]} x {size[1]}.")
 
 
 def needs(names: Sequence[str], protocol: Protocol, options: Options, *, reference: bool) -> dict[str, list[Output]]:
     """Form -> the outputs that the metrics need of the images, or of the reference, in that form."""
-    found: dict[str, list[Output]] = {}
+    needed: dict[str, list[Output]] = {}
     for name in names:
-        metric = METRICS[name]
-        if metric.form in (VALUES, JUDGED) or (reference and metric.reference not in ("images", "statistics")):
-            continue  # pairs are a pass of their own
+        metric = find(name)
+        if metric.form in (VALUES, JUDGED) or (reference and metric.reference not in (IMAGES, STATISTICS)):
+            continue
         forms = [metric.form]
         if metric.form == MOMENTS and not reference and (options.bootstrap or options.infinity):
             forms.append(ROWS)
         for form in forms:
-            if (output := output_of(name, protocol)) not in found.setdefault(form, []):
-                found[form].append(output)
-    return found
+            if (output := output_of(name, protocol)) not in needed.setdefault(form, []):
+                needed[form].append(output)
+    return needed
 
 
-class Reference:
-    """What images are compared with: a set that was passed over, or a file of statistics."""
-
-    def __init__(self, source: Collected | Statistics, features: str, beside: Collected | None = None):
-        """Makes a reference.
-
-        Args:
-          source: what it is.
-          features: the network that a file's statistics are of.
-          beside: the images that lie beside statistics, once they were passed over.
-        """
-        self._source, self._features, self._beside = source, features, beside
-
-    def gaussian(self, output: Output) -> frechet.Gaussian:
-        """Mean and covariance of an output.
-
-        Raises:
-          UserError: if a file does not hold them.
-        """
-        if isinstance(self._source, Collected):
-            return frechet.Gaussian.of(self._source.moments[output])
-        if output[0] != self._features or output[1] not in self._source.arrays:
-            raise UserError(
-                f"{self._source.path} holds statistics of {', '.join(self._source.arrays)} of {self._features}, not"
-                f" {output[1]!r} of {output[0]}: give reference images."
-            )
-        return frechet.Gaussian(*self._source.arrays[output[1]], self._source.count)
-
-    def rows(self, output: Output) -> kernels.Table:
-        """Every feature of an output.
-
-        Raises:
-          UserError: if a file does not hold them.
-        """
-        if isinstance(self._source, Collected):
-            return self._source.rows[output]
-        if self._beside is not None:
-            return self._beside.rows[output]
-        if self._source.features is None or output != (self._features, "pool"):
-            raise UserError(
-                f"{self._source.path} holds means and covariances, which FID can be computed from; KID, precision,"
-                " recall and the like need reference images, or features."
-            )
-        return _Held(self._source.features)
-
-    def check(self, names: Sequence[str], protocol: Protocol) -> None:
-        """Raises UserError if a metric needs what a file of statistics does not hold."""
-        for name in names if isinstance(self._source, Statistics) else ():
-            if METRICS[name].reference == "statistics":
-                self.gaussian(output_of(name, protocol))
-            elif METRICS[name].reference == "pairs":
-                raise UserError(f"{name} compares images one by one: give reference images, not statistics.")
-            elif METRICS[name].reference == "images" and getattr(self._source, "images", None) is None:
-                self.rows(output_of(name, protocol))
-
-
-class _Held:
-    """Rows that are in memory."""
-
-    def __init__(self, rows_ND: np.ndarray):
-        self._rows_ND = rows_ND
-
-    def __len__(self) -> int:
-        return len(self._rows_ND)
-
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows with these numbers."""
-        return self._rows_ND[numbers]
-
-    def block(self, start: int, stop: int) -> np.ndarray:
-        """Rows from `start` up to `stop`."""
-        return self._rows_ND[start:stop]
-
-
-# ------------------------------------------------------------------------------------------------------------ results
-
-
-def result(value: float, n: int, interval: tuple[float, float] | None, of: str, **more: Any) -> Result:
-    """A score as it is written."""
-    ends = None if interval is None else [float(end) for end in interval]
-    return {"value": float(value), "n": n, "interval": ends, "interval_of": of if ends else "", **more}
-
-
-def of_share(value: float, n: int, **more: Any) -> Result:
-    """A share of n, with Wilson's interval."""
-    centre = (value + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z * math.sqrt(value * (1 - value) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    ends = (max(0.0, centre - half), min(1.0, centre + half))
-    return result(value, n, ends, "Wilson, 95%", **more)
-
-
-def of_values(values_N: np.ndarray, **more: Any) -> Result:
-    """A mean of one value for each image, with its normal interval."""
-    values_N = np.asarray(values_N, np.float64)
-    half = _Z * values_N.std(ddof=1) / math.sqrt(len(values_N)) if len(values_N) > 1 else 0.0
-    mean = float(values_N.mean())
-    ends = (mean - half, mean + half) if len(values_N) > 1 else None
-    return result(mean, len(values_N), ends, "normal, 95%", **more)
-
-
-def _spread(values: np.ndarray) -> tuple[float, float] | None:
-    return (float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5))) if len(values) > 1 else None
+def check_statistics(names: Sequence[str], statistics: FileStatistics, protocol: Protocol) -> None:
+    """Raises UserError if a metric needs what a file of statistics does not hold."""
+    for name in names:
+        kind, output = find(name).reference, output_of(name, protocol)
+        if kind == STATISTICS:
+            statistics.gaussian(output)
+        elif kind == PAIRS:
+            raise UserError(f"{name} compares images one by one: give reference images, not statistics.")
+        elif kind == IMAGES and statistics.images is None:
+            statistics.features(output)
 
 
 def compute(
     names: Sequence[str],
-    images: Collected,
+    images: FeatureStatistics,
     reference: Reference | None,
     protocol: Protocol,
-    options: Options,
-    words: "Words | None" = None,
+    options: Options = NO_OPTIONS,
+    captions: Sequence[str] = (),
+    texts_NE: np.ndarray | None = None,
     judged: tuple[float, dict[str, float]] | None = None,
 ) -> dict[str, Result]:
-    """Computes scores from what was collected.
-
-    Args:
-      names: of `METRICS`.
-      images: of the images.
-      reference: what they are compared with; None where no metric needs one.
-      protocol: how.
-      options: intervals and extrapolation.
-      words: captions; None where no metric needs them.
-      judged: GenEval's score and its shares by kinds of prompts.
+    """Computes scores from what was gathered; arguments as in `metric.Inputs`.
 
     Raises:
       UserError: if a set is too small for a metric, or the reference lacks what it needs.
     """
-    scores: dict[str, Result] = {}
-    twos: dict[str, tuple[float, float]] = {}
-    for name in names:
-        output = output_of(name, protocol)
-        if name == "is":
-            values = images.classes[output].scores
-            more = {"std": float(values.std()), "splits": len(values)}
-            scores[name] = result(values.mean(), images.count, _spread(values), "splits, 95%", **more)
-            continue
-        if METRICS[name].form == VALUES:
-            scores[name] = of_values(images.values[name])
-            continue
-        if METRICS[name].reference == "captions":
-            assert words is not None
-            scores[name] = _captioned(name, images.rows[output], words, options)
-            continue
-        if METRICS[name].form == JUDGED:
-            assert judged is not None
-            scores[name] = of_share(judged[0], images.count, tags=judged[1])
-            continue
-        assert reference is not None
-        if METRICS[name].form == MOMENTS:
-            scores[name] = _frechet(images, reference.gaussian(output), output, options)
-        elif name == "kid":
-            rows, others, draw = images.rows[output], reference.rows(output), protocol.kid
-            values = kernels.kid(rows, others, draw)
-            size = draw.size_of(len(rows), len(others))
-            more = {"std": float(values.std()), "subsets": draw.count, "subset_size": size, "n_reference": len(others)}
-            scores[name] = result(values.mean(), images.count, _spread(values), f"subsets of {size}, 95%", **more)
-        elif name == "cmmd":
-            others = reference.rows(output)
-            value = kernels.cmmd(images.rows[output], others)
-            scores[name] = result(value, images.count, None, "", n_reference=len(others))
-        else:
-            scores[name] = _manifold(name, images.rows[output], reference.rows(output), protocol, twos)
-    return scores
-
-
-@dataclasses.dataclass(frozen=True)
-class Words:
-    """Captions of the images, and CLIP's embeddings of them [N, E]."""
-
-    captions: Sequence[str]
-    embeddings_NE: np.ndarray
-
-
-def _captioned(name: str, rows: kernels.Table, words: Words, options: Options) -> Result:
-    embeddings_NE = rows.block(0, len(rows))
-    if name == "clip_score":
-        return of_values(captions.clip_scores(embeddings_NE, words.embeddings_NE))
-    share, candidates = captions.r_precision(embeddings_NE, words.embeddings_NE, words.captions, options.seed)
-    return of_share(share, len(rows), candidates=candidates)
-
-
-def _frechet(images: Collected, other: frechet.Gaussian, output: Output, options: Options) -> Result:
-    value = frechet.distance(frechet.Gaussian.of(images.moments[output]), other)
-    more: Result = {"n_reference": other.count}
-    interval = None
-    if options.bootstrap:
-        rng = np.random.default_rng(options.seed)
-        rows = images.rows[output]
-        draws = [
-            frechet.distance(frechet.of_rows(rows, rng.integers(0, len(rows), len(rows))), other)
-            for _ in range(options.bootstrap)
-        ]
-        # Resampling adds the bias of a smaller set: the interval is that of the differences, around the value.
-        low, high = np.percentile(draws, [2.5, 97.5]) - np.mean(draws)
-        interval = (value + low, value + high)
-    if options.infinity:
-        limit, points = frechet.infinity(images.rows[output], other, seed=options.seed)
-        more["infinity"] = {"value": limit, "points": [list(point) for point in points]}
-    return result(value, images.count, interval, f"bootstrap of {options.bootstrap}, 95%", **more)
-
-
-def _manifold(
-    name: str,
-    rows: kernels.Table,
-    others: kernels.Table,
-    protocol: Protocol,
-    twos: dict[str, tuple[float, float]],
-) -> Result:
-    """Metrics that come in twos are computed once."""
-    first = name in ("precision", "recall")
-    neighbours = protocol.neighbours if first else _DENSITY_NEIGHBOURS
-    key = "precision" if first else "density"
-    if key not in twos:
-        function = precision_recall.precision_recall if first else precision_recall.density_coverage
-        twos[key] = function(rows, others, neighbours)
-    value = twos[key][0 if name in ("precision", "density") else 1]
-    more = {"n_reference": len(others), "neighbours": neighbours}
-    if name == "density":  # not a share: it may exceed 1
-        return result(value, len(rows), None, "", **more)
-    share = of_share(value, len(rows) if name == "precision" else len(others), **more)
-    return share | {"n": len(rows)}
+    how = (images, reference, protocol, options, captions, texts_NE, judged, {})
+    return {name: find(name).compute(Inputs(name, output_of(name, protocol), *how)) for name in names}

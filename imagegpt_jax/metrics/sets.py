@@ -1,16 +1,13 @@
-"""Sets of images and of statistics that scores are computed from: folders, and `.npz` files as ADM publishes them.
+"""Sets of images that scores are computed from: folders, `.npz` files as ADM publishes them, data sources, and arrays.
 
-Nothing here starts JAX: what is wrong with a set is told within seconds. Images are in the order of their paths, or of
+Nothing here imports JAX: what is wrong with a set is told within seconds. Images are in the order of their paths, or of
 the array, and are read by number, so that many processes can share the work.
-Shapes: N images, H W pixels, D features.
+Shapes: N images, B batch, H W pixels, C channels.
 """
 
-import dataclasses
-import functools
-import hashlib
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,20 +15,21 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from imagegpt_jax import images as images_lib
 from imagegpt_jax.data.images import EXTENSIONS
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.metrics import statistics_files
 from imagegpt_jax.metrics.resizing import Crop
+from imagegpt_jax.metrics.statistics_files import FileStatistics
 
-# Keys of .npz files, those of ADM's and of common programs first.
-_IMAGES = ("arr_0", "images", "samples")
-_FEATURES = ("pool_3", "features", "activations", "acts")
-_MEAN, _COVARIANCE = ("mu", "sigma"), ("mu_s", "sigma_s")
+_IMAGES = ("arr_0", "images", "samples")  # keys of .npz files, those of ADM's and of common programs first
 _LOSSY = ("JPEG", "WEBP")
 _DEPTH = 24  # where a PNG says how many bits its channels have
 _DEEP = "has 16 or more bits per channel"
 _GREY = "is greyscale"
 _PHOTOGRAPHS = (_GREY, "is in the colour mode CMYK")  # which the programs that crop photographs make RGB of
 _OVERVIEWS = ("grid.png", "samples.gif")  # which `sample` puts beside its samples
+_BATCH_SIZE = 32  # of a data source
 Size = tuple[int, int]
 
 
@@ -43,51 +41,22 @@ class ImageSet(Protocol):
       size: (height, width) of every image.
       formats: how many files are of each format, such as {"PNG": 100}.
       in_order: whether reading in another order than that of the numbers, or in many threads, is slow or wrong.
+      names: what each image is called.
+      shape: of what `read` returns.
     """
 
     path: str
     size: Size
     formats: dict[str, int]
     in_order: bool
-
-    @property
-    def names(self) -> Sequence[str]:
-        """What each image is called."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of what `read` returns."""
-        ...
+    names: list[str]
+    shape: tuple[int, ...]
 
     def __len__(self) -> int: ...
 
     def read(self, number: int) -> UInt8[np.ndarray, "H W 3"]:
         """One image."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Means and covariances, or features, in place of reference images.
-
-    Attributes:
-      path: the file.
-      arrays: "pool" and perhaps "spatial" -> (mean [D], covariance [D, D]); float64.
-      features: float32 [N, D] of "pool", or None.
-      count: images that they are of; None if the file does not say.
-      about: what our own files say of themselves: protocol, hashes, version.
-      sha256: of the file.
-      images: reference images that lie beside the statistics, as in ADM's files; None if there are none.
-    """
-
-    path: str
-    arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    features: np.ndarray | None
-    count: int | None
-    about: Mapping[str, Any]
-    sha256: str
-    images: ImageSet | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -158,16 +127,8 @@ class Folder:
                 )
         self._crop = crop if crop is not None and crop.changes(sizes) else None
         self.size: Size = next(iter(sizes)) if self._crop is None else (self._crop.side, self._crop.side)
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Paths within the folder."""
-        return [os.path.relpath(file, self.path) for file in self._files]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[H, W, 3]."""
-        return (*self.size, 3)
+        self.shape = (*self.size, 3)
+        self.names = [os.path.relpath(file, self.path) for file in self._files]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -190,19 +151,19 @@ class Folder:
 
 
 def _listed(folder: epath.Path) -> list[epath.Path]:
-    found = []
+    files = []
     for file in folder.iterdir():
         if file.is_dir():
-            found += _listed(file)
+            files += _listed(file)
         elif file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.name not in _OVERVIEWS:
-            found.append(file)
-    return found
+            files.append(file)
+    return files
 
 
 # --------------------------------------------------------------------------------------------------------------- arrays
 
 
-class Array:
+class NpzImages:
     """The images of an array [N, H, W, 3] in a `.npz`, read from the file one after another."""
 
     in_order = True
@@ -227,19 +188,11 @@ class Array:
         self._crop = crop if crop is not None and crop.changes([shape[1:3]]) else None
         self._stored = shape[1:]
         self.size: Size = (shape[1], shape[2]) if self._crop is None else (self._crop.side, self._crop.side)
+        self.shape = (*self.size, 3)
         self.formats = {"NPZ": self._count}
+        self.names = [str(i) for i in range(self._count)]
         self._bytes = int(np.prod(self._stored))
         self._stream, self._next = None, 0
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Numbers."""
-        return [str(i) for i in range(self._count)]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[H, W, 3]."""
-        return (*self.size, 3)
 
     def __len__(self) -> int:
         return self._count
@@ -286,6 +239,83 @@ def _open_member(path: str, key: str) -> tuple[Any, tuple[int, ...], np.dtype]:
     return stream, shape, dtype
 
 
+# ------------------------------------------------------------------------------------------- images that are in no file
+
+
+class InMemory:
+    """Images in memory."""
+
+    in_order = False
+
+    def __init__(self, name: str, images_NHWC: UInt8[np.ndarray, "N H W 3"], names: Sequence[str] = ()):
+        """Holds images, called `names`, or by their numbers."""
+        self.path, self._images = name, images_NHWC
+        self.shape, self.size = images_NHWC.shape[1:], (images_NHWC.shape[1], images_NHWC.shape[2])
+        self.formats = {"decoded": len(images_NHWC)}
+        self.names = list(names) or [str(i) for i in range(len(images_NHWC))]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, number: int) -> UInt8[np.ndarray, "H W 3"]:
+        """One image."""
+        return self._images[number]
+
+
+class SourceImages:
+    """Images of a data source after its operations, in order; or what a function makes of them, such as a tokenizer."""
+
+    in_order = True
+
+    def __init__(self, name: str, source: Any, ops: str, function: Callable[[np.ndarray], np.ndarray] | None = None):
+        """Reads the first image to learn the size.
+
+        Args:
+          name: what the set is called.
+          source: a data source with images.
+          ops: what is done to them; the same size for all.
+          function: images float32 [B, H, W, C] in [-1, 1] -> images of that kind, such as reconstructions; None leaves
+            them as they are.
+
+        Raises:
+          UserError: if the images are not RGB.
+        """
+        self.path, self._source, self._ops, self._function = name, source, ops, function
+        first = next(self._images())
+        if first.shape[-1] != 3:
+            raise UserError(f"FID and the like are of RGB images, and those of {name} have {first.shape[-1]} channels.")
+        self._stream, self._next = self._images(), 0
+        self.shape, self.size = first.shape, (first.shape[0], first.shape[1])
+        self.formats = {"decoded": len(source)}
+        self.names = [str(i) for i in range(len(source))]
+
+    def _images(self) -> Iterator[np.ndarray]:
+        from imagegpt_jax.data import pipeline
+
+        one_pass: Any = {"batch_size": _BATCH_SIZE, "shuffle": False, "epochs": 1, "columns": ("image",)}
+        batches = pipeline.Batches(self._source, ops=self._ops, **one_pass)
+        try:
+            for batch in batches:
+                images_BHWC = batch["image"][batch["mask"]] if "mask" in batch else batch["image"]
+                made_BHWC = images_BHWC if self._function is None else self._function(images_BHWC)
+                yield from images_lib.to_uint8(made_BHWC)
+        finally:
+            batches.close()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, number: int) -> UInt8[np.ndarray, "H W 3"]:
+        """One image; going back starts at the beginning again."""
+        if number < self._next:
+            self._stream, self._next = self._images(), 0
+        while True:
+            image_HWC = next(self._stream)
+            self._next += 1
+            if self._next == number + 1:
+                return image_HWC
+
+
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
@@ -311,14 +341,21 @@ def open_images(path: epath.PathLike, limit: int = 0, crop: Crop | None = None) 
     key = next((key for key in _IMAGES if key in keys), None)
     if key is None:
         raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}: images are under {' or '.join(_IMAGES)}.")
-    return Array(place, key, limit, crop)
+    return NpzImages(place, key, limit, crop)
 
 
-def open_reference(path: epath.PathLike, crop: Crop | None = None) -> ImageSet | Statistics:
+def open_reference(
+    path: epath.PathLike, crop: Crop | None = None, network: str = "inception"
+) -> ImageSet | FileStatistics:
     """Opens what images are compared with: images, features, or means and covariances.
 
     Of a `.npz` with "mu" and "sigma" those count for FID, and images that lie beside them, as in ADM's files, for
     what needs images.
+
+    Args:
+      path: which.
+      crop: how images come to one size; None where they must be alike.
+      network: that features and statistics in a file are of.
 
     Raises:
       UserError: as `open_images`, and for statistics that are not of the right shapes.
@@ -327,50 +364,13 @@ def open_reference(path: epath.PathLike, crop: Crop | None = None) -> ImageSet |
     if place.suffix != ".npz" or not place.exists():
         return open_images(path, crop=crop)
     keys = _members(str(path))
-    features = next((key for key in _FEATURES if key in keys), None)
+    features = next((key for key in statistics_files.FEATURES if key in keys), None)
     if features is None and "arr_0" in keys and len(_open_member(str(path), "arr_0")[1]) == 2:
         features = "arr_0"
-    if features is None and not set(_MEAN) <= set(keys):
+    if features is None and not set(statistics_files.KEYS["pool"]) <= set(keys):
         return open_images(path, crop=crop)
-    return _read_statistics(place, keys, features)
-
-
-def _read_statistics(path: epath.Path, keys: Sequence[str], features: str | None) -> Statistics:
-    with np.load(str(path), allow_pickle=False) as file:
-        arrays = {}
-        for name, (mean, covariance) in (("pool", _MEAN), ("spatial", _COVARIANCE)):
-            if mean in keys and covariance in keys:
-                pair = (np.asarray(file[mean], np.float64), np.asarray(file[covariance], np.float64))
-                if pair[0].ndim != 1 or pair[1].shape != (len(pair[0]),) * 2:
-                    raise UserError(f"{path}: {mean} is {pair[0].shape} and {covariance} {pair[1].shape}: damaged.")
-                arrays[name] = pair
-        rows = np.asarray(file[features], np.float32) if features else None
-        about = _about(file["about"]) if "about" in keys else {}
-        count = int(file["n"]) if "n" in keys else len(rows) if rows is not None else None
-    if rows is not None and "pool" not in arrays:
-        centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
-        arrays["pool"] = (
-            rows.mean(axis=0, dtype=np.float64),
-            centred.T @ centred / max(len(rows) - 1, 1),
-        )
-    images = Array(path, "arr_0") if "arr_0" in keys and features is None else None
-    return Statistics(str(path), arrays, rows, count, about, hash_file(str(path)), images)
-
-
-def _about(text: np.ndarray) -> Mapping[str, Any]:
-    import json
-
-    return json.loads(str(text))
-
-
-@functools.cache
-def hash_file(path: str) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    images = NpzImages(path, "arr_0") if "arr_0" in keys and features is None else None
+    return statistics_files.read_statistics(place, keys, features, network, images)
 
 
 def lossy(images: ImageSet) -> int:

@@ -8,9 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from imagegpt_jax.metrics import reconstruction
-from imagegpt_jax.metrics.pairs import WINDOW
-
+WINDOW = 11  # side of the Gaussian window, in pixels
 _SIGMA = 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM's scales, from fine to coarse
@@ -63,6 +61,3 @@ def _halve(x_BHWC: Array) -> Array:
     x = jnp.pad(x_BHWC, ((0, 0), (0, x_BHWC.shape[1] % 2), (0, x_BHWC.shape[2] % 2), (0, 0)), mode="symmetric")
     B, H, W, C = x.shape
     return jnp.mean(x.reshape(B, H // 2, 2, W // 2, 2, C), axis=(2, 4))
-
-
-METRICS = {"psnr": reconstruction.psnr_B, "ssim": ssim, "ms_ssim": ms_ssim}

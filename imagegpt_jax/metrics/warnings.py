@@ -3,124 +3,88 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from imagegpt_jax.metrics.collected import Collected
+from imagegpt_jax.metrics import score
+from imagegpt_jax.metrics.feature_statistics import CLASSES, MOMENTS, FeatureStatistics
 from imagegpt_jax.metrics.protocols import Protocol
-from imagegpt_jax.metrics.sets import ImageSet, Statistics, lossy
+from imagegpt_jax.metrics.sets import ImageSet, lossy
+from imagegpt_jax.metrics.statistics_files import FileStatistics
 
 FEW = 10_000  # images below which FID's bias dwarfs what models differ by
-_FRECHET = ("fid", "sfid", "fd_dinov2")
-Note = dict[str, str]
+Warnings = list[dict[str, str]]
 
 
-def warning(name: str, text: str) -> Note:
-    """A warning as it is written."""
-    return {"name": name, "text": text}
+def _named(texts: Mapping[str, str]) -> Warnings:
+    """Warnings as they are written; those without a text do not apply."""
+    return [{"name": name, "text": text} for name, text in texts.items() if text]
 
 
-def of_set(role: str, images: ImageSet, found: Collected, protocol: Protocol) -> list[Note]:
+def of_set(role: str, images: ImageSet, gathered: FeatureStatistics, protocol: Protocol) -> Warnings:
     """What is odd about one set.
 
     Args:
       role: "images" or "reference".
       images: the set.
-      found: what was collected of it.
+      gathered: its statistics.
       protocol: what it should be like.
     """
-    warnings = []
-    lossless = protocol.lossless and role == "images"  # photographs to compare with may well be JPEG
-    count = lossy(images)
-    if count and lossless:
-        warnings.append(
-            warning("lossy_format", f"{role}: {count} of {len(images)} files are JPEG or WebP; save samples as PNG.")
-        )
-    elif found.jpeg_like * 2 > found.checked and lossless:
-        warnings.append(
-            warning(
-                "jpeg_artefacts",
-                f"{role}: {found.jpeg_like} of {found.checked} images that were looked at have the block pattern of"
-                " JPEG, though they are stored without loss: they were JPEG once, which FID notices.",
+    texts = {}
+    count, looked_at, like = lossy(images), gathered.checked, gathered.jpeg_like
+    if protocol.lossless and role == "images":  # photographs to compare with may well be JPEG
+        if count:
+            texts["lossy_format"] = f"{role}: {count} of {len(images)} files are JPEG or WebP; save samples as PNG."
+        elif like * 2 > looked_at:
+            texts["jpeg_artefacts"] = (
+                f"{role}: {like} of {looked_at} images that were looked at have the block pattern of JPEG, though they"
+                " are stored without loss: they were JPEG once, which FID notices."
             )
-        )
-    if protocol.side and images.size != (protocol.side, protocol.side):
-        warnings.append(
-            warning(
-                "wrong_size",
-                f"{role}: images are {images.size[0]} x {images.size[1]}, and {protocol.name} is of {protocol.side} x"
-                f" {protocol.side}.",
-            )
-        )
-    if found.duplicates:
-        warnings.append(
-            warning(
-                "duplicates", f"{role}: {found.duplicates} of {found.count} images are copies of others to the bit."
-            )
-        )
-    return warnings
+    (height, width), side = images.size, protocol.side
+    if side and (height, width) != (side, side):
+        texts["wrong_size"] = f"{role}: images are {height} x {width}, and {protocol.name} is of {side} x {side}."
+    if copies := gathered.duplicates:
+        texts["duplicates"] = f"{role}: {copies} of {gathered.count} images are copies of others to the bit."
+    return _named(texts)
 
 
 def of_scores(
     names: Sequence[str],
-    found: Collected,
-    reference: Collected | Statistics | None,
+    images: FeatureStatistics,
+    reference: FeatureStatistics | FileStatistics | None,
     protocol: Protocol,
     sizes: Mapping[str, tuple[int, int]],
-) -> list[Note]:
+) -> Warnings:
     """What is odd about a comparison; `sizes` has those of "images" and, where it is one of images, "reference"."""
-    warnings = []
-    if set(names) & set(_FRECHET) and found.count < FEW:
-        warnings.append(
-            warning(
-                "few_samples",
-                f"FID of {found.count} images: below {FEW:,} it is mostly bias; compare only with scores of as many, or"
-                " use KID.",
-            )
+    texts = {}
+    forms, count = {score.find(name).form for name in names}, images.count
+    if MOMENTS in forms and count < FEW:
+        texts["few_samples"] = (
+            f"FID of {count} images: below {FEW:,} it is mostly bias; compare only with scores of as many, or use KID."
         )
-    parts = protocol.inception.of(found.count)
-    if "is" in names and found.count < 2 * parts:
-        warnings.append(
-            warning(
-                "small_splits",
-                f"IS of {found.count} images in {parts} splits: a split of one image scores 1; give --is_splits=1.",
-            )
+    parts = protocol.inception.of(count)
+    if CLASSES in forms and count < 2 * parts:
+        texts["small_splits"] = (
+            f"IS of {count} images in {parts} splits: a split of one image scores 1; give --is_splits=1."
         )
-    if protocol.count and found.count != protocol.count:
-        warnings.append(
-            warning(
-                "wrong_count",
-                f"{found.count} images, and published scores of {protocol.name} are of {protocol.count:,}.",
-            )
-        )
+    if protocol.count and count != protocol.count:
+        texts["wrong_count"] = f"{count} images, and published scores of {protocol.name} are of {protocol.count:,}."
     if len(set(sizes.values())) > 1:
         (a, b) = (sizes["images"], sizes["reference"])
-        warnings.append(
-            warning(
-                "unequal_sizes",
-                f"images are {a[0]} x {a[1]} and reference images {b[0]} x {b[1]}: each is resized on its own.",
-            )
+        texts["unequal_sizes"] = (
+            f"images are {a[0]} x {a[1]} and reference images {b[0]} x {b[1]}: each is resized on its own."
         )
-    if isinstance(reference, Collected) and (common := len(set(found.keys()) & set(reference.keys()))):
-        warnings.append(warning("overlap", f"{common} images are in the reference too, to the bit."))
-    if isinstance(reference, Statistics) and reference.about.get("protocol", protocol.name) != protocol.name:
-        warnings.append(
-            warning(
-                "other_protocol",
-                f"the reference's statistics were made by {reference.about['protocol']}, not by {protocol.name}.",
-            )
+    if isinstance(reference, FeatureStatistics) and (common := len(set(images.keys()) & set(reference.keys()))):
+        texts["overlap"] = f"{common} images are in the reference too, to the bit."
+    if isinstance(reference, FileStatistics) and reference.about.get("protocol", protocol.name) != protocol.name:
+        texts["other_protocol"] = (
+            f"the reference's statistics were made by {reference.about['protocol']}, not by {protocol.name}."
         )
-    return warnings
+    return _named(texts)
 
 
-def of_training(reference: Collected, training: Collection[bytes]) -> list[Note]:
+def of_training(reference: FeatureStatistics, training: Collection[bytes]) -> Warnings:
     """Whether training images are in the reference."""
     common = sum(key in training for key in reference.keys())  # noqa: SIM118 - not a mapping
-    if not common:
-        return []
-    return [
-        warning(
-            "train_images",
-            f"{common} of {reference.count} reference images were trained on: the score measures memory as well.",
-        )
-    ]
+    text = f"{common} of {reference.count} reference images were trained on: the score measures memory as well."
+    return _named({"train_images": text if common else ""})
 
 
 def lines(warnings: Sequence[Mapping[str, Any]]) -> str:

@@ -80,7 +80,7 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
         from imagegpt_jax.data.packing import Layout
         from imagegpt_jax.data.packing import TokenSpace
         from imagegpt_jax.metrics import features
-        from imagegpt_jax.metrics import reconstructed
+        from imagegpt_jax.metrics import sets
         from imagegpt_jax.metrics.common import to_host
         from imagegpt_jax.sampling.settings import Sampling
         from imagegpt_jax.sampling.jobs import image_job
@@ -107,7 +107,7 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
                 assert jax.tree.map(lambda x: x.dtype, params) == kinds
                 here = read(setup)
                 jax.tree.map(np.testing.assert_array_equal, to_host(params), here)
-            for x in jax.tree.leaves(evaluation._decode_on(setup, mesh)[1]):
+            for x in jax.tree.leaves(evaluation._CodesToImages(setup, mesh)._params):
                 assert x.is_fully_replicated and len(x.sharding.device_set) == 2
 
         net = train_state.network(lambda key: gpt.GPT(GPTConfig(**MODEL), key=key))
@@ -128,7 +128,7 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
             rows = batching.rows_of(job, keys, np.arange(4).reshape(2, 2), mesh)
             scale = jax.jit(lambda: jax.numpy.ones(3), out_shardings=sharding.replicated(mesh))()
             mean = features.Network("mean", {}, np.asarray, lambda scale, x: {"pool": x.mean((1, 2)) * scale}, scale)
-            held = reconstructed.Held("held", np.arange(36, dtype=np.uint8).reshape(3, 2, 2, 3))
+            held = sets.InMemory("held", np.arange(36, dtype=np.uint8).reshape(3, 2, 2, 3))
             (part,) = features.extract(held, [mean], [("mean", "pool")])
         np.testing.assert_allclose(part.features["mean", "pool"][:, 0], [4.5, 16.5, 28.5])
         assert {x.sharding for x in jax.tree.leaves(rows)} == {sharding.batch_sharding(mesh)}

@@ -10,7 +10,7 @@ import safetensors.numpy
 from PIL import Image, PngImagePlugin
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.metrics import captions, networks, pairs, sets, ssim
+from imagegpt_jax.metrics import captions, networks, pairs, reconstruction, score, sets, ssim
 from imagegpt_jax.models.pretrained import clip
 
 
@@ -30,14 +30,14 @@ def test_ssim_is_tensorflows(name):
     reference = tf.image.ssim if name == "ssim" else tf.image.ssim_multiscale
     expected = reference(a, b, 255).numpy()
     assert (expected < 0.95).all()
-    np.testing.assert_allclose(jax.jit(ssim.METRICS[name])(a, b), expected, rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(getattr(ssim, name))(a, b), expected, rtol=1e-4)
 
 
 def test_equal_images_are_alike():
     a, _ = images(0, side=176)
     for name in ("ssim", "ms_ssim"):
-        np.testing.assert_allclose(jax.jit(ssim.METRICS[name])(a, a), 1, rtol=1e-6)
-    np.testing.assert_allclose(ssim.METRICS["psnr"](a, a), 100)
+        np.testing.assert_allclose(jax.jit(getattr(ssim, name))(a, a), 1, rtol=1e-6)
+    np.testing.assert_allclose(reconstruction.psnr_B(a, a), 100)
 
 
 def folder(path, count, side=16, names="{:02d}.png", seed=0):
@@ -61,7 +61,7 @@ def test_sets_that_are_no_pairs(tmp_path, other, words):
     with pytest.raises(UserError, match=words):
         pairs.Pairs(one, folder(tmp_path / "b", **other))
     with pytest.raises(UserError, match="ms_ssim needs images of 176 pixels"):
-        pairs.check_side(("psnr", "ms_ssim"), one.size)
+        score.check_side(("psnr", "ms_ssim"), one.size)
 
 
 # ------------------------------------------------------------------------------------------------------------ captions

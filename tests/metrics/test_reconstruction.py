@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +13,11 @@ from imagegpt_jax.parallel import sharding
 @pytest.fixture(scope="module")
 def mesh():
     return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+
+
+def _evaluate(reconstruct, params, batches, mesh, **options):
+    evaluator = reconstruction.ReconstructionEvaluator(reconstruct, lambda: batches, 4, mesh, **options)
+    return evaluator.evaluate({"generator": params}, 0)
 
 
 def _identity(params, images_BHWC):
@@ -33,7 +41,8 @@ def _images(count, seed=0):
 
 def test_scores_equal_a_plain_numpy_computation(mesh):
     images = _images(5)
-    scores, grid = reconstruction.evaluate(_identity, 0.1, _batches(images, 2), 4, mesh)
+    evaluation = _evaluate(_identity, 0.1, _batches(images, 2), mesh)
+    scores, (grid,) = evaluation.scores, evaluation.images["reconstructions"]
     real, fake = (np.round((x.astype(np.float64) + 1) * 127.5) for x in (images, images + np.float32(0.1)))
     psnr = 10 * np.log10(255.0**2 / np.mean((real - fake) ** 2, axis=(1, 2, 3)))
     assert scores["psnr"] == pytest.approx(psnr.mean(), rel=1e-5)
@@ -51,7 +60,8 @@ def test_scores_equal_a_plain_numpy_computation(mesh):
 
 def test_batch_size_and_padding_do_not_matter(mesh):
     images = _images(7, seed=1)
-    scores = [reconstruction.evaluate(_identity, 0.1, _batches(images, b), 4, mesh)[0] for b in (2, 3, 7)]
+    scores = [_evaluate(_identity, 0.1, _batches(images, b), mesh).scores for b in (2, 3, 7)]
+    scores.append(_evaluate(_identity, 0.1, _batches(images, 6), mesh, rows=2).scores)
     for other in scores[1:]:
         assert other == pytest.approx(scores[0], rel=1e-6)
 
@@ -59,15 +69,14 @@ def test_batch_size_and_padding_do_not_matter(mesh):
 def test_the_worst_pairs_and_the_use_of_codes_are_told(mesh):
     """The first of 23 images differs most from its reconstruction, the last least; batches of three."""
     images = np.zeros((23, 8, 8, 3), np.float32) + (np.arange(23, 0, -1, np.float32) / 50 - 0.5)[:, None, None, None]
-    told = []
-    reconstruction.evaluate(_half, 0.0, _batches(images, 3), 4, mesh, num_worst=4, tell=told.append)
+    details = _evaluate(_half, 0.0, _batches(images, 3), mesh, num_worst=4).details
     levels = np.round((images + 1) * 127.5).astype(int)
-    assert told[0].worst.shape == (4, 2, 8, 8, 3)
-    np.testing.assert_array_equal(told[0].worst[:, 0], levels[:4])
-    np.testing.assert_array_equal(told[0].worst[:, 1], 64)
-    assert (np.diff(told[0].psnr) > 0).all()
-    np.testing.assert_allclose(told[0].psnr[0], 20 * np.log10(255 / np.abs(levels[0] - 64).mean()), rtol=1e-4)
-    np.testing.assert_array_equal(told[0].counts_K, [0, 23 * 4, 0, 0])
+    assert details["worst"].shape == (4, 2, 8, 8, 3)
+    np.testing.assert_array_equal(details["worst"][:, 0], levels[:4])
+    np.testing.assert_array_equal(details["worst"][:, 1], 64)
+    assert (np.diff(details["worst_psnr"]) > 0).all()
+    np.testing.assert_allclose(details["worst_psnr"][0], 20 * np.log10(255 / np.abs(levels[0] - 64).mean()), rtol=1e-4)
+    np.testing.assert_array_equal(details["counts_K"], [0, 23 * 4, 0, 0])
 
 
 def _half(params, images_BHWC):
@@ -76,7 +85,7 @@ def _half(params, images_BHWC):
 
 def test_control_is_the_mean_color(mesh):
     images = _images(4)
-    scores, _ = reconstruction.evaluate(_identity, 0.0, _batches(images, 4), 4, mesh)
+    scores = _evaluate(_identity, 0.0, _batches(images, 4), mesh).scores
     assert scores["psnr"] == reconstruction.MAX_PSNR
     levels = np.round((images + 1) * 127.5)
     flat = np.round(levels.mean(axis=(1, 2), keepdims=True))
@@ -84,6 +93,21 @@ def test_control_is_the_mean_color(mesh):
     assert scores["psnr_mean_color"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_nothing_outlives_an_evaluator(mesh):
+    params = jnp.float32(0.1)
+
+    def reconstruct(params, images_BHWC):
+        return _identity(params, images_BHWC)
+
+    evaluator = reconstruction.ReconstructionEvaluator(reconstruct, lambda: _batches(_images(4), 4), 4, mesh)
+    evaluator.evaluate({"generator": params}, 0)
+    kept = [weakref.ref(reconstruct), weakref.ref(params)]
+    assert all(ref() is not None for ref in kept)
+    del reconstruct, params, evaluator
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
+
+
 def test_nothing_to_score_is_an_error(mesh):
     with pytest.raises(UserError, match="empty"):
-        reconstruction.evaluate(_identity, 0.0, [], 4, mesh)
+        _evaluate(_identity, 0.0, [], mesh)

@@ -202,11 +202,11 @@ def test_grid_that_does_not_fit_the_images_is_refused(setup, batch, state):
 def test_evaluation_scores_the_split_and_draws_the_same_pictures_every_time(setup, state):
     mesh = sharding.make_mesh(setup.config.mesh)
     with jax.set_mesh(mesh):
-        (evaluator,) = decoder.TASK.evaluators(setup, mesh)
+        likelihoods, grid = decoder.TASK.evaluators(setup, mesh)
         params = {name: state.eval_params(name) for name in setup.networks}
-        first, second = (evaluator.evaluate(params, step) for step in (0, 1))
-    scores, images, same = first.scores, first.images, second.images
-    assert scores == second.scores
+        scores, again = (likelihoods.evaluate(params, step).scores for step in (0, 1))
+        images, same = (grid.evaluate(params, step).images for step in (0, 1))
+    assert scores == again
     assert scores["validation/image_tokens"] == len(setup.sources["validation"]) * setup.layout.num_codes
     # An untrained model predicts each of the 64 codes alike.
     assert scores["validation/image_bits_per_token"] == pytest.approx(6, abs=0.2)

@@ -66,6 +66,15 @@ class Setup:
         """The one vocabulary."""
         return self.layout.space
 
+    @functools.cached_property
+    def untrained_tokenizer(self) -> train_state.Params:
+        """Parameters of the untrained image tokenizer, drawn once: compiling that takes seconds.
+
+        Host arrays, since a training step donates what it is given.
+        """
+        draw = jax.jit(lambda key: tokenizer_task.init_state(self.tokenizer, key).params("generator"))
+        return jax.device_get(draw(jax.random.key(self.tokenizer.config.seed)))
+
 
 def tokenizer_config(config: Config) -> Config:
     """Config of the image tokenizer that a decoder's config names; "" is an untrained one, seeded by `config.seed`."""
@@ -207,9 +216,9 @@ def setup(config: Config) -> Setup:
             " --config.sample_prompts=\"('a red heart', '3 dogs')\"."
         )
     if config.eval_samples:
-        from imagegpt_jax.metrics import in_training  # and with it all networks
+        from imagegpt_jax.metrics import generation  # and with it all networks
 
-        in_training.check(config)
+        generation.check_config(config)
     return built
 
 
@@ -346,15 +355,4 @@ def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> train_state.Par
     if setup.config.tokenizer:
         abstract = train_state.abstract(tokenizer_task.init_state, setup.tokenizer)
         return checkpoint.load_params(setup.config.tokenizer, abstract, "generator", sharding=sharding_tree)
-    return jax.device_put(_untrained(setup), sharding_tree)
-
-
-@functools.cache
-def _untrained(setup: Setup) -> train_state.Params:
-    """Parameters of the untrained image tokenizer, drawn once: compiling that takes seconds.
-
-    Host arrays, since a training step donates what it is given.
-    """
-    init = tokenizer_task.init_state
-    draw = jax.jit(lambda key: init(setup.tokenizer, key).params("generator"))
-    return jax.device_get(draw(jax.random.key(setup.tokenizer.config.seed)))
+    return jax.device_put(setup.untrained_tokenizer, sharding_tree)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -23,8 +22,8 @@ from imagegpt_jax import train_state
 from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.data import ops, sources
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.metrics import reconstruction
-from imagegpt_jax.metrics.evaluator import Evaluation
+from imagegpt_jax.metrics.evaluator import Evaluator
+from imagegpt_jax.metrics.reconstruction import ReconstructionEvaluator
 from imagegpt_jax.models import discriminator, flops, layers, quantizers, vq
 from imagegpt_jax.models.pretrained import lpips
 from imagegpt_jax.parallel import sharding
@@ -340,47 +339,17 @@ def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
     return {"reconstruct": reconstruct, "encode": encode, "decode": decode}
 
 
-def evaluate(setup: Setup, params: Mapping[str, Any], mesh: Mesh) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Scores the validation split; also returns a grid of inputs over reconstructions for TensorBoard."""
-    config = setup.config
-    rows = sharding.host_rows(mesh, config.eval_batch_size)
-    compare = _comparison(config.eval_features, mesh) if config.eval_features else None
-    scores, grid = reconstruction.evaluate(
-        _predict(setup, "reconstruct"),
-        params["generator"],
-        batches(setup, "validation", batch_size=config.eval_batch_size, rows=rows),
-        setup.model.quantizer.num_ids,
-        mesh,
-        compare=compare,
-    )
-    return {f"validation/{name}": value for name, value in scores.items()}, {"validation/reconstructions": grid[None]}
+def evaluators(setup: Setup, mesh: Mesh) -> tuple[Evaluator, ...]:
+    """Reconstructions of the validation split, compared as sets too by the network of `config.eval_features`."""
+    config, size, network = setup.config, setup.config.eval_batch_size, None
+    if config.eval_features:
+        from imagegpt_jax.metrics import networks  # and with it all of them
 
-
-@functools.cache
-def _comparison(features: str, mesh: Mesh) -> reconstruction.Comparison:
-    """The network that a config's `eval_features` names, on the mesh of the training."""
-    from imagegpt_jax.metrics import networks
-
-    name, _, path = features.partition("=")
-    return reconstruction.Comparison(networks.load(name, path, "tf1_bilinear"), mesh)
-
-
-@functools.cache
-def _predict(setup: Setup, name: str) -> Callable[..., Any]:
-    """The same function object every time, with which evaluations keep their compiled program."""
-    return predict_fns(setup)[name]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Validation:
-    """Scores the validation split of a run."""
-
-    setup: Setup
-    mesh: Mesh
-
-    def evaluate(self, params: Mapping[str, Any], step: int) -> Evaluation:
-        del step
-        return Evaluation(*evaluate(self.setup, params, self.mesh))
+        name, _, path = config.eval_features.partition("=")
+        network = networks.load(name, path, "tf1_bilinear")
+    split = functools.partial(batches, setup, "validation", batch_size=size, rows=sharding.host_rows(mesh, size))
+    reconstruct, num_codes = predict_fns(setup)["reconstruct"], setup.model.quantizer.num_ids
+    return (ReconstructionEvaluator(reconstruct, split, num_codes, mesh, network=network, prefix="validation/"),)
 
 
 TASK = interface.Task(
@@ -395,7 +364,7 @@ TASK = interface.Task(
     phase=phase,
     phases=phases,
     check_mesh=check_mesh,
-    evaluators=lambda setup, mesh: (_Validation(setup, mesh),),
+    evaluators=evaluators,
     progress_metrics=("reconstruction", "psnr", "codebook_usage"),
     finite_metrics=("loss", "gradient_norm", "gan_discriminator", "discriminator_gradient_norm"),
     load_frozen=load_frozen,

@@ -1,10 +1,12 @@
 """Scores of reconstructions and of samples within training: the same numbers as from files."""
 
 import functools
+import gc
 import os
 import pathlib
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +77,11 @@ def test_scores_on_a_mesh(name, devices):
         part = np.concatenate([part, np.full((16 - len(part), 8, 8, 3), 0.9)])
         batches.append({"image": part.astype(np.float32), "mask": mask})
     with jax.set_mesh(mesh):
-        compare = reconstruction.Comparison(network(name), mesh)
-        scores, _ = reconstruction.evaluate(reconstruct, np.float32(0.5), batches, 4, mesh, compare=compare)
+        evaluator = reconstruction.ReconstructionEvaluator(
+            reconstruct, lambda: batches, 4, mesh, network=network(name), prefix="validation/"
+        )
+        named = evaluator.evaluate({"generator": np.float32(0.5)}, 0).scores
+    scores = {key.removeprefix("validation/"): value for key, value in named.items()}
     assert ("rfid" in scores) == (name == "inception")
     fake = np.round((images / 127.5 - 1) * 0.5 * 127.5 + 127.5)
     rows, gaussians = [], []
@@ -107,10 +112,13 @@ def test_samples_are_scored_on_the_mesh_like_a_folder(monkeypatch):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1}, devices_of(8))
     with jax.set_mesh(mesh):
         state = jax.device_put(state, sharding.replicated(mesh))
-        (evaluator,) = decoder.TASK.evaluators(setup, mesh)
-        found = evaluator.evaluate({name: state.eval_params(name) for name in setup.networks}, 0).scores
+        likelihoods, evaluator = decoder.TASK.evaluators(setup, mesh)
+        params = {name: state.eval_params(name) for name in setup.networks}
+        assert "validation/loss" in likelihoods.evaluate(params, 0).scores
+        scores = evaluator.evaluate(params, 0).scores
+    assert set(scores) == {"validation/samples_kid", "validation/samples_clip_score"}
 
-    texts, labels, shown = evaluation._asked(setup)
+    texts, labels, shown = evaluation._validation_prompts(setup)
     assert (len(texts), labels, shown) == (6, None, texts)
     assert len(set(texts)) == 6
     sampling = Sampling(**setup.config.sampling.to_dict())
@@ -130,15 +138,22 @@ def test_samples_are_scored_on_the_mesh_like_a_folder(monkeypatch):
         rows.append(statistics.Rows(3))
         rows[-1].add(np.asarray(means(np.float32(1), images)["pool"]))
     expected = kernels.kid(rows[0], rows[1], protocols.find("emoji").kid).mean()
-    assert found["validation/samples_kid"] == pytest.approx(expected, rel=1e-5)
+    assert scores["validation/samples_kid"] == pytest.approx(expected, rel=1e-5)
     embeddings = np.array([[len(t), 9, 1] for t in texts])
     expected = captions.clip_scores(rows[0].block(0, 6), embeddings).mean()
-    assert found["validation/samples_clip_score"] == pytest.approx(expected, rel=1e-5)
+    assert scores["validation/samples_clip_score"] == pytest.approx(expected, rel=1e-5)
+
+    # Nothing outlives a run: neither its setup, nor parameters, nor those of the image tokenizer.
+    held = [setup, evaluator._draw, *jax.tree.leaves((params, state))]
+    kept = [weakref.ref(thing) for thing in held]
+    del setup, state, params, module, evaluator, likelihoods, held, source, tokenizer
+    gc.collect()
+    assert [ref() for ref in kept if ref() is not None] == []
 
 
 def means(params, images):
-    found = images.astype(jnp.float32).mean(axis=(1, 2)) / 64 * params
-    return {"pool": found, "embedding": found}
+    features = images.astype(jnp.float32).mean(axis=(1, 2)) / 64 * params
+    return {"pool": features, "embedding": features}
 
 
 def colours(path, resize):

@@ -85,10 +85,10 @@ def rename(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     renamed = {}
     for path, array in arrays.items():
         matches = [(re.fullmatch(rule, path), new, flat) for rule, new, flat in RULES]
-        found = [(match.expand(new), flat) for match, new, flat in matches if match]
-        if len(found) != 1:
+        targets = [(match.expand(new), flat) for match, new, flat in matches if match]
+        if len(targets) != 1:
             raise UserError(f"the weights hold an unknown array {path!r}: install {PACKAGE}==0.1.0.")
-        name, flat = found[0]
+        name, flat = targets[0]
         renamed[name] = np.ascontiguousarray(array.reshape(-1) if flat else array, np.float32)
     return renamed
 

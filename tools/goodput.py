@@ -25,15 +25,15 @@ OUTPUT = flags.DEFINE_string("output", "", "File to write the numbers into, as J
 KINDS = ("steps", "compile", "data wait", "evaluation", "save", "restore", "lost work", "start-up", "down")
 
 
-def shares(found: Sequence[dict[str, Any]]) -> dict[str, float]:
+def shares(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Seconds of each kind in `KINDS`; they add up to the time from the first event to the last.
 
     Args:
-      found: events in order.
+      events: of the run, in order.
     """
     seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     runs: list[list[dict[str, Any]]] = []
-    for event in found:
+    for event in events:
         if event["event"] == "start":
             runs.append([])
         if runs:
@@ -83,14 +83,14 @@ def _last_steps(run: Sequence[dict[str, Any]], number: int) -> int:
     return next((i for i in range(number - 1, -1, -1) if run[i]["event"] == "steps"), 0)
 
 
-def saving(found: Sequence[dict[str, Any]], step_seconds: float) -> dict[str, float]:
+def saving(events: Sequence[dict[str, Any]], step_seconds: float) -> dict[str, float]:
     """What saving costs: `saves`, `megabytes` and `blocking_seconds` of one (medians), `seconds_between`, `share`.
 
     Args:
-      found: events.
+      events: of the run.
       step_seconds: time spent in steps; `share` is the blocking time of all saves against it.
     """
-    saves = [e for e in found if e["event"] == "save"]
+    saves = [e for e in events if e["event"] == "save"]
     if not saves:
         return {"saves": 0}
     return {
@@ -108,18 +108,20 @@ def report(workdir: str) -> dict[str, Any]:
     Raises:
       UserError: if the folder holds none.
     """
-    found = event_log.read(workdir)
-    if not any(e["event"] == "start" for e in found):
+    events = event_log.read(workdir)
+    if not any(e["event"] == "start" for e in events):
         raise errors.UserError(f"{workdir} holds no {event_log.NAME} of a training run: give its --workdir.")
-    seconds = shares(found)
+    seconds = shares(events)
     total = sum(seconds.values())
-    counts = {kind: sum(e["event"] == kind for e in found) for kind in ("start", "save", "skip", "rollback", "damaged")}
+    counts = {
+        kind: sum(e["event"] == kind for e in events) for kind in ("start", "save", "skip", "rollback", "damaged")
+    }
     print(f"{workdir}:")
     for kind, value in seconds.items():
         print(f"{kind:<12} {value:>10.1f} s  {value / max(total, 1e-9):>6.1%}")
     print(f"{'goodput':<12} {'':>10}    {seconds['steps'] / max(total, 1e-9):>6.1%}")
     print(", ".join(f"{count} x {kind}" for kind, count in counts.items() if count))
-    cost = saving(found, seconds["steps"] + seconds["lost work"])
+    cost = saving(events, seconds["steps"] + seconds["lost work"])
     if cost["saves"]:
         print(
             f"a save of {cost['megabytes']:.0f} MB held the steps up for {cost['blocking_seconds']:.3f} s, every"

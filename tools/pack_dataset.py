@@ -180,12 +180,12 @@ class ParquetInput:
     def _find_columns(self, path: epath.Path, schema: Any) -> None:
         lower = {name.lower(): name for name in reversed(schema.names)}
         find = {"image": IMAGES, "captions": CAPTIONS, "label": ("label", "labels", "cls")}
-        found = {kind: next((lower[n] for n in names if n in lower), None) for kind, names in find.items()}
-        if found["image"] is None:
+        columns = {kind: next((lower[n] for n in names if n in lower), None) for kind, names in find.items()}
+        if columns["image"] is None:
             raise UserError(
                 f"{path} has the columns {', '.join(schema.names)}: call the column of encoded images image."
             )
-        self._columns = {kind: name for kind, name in found.items() if name is not None}
+        self._columns = {kind: name for kind, name in columns.items() if name is not None}
         about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = about.get("info", {}).get("features", {}).get(self._columns.get("label", ""), {})
         self.label_names: tuple[str, ...] = tuple(feature.get("names", ()))

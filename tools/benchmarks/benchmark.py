@@ -1,4 +1,4 @@
-"""Measures this program beside PyTorch on this machine's CPU.
+"""Measures this program against PyTorch on this machine's CPU.
 
   python tools/benchmarks/benchmark.py train --output=benchmark.json      # about twenty minutes
   python tools/benchmarks/benchmark.py sample --output=sampling.json      # about half an hour
@@ -98,9 +98,9 @@ def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, s
             "medians": medians,
             "readings": [{key: run[key] for key in READINGS if key in run} for run in runs],
         }
-    rate = max(found["gemm_flops_per_second"] for found in sides.values())
-    for found in sides.values():
-        found["share_of_gemm"] = found["flops_per_second"] / rate
+    rate = max(side["gemm_flops_per_second"] for side in sides.values())
+    for side in sides.values():
+        side["share_of_gemm"] = side["flops_per_second"] / rate
     summary = {"model_flops": flops, "gemm_flops_per_second": rate, **sides}
     if "torch" in sides:
         summary["ratio"] = sides["torch"]["seconds"] / sides["ours"]["seconds"]
@@ -118,11 +118,11 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     for workload, summary in summaries.items():
         for name, system in SIDES.items():
             if name in summary:
-                found = summary[name]
+                side = summary[name]
                 lines.append(
-                    f"| {workload} | {system} | {found['parameters'] / 1e6:.1f} | {found['seconds']:.3f} |"
-                    f" {found['units_per_second']:.4g} {UNITS[workload]}/s | {found['flops_per_second'] / 1e9:.0f} |"
-                    f" {found['share_of_gemm']:.0%} |"
+                    f"| {workload} | {system} | {side['parameters'] / 1e6:.1f} | {side['seconds']:.3f} |"
+                    f" {side['units_per_second']:.4g} {UNITS[workload]}/s | {side['flops_per_second'] / 1e9:.0f} |"
+                    f" {side['share_of_gemm']:.0%} |"
                 )
     rates = [
         f"{workload}: {summary['model_flops'] / 1e9:,.1f} GFLOP a step, GEMM"
@@ -172,10 +172,10 @@ def train() -> None:
             name: [] for name in SCRIPTS if name == "ours" or not OURS_ONLY.value
         }
         for repeat in range(REPEATS.value):
-            for name, found in readings.items():
-                found.append(run_worker(name, workload))
-                versions |= found[-1]["versions"]
-                seconds = statistics.median(found[-1]["seconds"])
+            for name, runs in readings.items():
+                runs.append(run_worker(name, workload))
+                versions |= runs[-1]["versions"]
+                seconds = statistics.median(runs[-1]["seconds"])
                 print(f"{workload} {repeat + 1}/{REPEATS.value} {name}: {seconds:.3f} s a step", file=sys.stderr)
         config = workloads.make_config(workload, SIZE.value)
         units = workloads.units_per_step(workload, config)
@@ -224,12 +224,12 @@ def show(text: str) -> None:
         marked.fill(pathlib.Path(PAGE.value), rows=text)
 
 
-def report(load: float, versions: Mapping[str, str], found: Mapping[str, Any]) -> None:
+def report(load: float, versions: Mapping[str, str], results: Mapping[str, Any]) -> None:
     """Prints the versions, and writes everything to --output."""
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     if OUTPUT.value:
         about = {"size": SIZE.value, "cores": workloads.cores(), "load_average": load, "versions": versions}
-        pathlib.Path(OUTPUT.value).write_text(json.dumps({**about, **found}, indent=1) + "\n")
+        pathlib.Path(OUTPUT.value).write_text(json.dumps({**about, **results}, indent=1) + "\n")
         print(f"Wrote {OUTPUT.value}", file=sys.stderr)
 
 

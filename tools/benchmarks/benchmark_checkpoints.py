@@ -75,15 +75,15 @@ def measure(megabytes: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the numbers."""
-    found = measure(MEGABYTES.value, REPEATS.value)
-    medians = found["restore_seconds_median"]
+    measured = measure(MEGABYTES.value, REPEATS.value)
+    medians = measured["restore_seconds_median"]
     print(
-        f"restore of {found['megabytes']:.0f} MB: {medians['verified']:.3f} s verified,"
-        f" {medians['not verified']:.3f} s not: verification adds {found['verification_adds']:.1%}"
+        f"restore of {measured['megabytes']:.0f} MB: {medians['verified']:.3f} s verified,"
+        f" {medians['not verified']:.3f} s not: verification adds {measured['verification_adds']:.1%}"
     )
-    print(f"a save holds up the step for {statistics.median(found['blocking_seconds']):.3f} s")
+    print(f"a save holds up the step for {statistics.median(measured['blocking_seconds']):.3f} s")
     if OUTPUT.value:
-        pathlib.Path(OUTPUT.value).write_text(json.dumps(found, indent=1) + "\n")
+        pathlib.Path(OUTPUT.value).write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

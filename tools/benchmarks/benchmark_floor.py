@@ -46,18 +46,18 @@ def floor(
       {"products", "attention", "optimizer", "seconds" of all three, "pieces": name -> seconds of all of its kind,
       "assembled": seconds of products, optimizer and pieces}
     """
-    runs = [run for found in readings.values() for run in found]
+    runs = [run for side in readings.values() for run in side]
 
     def fastest(name: str) -> list[float]:
         sides = [
-            [statistics.median(times) for times in zip(*(run[name] for run in found), strict=True)]
-            for found in readings.values()
+            [statistics.median(times) for times in zip(*(run[name] for run in side), strict=True)]
+            for side in readings.values()
         ]
         return [min(times) for times in zip(*sides, strict=True)]
 
     counts = [count for _, _, count in sizes for _ in range(PRODUCTS)]
     flops = 2 * PRODUCTS * tokens * sum(inputs * outputs * count for inputs, outputs, count in sizes)
-    stream = min(statistics.median(run["stream_seconds"] for run in found) for found in readings.values())
+    stream = min(statistics.median(run["stream_seconds"] for run in side) for side in readings.values())
     parts = {
         "products": sum(count * seconds for count, seconds in zip(counts, fastest("product_seconds"), strict=True)),
         "attention": (runs[0]["model_flops"] - flops) / rate,
@@ -71,14 +71,14 @@ def floor(
 
 def text(workload: str, summary: Mapping[str, Any]) -> str:
     """The "floor" of a summary in two sentences."""
-    found = summary["floor"]
+    least = summary["floor"]
 
     def seconds(name: str, parts: Mapping[str, float]) -> str:
-        ratio = f"; PyTorch / that {summary['torch']['seconds'] / found[name]:.2f}" if "torch" in summary else ""
-        return f"{found[name]:.3f} s ({', '.join(f'{part} {time:.3f}' for part, time in parts.items())}){ratio}"
+        ratio = f"; PyTorch / that {summary['torch']['seconds'] / least[name]:.2f}" if "torch" in summary else ""
+        return f"{least[name]:.3f} s ({', '.join(f'{part} {time:.3f}' for part, time in parts.items())}){ratio}"
 
-    bound = {part: found[part] for part in ("products", "attention", "optimizer")}
+    bound = {part: least[part] for part in ("products", "attention", "optimizer")}
     return (
         f"Floor of the {workload}'s step: {seconds('seconds', bound)}. The same products and optimizer, and the fastest"
-        f" of the two libraries' other pieces: {seconds('assembled', found['pieces'])}."
+        f" of the two libraries' other pieces: {seconds('assembled', least['pieces'])}."
     )

@@ -88,14 +88,14 @@ def main() -> None:
         weights = pathlib.Path(folder) / "inception.pth"
         reference_programs.save_torch(reference_programs.random_inception(0), weights)
         for _ in range(REPEATS.value):
-            for side, found in readings.items():
+            for side, rates in readings.items():
                 flags = [f"--side={side}", f"--weights={weights}", f"--images={IMAGES.value}", f"--size={SIZE.value}"]
                 ran = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
                 if ran.returncode:
                     raise errors.UserError(f"the reading of {side} failed: {ran.stderr.strip().splitlines()[-1]}")
-                found.append(IMAGES.value / json.loads(ran.stdout.splitlines()[-1]))
-                print(f"{side:<6}{found[-1]:8.2f} images/s", flush=True)
-    medians = {side: statistics.median(found) for side, found in readings.items()}
+                rates.append(IMAGES.value / json.loads(ran.stdout.splitlines()[-1]))
+                print(f"{side:<6}{rates[-1]:8.2f} images/s", flush=True)
+    medians = {side: statistics.median(rates) for side, rates in readings.items()}
     result = {
         "images": IMAGES.value,
         "size": SIZE.value,

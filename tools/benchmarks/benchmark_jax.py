@@ -96,14 +96,14 @@ def product_seconds(tokens: int, matrices: Sequence[tuple[int, int, int]]) -> li
         times = workloads.timed(lambda: jitted(*arrays).block_until_ready(), 0.0, fewest=9)
         return statistics.median(times["seconds"])
 
-    found = []
+    seconds = []
     for inputs, outputs, _ in matrices:
         shapes = (tokens, inputs), (inputs, outputs), (tokens, outputs)
         x, w, dy = (jax.random.normal(jax.random.key(i), shape, jnp.float32) for i, shape in enumerate(shapes))
         transposed = timed(lambda x, dy: jax.lax.optimization_barrier(x.T) @ dy, x, dy)
-        found += [timed(jnp.matmul, x, w), timed(lambda dy, w: dy @ w.T, dy, w)]
-        found.append(min(transposed, timed(lambda x, dy: x.T @ dy, x, dy)))
-    return found
+        seconds += [timed(jnp.matmul, x, w), timed(lambda dy, w: dy @ w.T, dy, w)]
+        seconds.append(min(transposed, timed(lambda x, dy: x.T @ dy, x, dy)))
+    return seconds
 
 
 def piece_seconds(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
@@ -115,14 +115,14 @@ def piece_seconds(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
         y, back = jax.vjp(function, *inputs)
         return y, back(seed)
 
-    found = []
+    seconds = []
     for function, of_inputs in zip(benchmark_pieces.pieces().values(), shapes, strict=True):
         inputs = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(of_inputs)]
         seed = jnp.ones_like(function(*inputs))
         call = functools.partial(jax.jit(both, static_argnums=2), inputs, seed, function)
         times = workloads.timed(lambda call=call: jax.block_until_ready(call()), 0.0, fewest=9)
-        found.append(statistics.median(times["seconds"]))
-    return found
+        seconds.append(statistics.median(times["seconds"]))
+    return seconds
 
 
 def stream_seconds(numbers: int) -> float:
@@ -141,16 +141,16 @@ def main() -> None:
     config = workloads.make_config(WORKLOAD.value, SIZE.value)
     call, facts = make_step(config)
     gemm = gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
-    found = workloads.timed(call, SECONDS.value)
+    measured = workloads.timed(call, SECONDS.value)
     gemm += gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
     if config.task == "decoder":
         tokens = workloads.units_per_step("decoder", config)
-        found["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
-        found["piece_seconds"] = piece_seconds([shapes for shapes, _ in benchmark_pieces.shapes(config).values()])
-        found["stream_seconds"] = stream_seconds(workloads.STREAM[SIZE.value])
-    losses = found.pop("results")
+        measured["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
+        measured["piece_seconds"] = piece_seconds([shapes for shapes, _ in benchmark_pieces.shapes(config).values()])
+        measured["stream_seconds"] = stream_seconds(workloads.STREAM[SIZE.value])
+    losses = measured.pop("results")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "imagegpt_jax")}
-    print(json.dumps({**facts, **found, "losses": losses, "gemm_seconds": gemm, "versions": versions}))
+    print(json.dumps({**facts, **measured, "losses": losses, "gemm_seconds": gemm, "versions": versions}))
 
 
 if __name__ == "__main__":

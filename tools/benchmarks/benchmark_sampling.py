@@ -172,11 +172,11 @@ def ratios(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Our plain float32 line over LlamaGen's in float32 and over transformers' best, and the bound over it."""
     rate = {(row["system"], row["mode"], row["dtype"]): row["tokens_per_second"] for row in table}
     ours = rate["imagegpt_jax", "plain", "float32"]
-    found = {"bound / ours": next(v for k, v in rate.items() if k[0] == "bound") / ours}
+    quotients = {"bound / ours": next(v for k, v in rate.items() if k[0] == "bound") / ours}
     if ("LlamaGen's sampler", "plain", "float32") in rate:
-        found["ours / LlamaGen's sampler"] = ours / rate["LlamaGen's sampler", "plain", "float32"]
-        found["ours / best of transformers"] = ours / max(v for k, v in rate.items() if k[0] == "transformers")
-    return found
+        quotients["ours / LlamaGen's sampler"] = ours / rate["LlamaGen's sampler", "plain", "float32"]
+        quotients["ours / best of transformers"] = ours / max(v for k, v in rate.items() if k[0] == "transformers")
+    return quotients
 
 
 def text(table: Sequence[Mapping[str, Any]]) -> str:

@@ -101,11 +101,11 @@ def main() -> None:
     def call() -> float:
         return float(run(gpt, job, how, next(seeds), batch_size=workload.images).forward_passes.mean())
 
-    found = workloads.timed(call, SECONDS.value, fewest=1, warm_up=1)
+    measured = workloads.timed(call, SECONDS.value, fewest=1, warm_up=1)
     memory = {"imports_rss_bytes": imported, "peak_rss_bytes": sampling.peak_resident()}
-    facts = compiled_bytes(gpt, job, how) | {"steps": found["results"][-1]}
+    facts = compiled_bytes(gpt, job, how) | {"steps": measured["results"][-1]}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "imagegpt_jax")}
-    print(json.dumps({"seconds": found["seconds"], **memory, "facts": facts, "versions": versions}))
+    print(json.dumps({"seconds": measured["seconds"], **memory, "facts": facts, "versions": versions}))
 
 
 if __name__ == "__main__":

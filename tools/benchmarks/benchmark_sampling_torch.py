@@ -224,14 +224,14 @@ def main() -> None:
             call = transformers(workload, dtype, MODE.value)
         else:
             call = llamagen(workload, dtype)
-        found = workloads.timed(call, SECONDS.value, fewest=1, warm_up=int(SIZE.value == "test"))
-    for codes in found["results"]:
+        measured = workloads.timed(call, SECONDS.value, fewest=1, warm_up=int(SIZE.value == "test"))
+    for codes in measured["results"]:
         assert codes.shape == (workload.images, workload.tokens), codes.shape
         assert codes.min() >= 0
         assert codes.max() < workload.codes
     memory = {"imports_rss_bytes": imported, "peak_rss_bytes": sampling.peak_resident()}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    print(json.dumps({"seconds": found["seconds"], **memory, "versions": versions}))
+    print(json.dumps({"seconds": measured["seconds"], **memory, "versions": versions}))
 
 
 if __name__ == "__main__":

@@ -124,18 +124,18 @@ def product_seconds(tokens: int, matrices: Sequence[tuple[int, int, int]]) -> li
     def timed(a: Any, b: Any) -> float:
         return statistics.median(workloads.timed(lambda: torch.mm(a, b), 0.0, fewest=9)["seconds"])
 
-    found = []
+    seconds = []
     for inputs, outputs, _ in matrices:
         x, w, dy = torch.randn(tokens, inputs), torch.randn(inputs, outputs), torch.randn(tokens, outputs)
-        found += [timed(x, w), timed(dy, w.T), timed(x.T, dy)]
-    return found
+        seconds += [timed(x, w), timed(dy, w.T), timed(x.T, dy)]
+    return seconds
 
 
 def piece_seconds(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
     """Seconds of each of `benchmark_pieces_torch`, forward and backward, on inputs of its shapes."""
     import torch
 
-    found = []
+    seconds = []
     for function, of_inputs in zip(benchmark_pieces_torch.pieces().values(), shapes, strict=True):
         inputs = [torch.randn(shape, requires_grad=True) for shape in of_inputs]
         seed = torch.ones_like(function(*inputs))
@@ -143,8 +143,8 @@ def piece_seconds(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
         def call(function: Callable[..., Any] = function, inputs: list[Any] = inputs, seed: Any = seed) -> None:
             torch.autograd.grad(function(*inputs), inputs, seed)
 
-        found.append(statistics.median(workloads.timed(call, 0.0, fewest=9)["seconds"]))
-    return found
+        seconds.append(statistics.median(workloads.timed(call, 0.0, fewest=9)["seconds"]))
+    return seconds
 
 
 def stream_seconds(numbers: int) -> float:
@@ -164,16 +164,16 @@ def main() -> None:
     config = workloads.make_config(WORKLOAD.value, SIZE.value)
     call, facts = make_step(config)
     gemm = gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
-    found = workloads.timed(call, SECONDS.value)
+    measured = workloads.timed(call, SECONDS.value)
     gemm += gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
     if config.task == "decoder":
         tokens = workloads.units_per_step("decoder", config)
-        found["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
-        found["piece_seconds"] = piece_seconds([shapes for shapes, _ in benchmark_pieces.shapes(config).values()])
-        found["stream_seconds"] = stream_seconds(workloads.STREAM[SIZE.value])
-    losses = found.pop("results")
+        measured["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
+        measured["piece_seconds"] = piece_seconds([shapes for shapes, _ in benchmark_pieces.shapes(config).values()])
+        measured["stream_seconds"] = stream_seconds(workloads.STREAM[SIZE.value])
+    losses = measured.pop("results")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    print(json.dumps({**facts, **found, "losses": losses, "gemm_seconds": gemm, "versions": versions}))
+    print(json.dumps({**facts, **measured, "losses": losses, "gemm_seconds": gemm, "versions": versions}))
 
 
 if __name__ == "__main__":

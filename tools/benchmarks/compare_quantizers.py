@@ -217,7 +217,7 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
     control = first["controls"]
     halves = f"{1000 * control['halves_kid']:.2f} +- {1000 * control['halves_kid_std']:.2f}"
     flat, used = f"{1000 * control['mean_color_kid']:.2f}", f"{control['random_usage']:.0%}"
-    return f"""# Quantizers beside each other
+    return f"""# Quantizer comparison
 
 Written by `python tools/benchmarks/compare_quantizers.py` from [quantizers.json](quantizers.json). Each row is the
 tokenizer `configs/tokenizer.py:size={first["size"]},quantizer=NAME` after **{first["steps"]} steps** on the same

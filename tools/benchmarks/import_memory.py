@@ -21,6 +21,8 @@ from absl import flags
 from imagegpt_jax import cli
 from imagegpt_jax.convert import core, llamagen, networks
 from imagegpt_jax.models.gpt_config import GPTConfig
+from imagegpt_jax.weight_files import safetensors_file
+from imagegpt_jax.weight_files.tensor import Tensor
 
 SIZES = {"B": (12, 12, 768, 2048), "XXL": (48, 24, 1536, 4096), "3B": (24, 32, 3200, 8704)}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -66,17 +66,17 @@ def captions(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict
     from imagegpt_jax.generation import functional
     from imagegpt_jax.metrics.retrieval import derangement
 
-    found: dict[str, Any] = {"candidates": len(words)}
+    figures: dict[str, Any] = {"candidates": len(words)}
     for of in ("image", "text") if gpt.config.data.image_to_text else ("image",):
         scores = functional.rank_captions(gpt, tok, pictures, words, of=of)
         right = np.arange(len(words))
-        found[of] = ranks(scores, right) | {
+        figures[of] = ranks(scores, right) | {
             "first_control": ranks(scores, derangement(len(words), SEED.value))["first"]
         }
         if of == "image":  # without what the caption makes likely for any picture
             less = scores - np.log(np.mean(np.exp(scores - scores.max(0)), axis=0)) - scores.max(0)
-            found["image, less the mean over pictures"] = ranks(less, right)
-    return found
+            figures["image, less the mean over pictures"] = ranks(less, right)
+    return figures
 
 
 def inpainting(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict[str, float]:
@@ -138,13 +138,13 @@ def weights(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> dict[
     from imagegpt_jax.sampling.settings import Sampling
 
     codes, texts = tok.encode(pictures), [gpt.encode_text(text) for text in words]
-    found = {}
+    bits = {}
     for precision in ("float32", "bfloat16", "int8"):
         how = Sampling(weights=precision)
         job = image_job(gpt.setup.layout, [(texts, None)], how, given=codes)
         nats = -run(gpt.gpt, job, how).log_likelihood.mean() / codes.shape[1]
-        found[f"{precision}_bits_per_code"] = float(nats / np.log(2))
-    return found
+        bits[f"{precision}_bits_per_code"] = float(nats / np.log(2))
+    return bits
 
 
 def steps(gpt: Any, words: list[str]) -> dict[str, float]:
@@ -155,13 +155,13 @@ def steps(gpt: Any, words: list[str]) -> dict[str, float]:
     from imagegpt_jax.sampling.jobs import image_job
 
     texts, layout = [gpt.encode_text(text) for text in words[:32]], gpt.setup.layout
-    found: dict[str, float] = {"codes": layout.num_codes, "window": WINDOW}
+    steps_per_image: dict[str, float] = {"codes": layout.num_codes, "window": WINDOW}
     for name, temperature in (("as_drawn", None), ("greedy", 0.0)):
         how = gpt.sampling(temperature=temperature, cfg_scale=CFG_SCALE.value)
         how = dataclasses.replace(how, no_repeat_ngram_size=0, speculative=WINDOW)
         job = image_job(layout, [(texts, None)], how)
-        found[f"{name}_steps"] = float(run(gpt.gpt, job, how, SEED.value).forward_passes.mean())
-    return found
+        steps_per_image[f"{name}_steps"] = float(run(gpt.gpt, job, how, SEED.value).forward_passes.mean())
+    return steps_per_image
 
 
 def _decoded(record: dict[str, Any]) -> np.ndarray:
@@ -172,14 +172,14 @@ def _decoded(record: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(record["image"])).convert("RGB"))
 
 
-def table(found: dict[str, Any]) -> str:
+def table(splits: dict[str, Any]) -> str:
     """The figures of every split, each beside its control."""
     rows: dict[str, list[str]] = {}
 
     def put(what: str, value: str, control: str) -> None:
         rows.setdefault(what, []).append(f"{value} | {control}")
 
-    for split in found.values():
+    for split in splits.values():
         told, styled, within = split["captions"], split["styles"], split["inpainting"]
         words = {"image": "picture given caption", "text": "caption given picture"}
         for of in [name for name in words if name in told]:
@@ -199,17 +199,17 @@ def table(found: dict[str, Any]) -> str:
             f"{within['rms_error_inside_control']:.0f} mean colour",
         )
         put(
-            "bits of a code with weights in bfloat16, int8",
+            "bits per image token with weights in bfloat16, int8",
             ", ".join(f"{split['weights'][f'{name}_bits_per_code']:.4f}" for name in ("bfloat16", "int8")),
             f"{split['weights']['float32_bits_per_code']:.4f} float32",
         )
         put(
-            f"passes of a picture, `--speculative={split['steps']['window']}`; greedy",
+            f"forward passes per image, `--speculative={split['steps']['window']}`; greedy",
             f"{split['steps']['as_drawn_steps']:.1f}; {split['steps']['greedy_steps']:.1f}",
             f"{split['steps']['codes']} one by one",
         )
-    names = " | ".join(f"{name.partition(',')[0]} | control" for name in found)
-    head = [f"| what | {names} |", "|---" * (1 + 2 * len(found)) + "|"]
+    names = " | ".join(f"{name.partition(',')[0]} | control" for name in splits)
+    head = [f"| what | {names} |", "|---" * (1 + 2 * len(splits)) + "|"]
     return "\n".join(head + [f"| {what} | {' | '.join(cells)} |" for what, cells in rows.items()])
 
 
@@ -230,7 +230,7 @@ def main() -> None:
     )
     records = source.__getitems__(chosen.tolist())
     pictures, words = np.stack([_decoded(r) for r in records]), [r["captions"][0] for r in records]
-    found = {
+    figures = {
         "decoder": DECODER.value,
         "step": gpt.step,
         "seed": SEED.value,
@@ -241,13 +241,13 @@ def main() -> None:
         "steps": steps(gpt, words),
         "styles": styles(gpt, tok, source, np.random.default_rng(SEED.value)),
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(figures, indent=1))
     if OUTPUT.value:
         output = pathlib.Path(OUTPUT.value)
-        found = (json.loads(output.read_text()) if output.exists() else {}) | {source.name: found}
-        output.write_text(json.dumps(found, indent=1) + "\n")
+        figures = (json.loads(output.read_text()) if output.exists() else {}) | {source.name: figures}
+        output.write_text(json.dumps(figures, indent=1) + "\n")
         if PAGE.value:
-            marked.fill(pathlib.Path(PAGE.value), tasks=table(found))
+            marked.fill(pathlib.Path(PAGE.value), tasks=table(figures))
 
 
 if __name__ == "__main__":

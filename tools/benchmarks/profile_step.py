@@ -70,8 +70,8 @@ def main() -> None:
         batches.close()
     if jax.process_index() == 0:
         print(f"{STEPS.value} steps of {config.task} ({phase}), {seconds:.3f} s each, traced: {OUTPUT.value}")
-        found = sorted(pathlib.Path(OUTPUT.value).rglob("*.gz"))
-        print(*(f"  {path}" for path in found), sep="\n", file=sys.stderr)
+        traces = sorted(pathlib.Path(OUTPUT.value).rglob("*.gz"))
+        print(*(f"  {path}" for path in traces), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

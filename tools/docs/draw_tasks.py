@@ -62,21 +62,21 @@ def pages(gpt: Any, tok: Any, given: np.ndarray, words: list[str]) -> dict[str, 
         ),
         "wide": (words, functional.generate(gpt, tok, words, grid=(gpt.setup.layout.grid[0], 12), **how)),
     }
-    found = {}
+    grids = {}
     for task, (captions, out) in drawn.items():
         rows = out.reshape(len(given), SAMPLES, *out.shape[1:])
         first = [] if task in ("words", "wide") else [given]
-        found[task] = images.grid(
+        grids[task] = images.grid(
             [images.Tile(text, [*(g[i] for g in first), *rows[i]]) for i, text in enumerate(captions)]
         )
     free = functional.generate(gpt, tok, "", num_images=4 * SAMPLES, seed=SEED.value)
-    found["unconditional"] = images.grid([images.Tile("", list(free))])
+    grids["unconditional"] = images.grid([images.Tile("", list(free))])
     series = functional.interpolate(gpt, tok, words[0], words[1], 8, seed=SEED.value)
-    found["interpolate"] = images.grid([images.Tile(f"{words[0]} to {words[1]}", list(series))])
+    grids["interpolate"] = images.grid([images.Tile(f"{words[0]} to {words[1]}", list(series))])
     if gpt.config.data.image_to_text:
         texts = functional.caption(gpt, tok, given)
-        found["caption"] = images.grid([images.Tile(t, [g]) for t, g in zip(texts, given, strict=True)])
-    return found
+        grids["caption"] = images.grid([images.Tile(t, [g]) for t, g in zip(texts, given, strict=True)])
+    return grids
 
 
 def of_classes(gpt: Any, tok: Any) -> dict[str, np.ndarray]:
@@ -109,11 +109,11 @@ def main() -> None:
 
     gpt = loading.load_decoder(DECODER.value)
     tok = gpt.load_tokenizer()
-    found = (of_classes if gpt.setup.space.num_classes else of_tasks)(gpt, tok)
+    grids = (of_classes if gpt.setup.space.num_classes else of_tasks)(gpt, tok)
     folder = pathlib.Path(OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"decoder": DECODER.value, "step": gpt.step, "decoder_hash": gpt.fingerprint(), "seed": SEED.value}
-    for task, page in found.items():
+    for task, page in grids.items():
         (folder / f"{task}.png").write_bytes(images.png_bytes(page, about | {"task": task}))
         print(folder / f"{task}.png")
 

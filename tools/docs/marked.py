@@ -17,5 +17,5 @@ def fill(page: pathlib.Path, **blocks: str) -> None:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise errors.UserError(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->: put them back.")
-        text = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)
+        text = pattern.sub(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)
     page.write_text(text)

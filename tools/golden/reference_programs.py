@@ -43,7 +43,7 @@ def _stand_in_for_torchvision() -> dict[str, types.ModuleType]:
 @contextlib.contextmanager
 def _torchvision() -> Iterator[dict[str, types.ModuleType]]:
     """The stand-in for as long as something is imported: other programs must not take it for the real one."""
-    before = {name: found for name, found in sys.modules.items() if name.partition(".")[0] == "torchvision"}
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "torchvision"}
     stand_ins = _stand_in_for_torchvision()
     sys.modules.update(stand_ins)
     try:

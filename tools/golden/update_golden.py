@@ -19,7 +19,7 @@ def specs() -> dict[str, Any]:
     from imagegpt_jax.runtime import hardware
     from imagegpt_jax.tasks import decoder, tokenizer
 
-    found: dict[str, Any] = {}
+    pinned: dict[str, Any] = {}
     for name, task in (("decoder", decoder), ("tokenizer", tokenizer)):
         module = sibling(str(CONFIGS / "x.py"), f"{name}.py")
         recipes = module.RECIPES if name == "tokenizer" else sibling(str(CONFIGS / "x.py"), "recipes.py").RECIPES
@@ -41,8 +41,8 @@ def specs() -> dict[str, Any]:
                 for path, spec in leaves:
                     key = "/".join([network, *(str(getattr(p, "key", p)) for p in path)])
                     params[key] = " ".join("+".join(sharding.as_tuple(entry)) or "-" for entry in spec)
-            found[f"{name} {preset}"] = {"mesh": dict(zip(sharding.MESH_AXES, shape, strict=True)), "params": params}
-    return found
+            pinned[f"{name} {preset}"] = {"mesh": dict(zip(sharding.MESH_AXES, shape, strict=True)), "params": params}
+    return pinned
 
 
 def main(argv: list[str]) -> None:

@@ -43,17 +43,17 @@ def expected(given: dict[str, np.ndarray]) -> dict[str, Any]:
     import torch
 
     programs = reference_programs.fidelity()
-    metrics, found = programs.torch_fidelity, {}
+    metrics, scores = programs.torch_fidelity, {}
     for prefix in ("", "wide_"):
         one, other = (torch.from_numpy(given[f"{prefix}{name}"]) for name in ("images", "references"))
         pair = [metrics.metric_fid.fid_features_to_statistics(features) for features in (one, other)]
-        found[f"{prefix}fid"] = metrics.metric_fid.fid_statistics_to_metric(*pair, False)["frechet_inception_distance"]
+        scores[f"{prefix}fid"] = metrics.metric_fid.fid_statistics_to_metric(*pair, False)["frechet_inception_distance"]
         kid = metrics.metric_kid.kid_features_to_metric(one, other, verbose=False, **KID)
-        found[f"{prefix}kid"] = [kid[f"kernel_inception_distance_{part}"] for part in ("mean", "std")]
+        scores[f"{prefix}kid"] = [kid[f"kernel_inception_distance_{part}"] for part in ("mean", "std")]
         manifold = metrics.metric_prc.prc_features_to_metric(one, other, verbose=False, save_cpu_ram=False)
-        found[f"{prefix}precision_recall"] = [manifold["precision"], manifold["recall"]]
+        scores[f"{prefix}precision_recall"] = [manifold["precision"], manifold["recall"]]
     score = metrics.metric_isc.isc_features_to_metric(torch.from_numpy(given["logits"]), SPLITS, True, 2020)
-    found["is"] = [score["inception_score_mean"], score["inception_score_std"]]
+    scores["is"] = [score["inception_score_mean"], score["inception_score_std"]]
 
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "inception.pth"
@@ -64,7 +64,7 @@ def expected(given: dict[str, np.ndarray]) -> dict[str, Any]:
     with torch.no_grad():
         pool, logits = network(torch.from_numpy(given["pixels"]).permute(0, 3, 1, 2))
     outputs = {"pool": pool, "logits": logits, "spatial": spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1)}
-    return found | {name: value.numpy()[:, :: EVERY[name]] for name, value in outputs.items()}
+    return scores | {name: value.numpy()[:, :: EVERY[name]] for name, value in outputs.items()}
 
 
 def main(argv: list[str]) -> None:

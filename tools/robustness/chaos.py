@@ -113,8 +113,8 @@ class Run:
     def poll(self) -> bool:
         """Whether a process is still alive."""
         for number, process in list(self.alive.items()):
-            found, status = os.waitpid(process, os.WNOHANG)
-            if found:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
                 del self.alive[number]
                 self._statuses.append(os.waitstatus_to_exitcode(status))
         return bool(self.alive)
@@ -200,14 +200,14 @@ def has_come(run: Run, moment: str, wanted: int, begun: int) -> bool:
       begun: how many events there were at this start.
     """
     if moment in ("step", "evaluation", "restore"):
-        found = event_log.read(run.workdir)[begun:]
-        kinds = {e["event"] for e in found}
+        events = event_log.read(run.workdir)[begun:]
+        kinds = {e["event"] for e in events}
         if moment == "restore":
             return "start" in kinds  # it restores right after
         if moment == "step":
-            return any(e["event"] == "steps" and e["step"] >= wanted for e in found)
+            return any(e["event"] == "steps" and e["step"] >= wanted for e in events)
         # An evaluation begins when the metrics of the steps before it are written: every fourth.
-        return any(e["event"] == "steps" and e["step"] % 4 == 0 for e in found)
+        return any(e["event"] == "steps" and e["step"] % 4 == 0 for e in events)
     checkpoints = run.workdir / "checkpoints"
     if not checkpoints.exists():
         return False

@@ -161,14 +161,14 @@ def main() -> None:
     import io
 
     with contextlib.redirect_stderr(io.StringIO()):  # a line for each damaged step
-        found = campaign(MUTATIONS.value, SEED.value)
-    for kind, outcomes in found["outcomes"].items():
+        report = campaign(MUTATIONS.value, SEED.value)
+    for kind, outcomes in report["outcomes"].items():
         print(f"{kind:<12} " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
     if OUTPUT.value:
-        pathlib.Path(OUTPUT.value).write_text(json.dumps(found, indent=1) + "\n")
-    if found["unexpected"]:
-        print(*found["unexpected"][:20], sep="\n", file=sys.stderr)
-        raise errors.UserError(f"{len(found['unexpected'])} of {found['mutations']} damaged checkpoints got through.")
+        pathlib.Path(OUTPUT.value).write_text(json.dumps(report, indent=1) + "\n")
+    if report["unexpected"]:
+        print(*report["unexpected"][:20], sep="\n", file=sys.stderr)
+        raise errors.UserError(f"{len(report['unexpected'])} of {report['mutations']} damaged checkpoints got through.")
 
 
 if __name__ == "__main__":

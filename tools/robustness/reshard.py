@@ -110,13 +110,13 @@ def _is_same(x: Any, value: Any, target: Any) -> bool:
     return x.sharding.is_equivalent_to(target.sharding, x.ndim) and all(parts)
 
 
-def run(name: str, pairs: int, found: dict[str, Any], is_over: Callable[[], bool], keep: Callable[[], None]) -> None:
-    """Adds the pairs of a task to what was found: counts, pairs that differ, and the source meshes that are done.
+def run(name: str, pairs: int, results: dict[str, Any], is_over: Callable[[], bool], keep: Callable[[], None]) -> None:
+    """Adds the pairs of a task to what was results: counts, pairs that differ, and the source meshes that are done.
 
     Args:
       name: of the task.
       pairs: how many, drawn at random; 0 = all.
-      found: what an earlier call found, {} at first; changed in place.
+      results: what an earlier call results, {} at first; changed in place.
       is_over: asked after each source mesh.
       keep: called after each source mesh.
     """
@@ -124,17 +124,17 @@ def run(name: str, pairs: int, found: dict[str, Any], is_over: Callable[[], bool
     chosen = list(itertools.product(campaign.meshes, repeat=2))
     if pairs:
         chosen = random.Random(0).sample(chosen, min(pairs, len(chosen)))
-    found |= {"meshes": len(campaign.meshes), "refused": campaign.refused, "of": len(chosen)}
-    found |= {"pairs": found.get("pairs", 0), "different": found.get("different", [])}
-    done = found.setdefault("sources", [])
+    results |= {"meshes": len(campaign.meshes), "refused": campaign.refused, "of": len(chosen)}
+    results |= {"pairs": results.get("pairs", 0), "different": results.get("different", [])}
+    done = results.setdefault("sources", [])
     for source in campaign.meshes:
         targets = [b for a, b in chosen if a == source]
         if list(source) in done or not targets:
             continue
         if is_over():
             return
-        found["different"] += [[source, target] for target in campaign.restore(source, targets)]
-        found["pairs"] += len(targets)
+        results["different"] += [[source, target] for target in campaign.restore(source, targets)]
+        results["pairs"] += len(targets)
         done.append(list(source))
         keep()
 
@@ -153,13 +153,13 @@ def main() -> None:
         if output is not None:
             output.write_text(json.dumps(record) + "\n")
 
-    for task, found in record.items():
-        run(task, PAIRS.value, found, lambda: 0 < MINUTES.value * 60 < time.monotonic() - started, keep)
+    for task, results in record.items():
+        run(task, PAIRS.value, results, lambda: 0 < MINUTES.value * 60 < time.monotonic() - started, keep)
         print(
-            f"{task}: {found['pairs']} of {found['of']} pairs of {found['meshes']} meshes,"
-            f" {len(found['different'])} different; {found['refused']} meshes cannot hold its networks"
+            f"{task}: {results['pairs']} of {results['of']} pairs of {results['meshes']} meshes,"
+            f" {len(results['different'])} different; {results['refused']} meshes cannot hold its networks"
         )
-    if different := {task: found["different"] for task, found in record.items() if found["different"]}:
+    if different := {task: results["different"] for task, results in record.items() if results["different"]}:
         raise errors.UserError(f"restored with other bits: {different}")
 
 

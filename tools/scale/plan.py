@@ -109,7 +109,7 @@ class Search:
         settings |= {f"mesh.{axis}": size for axis, size in self.sizes.items()}
         return " ".join(f"--config.{key}={value}" for key, value in settings.items())
 
-    def found(self, at_once: int, remat: Any) -> dict[str, Any]:
+    def summary(self, at_once: int, remat: Any) -> dict[str, Any]:
         """The answer and what was compiled, as JSON values."""
         from imagegpt_jax.perf import aot
 
@@ -201,7 +201,7 @@ def main() -> None:
     print(f"set: {search.flags(at_once, remat)}")
     if OUTPUT.value:
         with filesystem.writing(OUTPUT.value):
-            pathlib.Path(OUTPUT.value).write_text(json.dumps(search.found(at_once, remat), indent=1) + "\n")
+            pathlib.Path(OUTPUT.value).write_text(json.dumps(search.summary(at_once, remat), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ def largest(peak: Callable[[int], int | None], limit: float) -> int:
     """
 
     def fits(batch: int) -> bool:
-        found = peak(batch)
-        return found is not None and found <= limit
+        bytes_needed = peak(batch)
+        return bytes_needed is not None and bytes_needed <= limit
 
     if not fits(1):
         return 0

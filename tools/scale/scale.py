@@ -58,7 +58,7 @@ MAXTEXT = {
 
 def cells() -> dict[str, list[str]]:
     """Name -> arguments of `tools/scale/compile_ahead.py`."""
-    found: dict[str, list[str]] = {}
+    arguments: dict[str, list[str]] = {}
     for size in SIZES:
         for topology, slices in SLICES:
             where = f"{f'{slices} x ' if slices > 1 else ''}{topology}"
@@ -68,26 +68,26 @@ def cells() -> dict[str, list[str]]:
                     f"--config=configs/decoder.py:size={size}", f"--topology={topology}", f"--slices={slices}",
                     "--programs=train",
                 ]  # fmt: skip
-                found[name] = preset
+                arguments[name] = preset
                 if name in OF_IMAGES:
-                    found[f"{name} of images"] = [*preset, "--inputs=images"]
+                    arguments[f"{name} of images"] = [*preset, "--inputs=images"]
                 if name == TENSOR:
-                    found[f"{name} tensor 2"] = [*preset, "--config.mesh.tensor=2"]
+                    arguments[f"{name} tensor 2"] = [*preset, "--config.mesh.tensor=2"]
     for program in ("reconstruction", "adversarial"):
-        found[f"vq16 {program} v5e-16"] = [
+        arguments[f"vq16 {program} v5e-16"] = [
             "--config=configs/tokenizer.py:size=vq16", "--topology=v5e-16", f"--programs={program}", "--effort=-1",
         ]  # fmt: skip
-    found["vq16 adversarial v5e-16 fsdp"] = [
-        *found["vq16 adversarial v5e-16"], "--config.mesh.data=1", "--config.mesh.fsdp=-1"
+    arguments["vq16 adversarial v5e-16 fsdp"] = [
+        *arguments["vq16 adversarial v5e-16"], "--config.mesh.data=1", "--config.mesh.fsdp=-1"
     ]  # fmt: skip
     for size in ("B", "XL", "3B"):
         for topology in ("v5e-8", "v6e-8"):  # four images a chip, so eight rows
-            found[f"{size} decode {topology}"] = [
+            arguments[f"{size} decode {topology}"] = [
                 f"--config=configs/decoder.py:size={size}", f"--topology={topology}", "--batch_size=32",
                 "--programs=decode",
             ]  # fmt: skip
     for depth in (8, 64):
-        found[f"depth {depth} v5p-128"] = [
+        arguments[f"depth {depth} v5p-128"] = [
             "--config=configs/decoder.py:size=XL", "--topology=v5p-128", f"--config.model.depth={depth}",
             "--programs=train",
         ]  # fmt: skip
@@ -99,14 +99,14 @@ def cells() -> dict[str, list[str]]:
         "20B v5p-512 tensor 4": ["size=20B,tensor=4", "v5p-512"],
     }
     for name, (arg, topology) in reference.items():
-        found[f"reference {name}"] = [
+        arguments[f"reference {name}"] = [
             f"--config=configs/reference.py:{arg}", f"--topology={topology}", "--programs=train"
         ]  # fmt: skip
     name = "reference 3.1B v5e-256 data 2"
-    found[f"{name}, without its option"] = [*found[name], "--config.compiler_options="]
+    arguments[f"{name}, without its option"] = [*arguments[name], "--config.compiler_options="]
     # The batch is four a device: 256 devices by default.
-    found["reference 2.9B v5p-128"] += ["--batch_size=256"]
-    return found
+    arguments["reference 2.9B v5p-128"] += ["--batch_size=256"]
+    return arguments
 
 
 def compile_cell(name: str, arguments: list[str]) -> dict[str, Any]:
@@ -145,10 +145,10 @@ def choose(pattern: str, reports: dict[str, dict[str, Any]], versions: dict[str,
     """
     if not pattern:
         return [name for name in cells() if reports.get(name, {}).get("versions") != versions]
-    found = [name for name in cells() if fnmatch.fnmatch(name, pattern)]
-    if not found:
+    matches = [name for name in cells() if fnmatch.fnmatch(name, pattern)]
+    if not matches:
         raise errors.UserError(f"no cell is named {pattern!r}.{errors.suggest(pattern, cells())}")
-    return found
+    return matches
 
 
 def check() -> None:
@@ -211,8 +211,9 @@ def row(cell: dict[str, Any]) -> str:
 
 
 HEADER = (
-    "| config | slice | mesh | inputs | batch | compile s | argument / temp GiB | peak GiB (of memory) | sent GB |"
-    " / bound | estimate ms: compute / HBM / ICI (/ DCN) |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| config | slice | mesh | inputs | batch | compile s | argument / temp GiB | peak GiB (of memory) |"
+    " GB communicated | / minimum | estimate ms: compute / HBM / ICI (/ DCN) |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -242,11 +243,12 @@ def tables(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
     ]
     ratios = [f"{depth[1][kind] / depth[0][kind]:.2f}" for kind in kinds] if len(depth) == 2 else []
     ratio = f"; ratio {', '.join(ratios)}" if ratios else ""
+    head_of_reference = (
+        "| shape | peak GiB, ours | MaxText | ratio | communicated / minimum, ours |\n|---|---|---|---|---|"
+    )
     return {
         "cells": "\n".join([HEADER, *map(row, presets)]),
-        "reference": "\n".join(
-            ["| shape | peak GiB, ours | MaxText | ratio | sent / bound, ours |", "|---|---|---|---|---|", *reference]
-        ),
+        "reference": "\n".join([head_of_reference, *reference]),
         "decoding": "\n".join([head, "|---|---|---|---|---|---|---|---|", *decoding]),
         "depth": "; ".join(seconds) + ratio + ".",
     }

@@ -57,7 +57,7 @@ def png_bytes(image_HWC: np.ndarray, metadata: Mapping[str, Any]) -> bytes:
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     info.add_itxt(SOFTWARE, json.dumps(metadata, ensure_ascii=False))
     out = io.BytesIO()
-    _pil(image_HWC).save(out, format="PNG", pnginfo=info)
+    to_pil(image_HWC).save(out, format="PNG", pnginfo=info)
     return out.getvalue()
 
 
@@ -68,7 +68,8 @@ def read_metadata(data: bytes) -> dict[str, Any]:
         return json.loads(image.info.get(SOFTWARE, "{}"))
 
 
-def _pil(image_HWC: np.ndarray) -> Image.Image:
+def to_pil(image_HWC: np.ndarray) -> Image.Image:
+    """uint8 [H, W, C] for Pillow."""
     return Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
 
 
@@ -160,7 +161,7 @@ def wrap(text: str, width: int, lines: int = CAPTION_LINES) -> list[str]:
 
 
 def _enlarged(image_HWC: np.ndarray) -> Image.Image:
-    picture = _pil(image_HWC).convert("RGB")
+    picture = to_pil(image_HWC).convert("RGB")
     factor = math.ceil(MIN_SIDE / max(picture.size))
     size = (picture.width * factor, picture.height * factor)
     return picture.resize(size, Image.Resampling.NEAREST) if factor > 1 else picture
@@ -209,39 +210,46 @@ def grid(tiles: Sequence[Tile]) -> np.ndarray:
 
 def resize(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes a uint8 image to (height, width) with a Lanczos filter, which averages where it shrinks."""
-    out = np.asarray(_pil(image_HWC).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    out = np.asarray(to_pil(image_HWC).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     return out.reshape(*size, -1)
 
 
 def contrast(image_HWC: np.ndarray, factor: float) -> np.ndarray:
     """Scales the distance of every pixel from the picture's mean grey; 1 changes nothing."""
-    return np.asarray(ImageEnhance.Contrast(_pil(image_HWC)).enhance(factor)).reshape(image_HWC.shape)
+    return np.asarray(ImageEnhance.Contrast(to_pil(image_HWC)).enhance(factor)).reshape(image_HWC.shape)
 
 
-def read_picture(path: str, size: tuple[int, int]) -> np.ndarray:
-    """Reads a picture as uint8 [H, W, 3] of (height, width): cut to that shape around its middle, then resized.
+def read_picture(source: str | Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture as uint8 [H, W, 3]; what is transparent becomes white.
 
-    What is transparent becomes white.
+    Args:
+      source: path, or a picture of Pillow's.
+      size: (height, width): cut to that shape around its middle, then resized; None for its own.
 
     Raises:
       OSError: if it cannot be read; `PIL.UnidentifiedImageError` is one.
     """
-    with Image.open(path) as opened:
-        picture = opened.convert("RGBA")
+    picture = _opened(source, "RGBA")
     page = Image.new("RGBA", picture.size, "white")
     page.alpha_composite(picture)
-    return np.asarray(ImageOps.fit(page.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS))
+    picture = page.convert("RGB")
+    return np.asarray(picture if size is None else ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.LANCZOS))
 
 
-def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
-    """Reads a mask as bool [H, W] of (height, width): set where the picture is lighter than middle grey.
+def read_mask(source: str | Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A mask as bool [H, W] of (height, width): set where the picture is lighter than middle grey.
 
     Raises:
       OSError: if it cannot be read.
     """
-    with Image.open(path) as opened:
-        grey = ImageOps.fit(opened.convert("L"), (size[1], size[0]), Image.Resampling.NEAREST)
-    return np.asarray(grey) >= 128
+    return np.asarray(ImageOps.fit(_opened(source, "L"), (size[1], size[0]), Image.Resampling.NEAREST)) >= 128
+
+
+def _opened(source: str | Image.Image, mode: str) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source.convert(mode)
+    with Image.open(source) as opened:
+        return opened.convert(mode)
 
 
 def filling(image_HWC: np.ndarray, grid: tuple[int, int], frames: int = 32) -> list[np.ndarray]:
@@ -263,7 +271,7 @@ def gif_bytes(frames: Sequence[np.ndarray], milliseconds: int = 60, rest: int = 
 
 def write_corner(image_HWC: np.ndarray, text: str) -> np.ndarray:
     """Writes text into the lower right corner, light on a dark band, as large as a twelfth of the picture allows."""
-    picture = _pil(image_HWC).convert("RGB")
+    picture = to_pil(image_HWC).convert("RGB")
     height = max(7, picture.height // 12)
     font = ImageFont.load_default(size=height)
     left, top, right, bottom = font.getbbox(text)

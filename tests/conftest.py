@@ -33,17 +33,15 @@ def workdirs(tmp_path_factory):
 
     `tokenizer`; `decoder`, of captions, over that tokenizer; `classes`, of classes, over an untrained tokenizer.
     """
-    from imagegpt_jax.tasks import decoder, tokenizer
-
     root = tmp_path_factory.mktemp("workdirs")
     found = types.SimpleNamespace(tokenizer=root / "tokenizer", decoder=root / "decoder", classes=root / "classes")
-    _write_run(tokenizer, _config("tokenizer"), found.tokenizer)
+    _write_run(_config("tokenizer"), found.tokenizer)
     config = _config("decoder")
     config.tokenizer = str(found.tokenizer)
-    _write_run(decoder, config, found.decoder)
+    _write_run(config, found.decoder)
     config = _config("decoder")
     config.data.use_labels, config.data.text_length = True, 1
-    _write_run(decoder, config, found.classes)
+    _write_run(config, found.classes)
     return found
 
 
@@ -55,13 +53,15 @@ def _config(task):
     return config
 
 
-def _write_run(task, config, workdir):
+def _write_run(config, workdir):
     import jax
     import numpy as np
 
     from imagegpt_jax import checkpoint
     from imagegpt_jax import config as config_lib
+    from imagegpt_jax.tasks import interface
 
+    task = interface.find(config.task)
     setup = task.setup(config)
     shapes = jax.eval_shape(functools.partial(task.init_state, setup), jax.eval_shape(jax.random.key, 0))
     rng = np.random.default_rng(0)
@@ -85,9 +85,6 @@ def binary():
             for flag in list(defined) if module.startswith("imagegpt_jax.") else ():
                 if flag.name in flags.FLAGS:
                     delattr(flags.FLAGS, flag.name)
-            if module.startswith("imagegpt_jax.generation."):  # a part of a binary that defines flags of its own
-                sys.modules.pop(module, None)
-                vars(sys.modules["imagegpt_jax.generation"]).pop(module.rpartition(".")[2], None)
 
     def load(name, *arguments):
         forget()

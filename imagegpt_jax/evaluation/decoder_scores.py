@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from imagegpt_jax import images, train_state
-from imagegpt_jax.data import pipeline as data_pipeline
-from imagegpt_jax.data import sources
+from imagegpt_jax.data import pipeline, sources
 from imagegpt_jax.data.subset import Subset
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.evaluation import checkpoint_data
 from imagegpt_jax.evaluation.checkpoint_data import Data, Page, Scores, Settings, source_of
 from imagegpt_jax.evaluation.set_scores import score_sets
-from imagegpt_jax.generation import pipeline
+from imagegpt_jax.generation.pipeline import Pipeline
+from imagegpt_jax.generation.request import GenerationRequest
 from imagegpt_jax.inference import loading
 from imagegpt_jax.metrics import common, likelihood, retrieval, score
 from imagegpt_jax.metrics.generation import GenerationEvaluator
@@ -123,15 +123,19 @@ class DecoderScorer:
         use_labels = _by_class(config)
         subset = _distinct(data, settings, use_labels)
         records = subset.__getitems__(range(len(subset)))
-        read = data_pipeline.Batches(
+        read = pipeline.Batches(
             subset, ops=config.data.eval_ops, batch_size=len(subset), shuffle=False, epochs=1, columns=("image",)
         )
         references_PHWC = images.to_uint8(next(iter(read))["image"])
         read.close()
         prompts = [decoder.setup.labels[r["label"]] if use_labels else r["captions"][0] for r in records]
-        asked = pipeline.Sketch(
-            prompts=[""] * len(records) if use_labels else prompts,
-            classes=[record["label"] if use_labels else None for record in records],
+        request = GenerationRequest(
+            mode="class_conditional" if use_labels else "text_to_image",
+            prompts=() if use_labels else tuple(prompts),
+            classes=tuple(record["label"] for record in records) if use_labels else (),
+            settings=settings.sampler,
+            seed=settings.seed,
+            num_images=each,
         )
         sampling = decoder.sampling(**settings.sampler)
 
@@ -139,9 +143,9 @@ class DecoderScorer:
             del params  # the decoder has them
             drawn = []
             with tqdm(total=len(records) * each, desc="generation", unit="image", mininterval=1.0) as bar:
-                for part in pipeline.draw(decoder, tok, asked, sampling, settings.seed, num_images=each):
-                    drawn.append(part.images)
-                    bar.update(len(part.images))
+                for part in Pipeline(decoder, tok).prepare(request)(0):
+                    drawn.append(part.pixels)
+                    bar.update(len(part))
             return np.concatenate(drawn)
 
         evaluator = GenerationEvaluator(draw, prompted_PHWC=references_PHWC, seed=settings.seed)

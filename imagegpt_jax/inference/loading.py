@@ -281,7 +281,7 @@ class Decoder(nnx.Module):
         """What the decoder's text encoder makes of prompts, as `text_features`; None if it has none."""
         return None if self.setup.encoder is None else self.setup.encoder.read(prompts)
 
-    def sampling(self, **settings: float | None) -> Sampling:
+    def sampling(self, **settings: float | str | None) -> Sampling:
         """The run's `config.sampling`, with the settings that are given (not None) in place of its own.
 
         Raises:

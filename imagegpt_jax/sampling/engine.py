@@ -29,8 +29,8 @@ from imagegpt_jax.models.gpt import GPT, Sequence
 from imagegpt_jax.parallel import manual_collectives
 from imagegpt_jax.sampling import token_sampling
 from imagegpt_jax.sampling.decode_weights import score
+from imagegpt_jax.sampling.settings import UNKNOWN
 
-UNKNOWN = -1  # a token that is to be sampled, where others are known
 # Each segment is a program of its own: so many at most, and none for fewer tokens than this.
 MAX_SEGMENTS = 4
 MIN_SEGMENT = 64

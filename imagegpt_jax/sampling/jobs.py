@@ -10,8 +10,7 @@ import numpy as np
 
 from imagegpt_jax.data.packing import Layout
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.sampling.engine import UNKNOWN
-from imagegpt_jax.sampling.settings import Sampling
+from imagegpt_jax.sampling.settings import UNKNOWN, Sampling
 
 Texts = Sequence[Sequence[int]]
 Labels = Sequence[int] | np.ndarray

@@ -14,6 +14,7 @@ from imagegpt_jax.config import to_dataclass
 from imagegpt_jax.errors import UserError, suggest
 
 SCHEDULES = ("constant", "interval", "linear", "cosine", "power_cosine")
+UNKNOWN = -1  # a token that is to be sampled, where others are known
 WEIGHTS = ("", "float32", "bfloat16", "int8")
 # Settings as they were called before: in the metadata of pictures, the configs of workdirs and flags.
 RENAMED = {"together": "tokens_per_step", "no_repeat": "no_repeat_ngram_size"}
@@ -109,10 +110,15 @@ class Sampling:
         return (1 + (self.cfg_scale - 1) * share).astype(np.float32)
 
 
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, with the names of today."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
 def read(values: Mapping[str, Any]) -> Sampling:
     """The `Sampling` of settings by name, old names among them.
 
     Raises:
       UserError: for a setting that there is not, or one that is out of range.
     """
-    return to_dataclass(Sampling, {RENAMED.get(name, name): value for name, value in values.items()})
+    return to_dataclass(Sampling, renamed(values))

@@ -79,7 +79,7 @@ def test_parti_prompts_are_drawn_and_scored(evaluate, workdirs, parti, tmp_path,
     files[2].unlink()
     assert evaluate(*flags, "--sampler=cfg_scale=1.5,top_k=9")["clip_score"] == scores["clip_score"]
     assert [file.read_bytes() for file in sorted(folder.glob("*.png"))] == kept
-    monkeypatch.setattr(pipeline, "draw", None)
+    monkeypatch.setattr(pipeline.Pipeline, "prepare", None)
     evaluate(*flags, "--sampler=cfg_scale=1.5,top_k=9")
     with pytest.raises(UserError, match=r"scores_samples holds other pictures \(sampler\): give another --samples_dir"):
         evaluate(*flags, "--sampler=cfg_scale=2,top_k=9")

@@ -1,5 +1,6 @@
 """The tasks of one decoder, on the workdirs of tiny networks of random numbers."""
 
+import dataclasses
 import types
 
 import jax
@@ -8,10 +9,11 @@ import pytest
 
 import imagegpt_jax as ig
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.generation import pipeline, request
-from imagegpt_jax.sampling.engine import UNKNOWN
+from imagegpt_jax.generation import modes, pipeline
+from imagegpt_jax.generation.request import GenerationRequest, ImageInput
+from imagegpt_jax.generation.results import GeneratedImages
 from imagegpt_jax.sampling.likelihood import log_likelihood
-from imagegpt_jax.sampling.settings import Sampling
+from imagegpt_jax.sampling.settings import UNKNOWN
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,18 @@ def pictures():
     return np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
 
 
-def drawn(gpt, tok, sketch, **how):
-    parts = list(pipeline.draw(gpt, tok, sketch, gpt.sampling(), **how))
-    return np.concatenate([part.images for part in parts]), np.concatenate([part.codes for part in parts])
+def made(gpt, tok, request, first=0):
+    return GeneratedImages.join(list(pipeline.Pipeline(gpt, tok).prepare(request)(first)))
+
+
+def inputs(arrays):
+    return tuple(ImageInput.of(array) for array in arrays)
+
+
+def known(tok, pictures, mode, **fields):
+    """The request of a mode for pictures, and what stays of them."""
+    request = GenerationRequest(mode=mode, images=inputs(pictures), **fields)
+    return request, modes.MODES[mode].known(request, tok, pictures)
 
 
 def test_inpainting_keeps_every_pixel_outside_the_mask_and_every_code_that_it_does_not_touch(gpt, tok, pictures):
@@ -43,22 +54,23 @@ def test_inpainting_keeps_every_pixel_outside_the_mask_and_every_code_that_it_do
     for i, image in enumerate(out):
         np.testing.assert_array_equal(image[~masks[i // 2]], pictures[i // 2][~masks[i // 2]])
         assert (image[masks[i // 2]] != pictures[i // 2][masks[i // 2]]).any()
-    sketch = request.inpaint(gpt, tok, pictures, masks, ["dog", "cat"], [None, None])
+    prompts = ("dog", "cat")
+    request, kept = known(tok, pictures, "inpaint", mask=inputs(masks), prompts=prompts, num_images=2, seed=4)
     touched = np.array([[5 // 4 * 4 + 9 // 4], [3]], dtype=object)
-    assert np.flatnonzero(sketch.given[0] == UNKNOWN).tolist() == touched[0]
-    assert np.flatnonzero(sketch.given[1] == UNKNOWN).tolist() == [3, 7, 11, 15]
-    images, codes = drawn(gpt, tok, sketch, num_images=2, seed=4)
-    np.testing.assert_array_equal(images, out)
-    kept = np.repeat(sketch.given, 2, axis=0)
-    np.testing.assert_array_equal(codes[kept != UNKNOWN], kept[kept != UNKNOWN])
+    assert np.flatnonzero(kept.codes[0] == UNKNOWN).tolist() == touched[0]
+    assert np.flatnonzero(kept.codes[1] == UNKNOWN).tolist() == [3, 7, 11, 15]
+    results = made(gpt, tok, request)
+    np.testing.assert_array_equal(results.pixels, out)
+    codes = np.repeat(kept.codes, 2, axis=0)
+    np.testing.assert_array_equal(results.codes[codes != UNKNOWN], codes[codes != UNKNOWN])
 
 
 def test_outpainting_keeps_the_picture_and_makes_it_larger(gpt, tok, pictures):
     out = ig.outpaint(gpt, tok, pictures, (4, 8, 0, 4), "dog", temperature=1.0)
     assert out.shape == (2, 20, 28, 3)
     np.testing.assert_array_equal(out[:, 4:, 4:20], pictures)
-    sketch = request.outpaint(gpt, tok, pictures, (4, 8, 0, 4), ["dog"] * 2, [None] * 2)
-    given = sketch.given.reshape(2, 5, 7)
+    _, kept = known(tok, pictures, "outpaint", margins=(4, 8, 0, 4), prompts=("dog",))
+    given = kept.codes.reshape(2, 5, 7)
     np.testing.assert_array_equal(given[:, 1:, 1:5].reshape(2, -1), tok.encode(pictures))
     assert (given == UNKNOWN).sum() == 2 * (35 - 16)
 
@@ -71,14 +83,15 @@ def test_completion_keeps_the_upper_part(gpt, tok, pictures):
 
 
 def test_variations_and_edits_keep_a_share_of_the_codes(gpt, tok, pictures):
-    sketch = request.variations(gpt, tok, pictures, 0.25, ["a", "b"], [None] * 2, seed=3)
-    free = sketch.given == UNKNOWN
+    fields = {"strength": 0.25, "prompts": ("a", "b")}
+    request, kept = known(tok, pictures, "variations", seed=3, **fields)
+    free = kept.codes == UNKNOWN
     assert free.sum(1).tolist() == [4, 4]
-    np.testing.assert_array_equal(np.where(free, 0, sketch.given), np.where(free, 0, tok.encode(pictures)))
-    other = request.variations(gpt, tok, pictures, 0.25, ["a", "b"], [None] * 2, seed=4)
-    assert (free != (other.given == UNKNOWN)).any()
+    np.testing.assert_array_equal(np.where(free, 0, kept.codes), np.where(free, 0, tok.encode(pictures)))
+    _, other = known(tok, pictures, "variations", seed=4, **fields)
+    assert (free != (other.codes == UNKNOWN)).any()
     out = ig.edit(gpt, tok, pictures, ["a", "b"], strength=0.25, seed=3)
-    np.testing.assert_array_equal(out, drawn(gpt, tok, sketch, seed=3)[0])
+    np.testing.assert_array_equal(out, made(gpt, tok, request).pixels)
     np.testing.assert_array_equal(ig.variations(gpt, tok, pictures, 0.25, ["a", "b"], seed=3), out)
     unchanged = ig.variations(gpt, tok, pictures, 0.0)
     np.testing.assert_array_equal(unchanged, ig.variations(gpt, tok, pictures, 0.0, "dog", seed=9))
@@ -94,11 +107,11 @@ def test_style_transfer_draws_the_same_words_in_another_style(gpt, tok, pictures
     out = ig.style_transfer(gpt, tok, pictures, "twemoji", "noto", captions, seed=2)
     expected = ig.generate(gpt, tok, ["twemoji emoji of dog", "twemoji emoji of red heart"], seed=2)
     np.testing.assert_array_equal(out, expected)
-    assert request.restyled(["noto a", "twemoji b", "c"], "twemoji", "noto") == ["twemoji a", "twemoji b", "twemoji c"]
+    assert modes.restyled(["noto a", "twemoji b", "c"], "twemoji", "noto") == ["twemoji a", "twemoji b", "twemoji c"]
     written = ig.caption(gpt, tok, pictures)
     np.testing.assert_array_equal(
         ig.style_transfer(gpt, tok, pictures, "twemoji", "noto", seed=2),
-        ig.generate(gpt, tok, request.restyled(written, "twemoji", "noto"), seed=2),
+        ig.generate(gpt, tok, modes.restyled(written, "twemoji", "noto"), seed=2),
     )
 
 
@@ -164,22 +177,20 @@ def test_the_best_of_several(gpt, tok):
     order = np.argsort(-light, axis=1)[:, :2] + np.array([[0], [4]])
     np.testing.assert_array_equal(kept, every[order.reshape(-1)])
     for scorer in ("likelihood", "caption", "words"):
-        sketch = pipeline.Sketch(prompts=["dog"], classes=[None])
-        parts = list(pipeline.draw(gpt, tok, sketch, gpt.sampling(), 1, num_images=4))
-        images, scores, draws = pipeline.best(
-            gpt, tok, sketch, gpt.sampling(), 1, best_of=4, num_images=4, scorer=scorer
-        )
-        ids, codes = [gpt.encode_text("dog")] * 4, parts[0].codes
+        request = GenerationRequest(prompts=("dog",), num_images=4, seed=1)
+        plain = made(gpt, tok, request)
+        best = made(gpt, tok, dataclasses.replace(request, best_of=4, scorer=scorer))
+        ids, codes = [gpt.encode_text("dog")] * 4, plain.codes
         expected = {
-            "likelihood": parts[0].log_likelihood,
+            "likelihood": plain.log_likelihood,
             "caption": log_likelihood(gpt.gpt, gpt.setup.layout, ids, None, codes, of="text"),
             "words": log_likelihood(gpt.gpt, gpt.setup.layout, ids, None, codes)
             - log_likelihood(gpt.gpt, gpt.setup.layout, [[]] * 4, None, codes),
         }[scorer]
         order = np.argsort(-expected, kind="stable")
-        np.testing.assert_allclose(scores, expected[order], rtol=1e-6)
-        np.testing.assert_array_equal(images, parts[0].images[order])
-        np.testing.assert_array_equal(draws, order)
+        np.testing.assert_allclose([result["score"] for result in best.results], expected[order], rtol=1e-6)
+        np.testing.assert_array_equal(best.pixels, plain.pixels[order])
+        np.testing.assert_array_equal(best.sample_indices, order)
 
 
 def test_the_clip_scorer_is_the_cosine_of_embeddings(gpt, tok, pictures, monkeypatch):
@@ -209,10 +220,10 @@ def test_the_clip_scorer_is_the_cosine_of_embeddings(gpt, tok, pictures, monkeyp
 def test_aspect_ratios_and_the_list_that_goes_on(gpt, tok):
     wide = ig.generate(gpt, tok, "dog", grid=(2, 6), num_images=3)
     assert wide.shape == (3, 8, 24, 3)
-    sketch = pipeline.Sketch(prompts=["dog", "cat"], classes=[None, None])
-    every, _ = drawn(gpt, tok, sketch, num_images=6, seed=2)
-    rest, _ = drawn(gpt, tok, sketch, num_images=6, seed=2, first=7)
-    np.testing.assert_array_equal(rest, every[7:])
+    request = GenerationRequest(prompts=("dog", "cat"), num_images=6, seed=2)
+    every, rest = made(gpt, tok, request), made(gpt, tok, request, first=7)
+    np.testing.assert_array_equal(rest.pixels, every.pixels[7:])
+    assert rest.seeds == every.seeds[7:] == [(2, i) for i in range(7, 12)]
 
 
 def test_negative_prompts(gpt, tok):
@@ -230,7 +241,7 @@ def test_negative_prompts(gpt, tok):
         ("multiples of 4", lambda g, t, p: ig.variations(g, t, p[:, :15])),
         ("height and width", lambda g, t, p: ig.inpaint(g, t, p, np.ones((8, 8), bool))),
         ("four multiples of 4", lambda g, t, p: ig.outpaint(g, t, p, (1, 0, 0, 0))),
-        ("share=2", lambda g, t, p: ig.complete(g, t, p, 2)),
+        ("keep=2", lambda g, t, p: ig.complete(g, t, p, 2)),
         ("strength=-1", lambda g, t, p: ig.variations(g, t, p, -1)),
         ("does not lie within", lambda g, t, p: ig.edit(g, t, p, "a", region=(0, 0, 4, 20))),
         ("3 prompts and 0 classes for 2 pictures", lambda g, t, p: ig.variations(g, t, p, 0.5, ["a"] * 3)),
@@ -262,9 +273,8 @@ def test_sampling_settings_reach_the_engine(gpt, tok):
     one = ig.generate(gpt, tok, "dog", no_repeat_ngram_size=1, temperature=0.0)
     codes = tok.encode(one)
     assert (one.shape, codes.shape) == ((1, 16, 16, 3), (1, 16))
-    sketch = pipeline.Sketch(prompts=["dog"], classes=[None])
-    (part,) = pipeline.draw(gpt, tok, sketch, Sampling(temperature=0.0, no_repeat_ngram_size=1))
-    assert len(set(part.codes[0].tolist())) == 16
+    settings = {"temperature": 0.0, "no_repeat_ngram_size": 1}
+    assert len(set(made(gpt, tok, GenerationRequest(prompts=("dog",), settings=settings)).codes[0].tolist())) == 16
 
 
 def test_ways_to_decode_are_settings_of_every_task(gpt, tok, pictures):

@@ -52,6 +52,7 @@ def test_the_api_and_sampling_do_not_import_tensorflow(workdirs):
 
 def test_public_names():
     assert ig.generate is functional.generate
+    assert ig.__version__ == importlib.metadata.version("imagegpt_jax")
     assert set(ig.__all__) <= set(dir(ig))
     assert callable(ig.generate)
     with pytest.raises(AttributeError, match="no attribute 'genrate'"):

@@ -7,7 +7,7 @@
     inpainting  pixels outside the mask that changed, and the error within it; control: the mask's mean colour
     styles      how often a picture drawn in another style is nearer to the true one in that style than to its source;
                 controls: the tokenizer's reconstruction of the source, and pictures drawn for other things
-    weights     bits of a code of the pictures, with weights in float32, bfloat16 and int8
+    weights     bits per image token of the pictures, with weights in float32, bfloat16 and int8
     steps       passes of the network that speculative decoding takes for a picture; control: its number of codes
 
 Distances are Euclidean between features: by default pictures averaged down to 16 x 16 pixels, less their mean colour;
@@ -99,7 +99,7 @@ def inpainting(gpt: Any, tok: Any, pictures: np.ndarray, words: list[str]) -> di
 def styles(gpt: Any, tok: Any, source: Any, rng: np.random.Generator) -> dict[str, Any]:
     """The figures of `styles`, over random pairs of drawings of one thing."""
     from imagegpt_jax import images
-    from imagegpt_jax.generation import functional, request
+    from imagegpt_jax.generation import functional, modes
     from imagegpt_jax.metrics.retrieval import derangement
     from imagegpt_jax.plugins import plug_in
 
@@ -114,7 +114,7 @@ def styles(gpt: Any, tok: Any, source: Any, rng: np.random.Generator) -> dict[st
     before, after = (source.__getitems__([pair[k] for pair in chosen]) for k in (0, 1))
     given, wanted = (np.stack([_decoded(r) for r in records]) for records in (before, after))
     words = [
-        request.restyled(record["captions"][:1], other["style"], record["style"])[0]
+        modes.restyled(record["captions"][:1], other["style"], record["style"])[0]
         for record, other in zip(before, after, strict=True)
     ]
     how = {"seed": SEED.value, "best_of": BEST_OF.value, "cfg_scale": CFG_SCALE.value}

@@ -40,12 +40,12 @@ def records(source: Any) -> list[dict[str, Any]]:
 def pages(gpt: Any, tok: Any, given: np.ndarray, words: list[str]) -> dict[str, np.ndarray]:
     """Task -> a captioned grid."""
     from imagegpt_jax import images
-    from imagegpt_jax.generation import functional, request
+    from imagegpt_jax.generation import functional, modes
 
     height, width = given.shape[1:3]
     middle = np.zeros((height, width), bool)
     middle[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
-    other = request.restyled(words, OTHER.value, STYLE.value)
+    other = modes.restyled(words, OTHER.value, STYLE.value)
     turned = [*words[1:], words[0]]
     how: dict[str, Any] = {"num_images": SAMPLES, "seed": SEED.value}
     margin = tok.downsample * max(1, gpt.setup.layout.grid[0] // 4)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.errors import UserError, at_least, check_ranges, suggest
 from imagegpt_jax.models import flash, layers
 from imagegpt_jax.models.rope import RopeScaling
 
@@ -16,7 +16,10 @@ CHOICES = {
     "remat": ("none", "full", "attention", "dots"),
     "attention": flash.IMPLEMENTATIONS,
 }
-DROPOUTS = ("token_dropout", "residual_dropout", "mlp_dropout", "attention_dropout")
+RANGES = {
+    **dict.fromkeys(("vocab_size", "width", "depth", "heads", "mlp_width"), at_least(1)),
+    **dict.fromkeys(("token_dropout", "residual_dropout", "mlp_dropout", "attention_dropout"), at_least(0, below=1)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,13 +113,10 @@ class GPTConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "depth", "heads", "mlp_width"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        check_ranges(self, RANGES, "decoder config: ")
         for name, known in CHOICES.items():
             value = getattr(self, name)
             check(value in known, f"{name}={value!r} is not one of {', '.join(known)}", suggest(str(value), known))
-        for name in DROPOUTS:
-            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
         layers.as_dtype(self.dtype)
         layers.as_dtype(self.param_dtype)
         check(

@@ -11,13 +11,24 @@ import numpy as np
 from jaxtyping import Float
 
 from imagegpt_jax.config import to_dataclass
-from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.errors import UserError, above, at_least, check_ranges, suggest
 
 SCHEDULES = ("constant", "interval", "linear", "cosine", "power_cosine")
 UNKNOWN = -1  # a token that is to be sampled, where others are known
 WEIGHTS = ("", "float32", "bfloat16", "int8")
 # Settings as they were called before: in the metadata of pictures, the configs of workdirs and flags.
 RENAMED = {"together": "tokens_per_step", "no_repeat": "no_repeat_ngram_size"}
+
+RANGES = {
+    "temperature": at_least(0),
+    "cfg_scale": at_least(0),
+    "top_k": at_least(0, "0 keeps all tokens", whole=True),
+    "no_repeat_ngram_size": at_least(0, "0 allows repetition", whole=True),
+    "top_p": above(0, "1 keeps all tokens", at_most=1),
+    "min_p": at_least(0, "0 keeps all tokens", at_most=1),
+    "cfg_power": above(0),
+    "tokens_per_step": at_least(1),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,29 +70,15 @@ class Sampling:
     tokens_per_step: int = 1
 
     def __post_init__(self):
-        for name, least in (("temperature", 0), ("cfg_scale", 0)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
-        for name, what in (("top_k", "0 keeps all tokens"), ("no_repeat_ngram_size", "0 allows repetition")):
-            value = getattr(self, name)
-            if value < 0 or int(value) != value:
-                raise UserError(f"{name}={value} must be a whole number, at least 0 ({what}).")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps all tokens).")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p={self.min_p} must lie in 0 to 1 (0 keeps all tokens).")
+        check_ranges(self, RANGES)
         if self.cfg_schedule not in SCHEDULES:
             raise UserError(f"unknown cfg_schedule {self.cfg_schedule!r}.{suggest(self.cfg_schedule, SCHEDULES)}")
-        if not self.cfg_power > 0:
-            raise UserError(f"cfg_power={self.cfg_power} must be above 0.")
         if not 0 <= self.cfg_start <= self.cfg_end <= 1:
             raise UserError(f"cfg_start={self.cfg_start} and cfg_end={self.cfg_end} must rise within 0 to 1.")
         if self.weights not in WEIGHTS:
             raise UserError(f"unknown weights {self.weights!r}.{suggest(self.weights, WEIGHTS[1:])}")
         if self.speculative < 0 or self.speculative == 1:
             raise UserError(f"speculative={self.speculative} must be at least 2 tokens, or 0 for one after another.")
-        if self.tokens_per_step < 1:
-            raise UserError(f"tokens_per_step={self.tokens_per_step} must be at least 1.")
         if (self.speculative > 0) + (self.tokens_per_step > 1) + (self.no_repeat_ngram_size > 0) > 1:
             raise UserError(
                 f"speculative={self.speculative}, tokens_per_step={self.tokens_per_step} and no_repeat_ngram_size="

@@ -15,25 +15,26 @@ from jax.sharding import Mesh
 from imagegpt_jax import checkpoint, train_state
 from imagegpt_jax.config import Config
 from imagegpt_jax.data import quarantine
-from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.errors import SHARE, UserError, at_least, check_ranges, suggest
 from imagegpt_jax.training import warm_start
 from imagegpt_jax.training.steps import check_options
 
 if TYPE_CHECKING:
     from imagegpt_jax.tasks.interface import Task
 
-# What the loop reads: key -> (the least it can be, what that means where it says more than "that often").
-_LEAST = {
-    "steps": (1, ""),
-    "log_every": (1, ""),
-    "guard.spike": (0, "leaves no step out for a leap of its loss"),
-    "guard.window": (1, ""),
-    "guard.patience": (0, "never goes back"),
-    "guard.max_rollbacks": (0, "never goes back"),
-    "eval_every": (0, "evaluates at the end alone"),
-    "checkpoint.every": (0, "saves at the end alone"),
-    "checkpoint.keep": (0, "keeps all"),
-    "checkpoint.keep_every_hours": (0, "keeps none for that"),
+# What the loop reads.
+RANGES = {
+    "steps": at_least(1),
+    "log_every": at_least(1),
+    "guard.spike": at_least(0, "0 leaves no step out for a leap of its loss"),
+    "guard.window": at_least(1),
+    "guard.patience": at_least(0, "0 never goes back"),
+    "guard.max_rollbacks": at_least(0, "0 never goes back"),
+    "eval_every": at_least(0, "0 evaluates at the end alone"),
+    "checkpoint.every": at_least(0, "0 saves at the end alone"),
+    "checkpoint.keep": at_least(0, "0 keeps all"),
+    "checkpoint.keep_every_hours": at_least(0, "0 keeps none for that"),
+    "data.quarantine.max_share": SHARE,
 }
 
 
@@ -43,14 +44,9 @@ def check_loop(config: Config) -> None:
     Raises:
       UserError: for the first that cannot work.
     """
-    for key, (least, meaning) in _LEAST.items():
-        value: Any = config
-        for name in key.split("."):
-            value = value[name]
-        at_least(key, value, least, meaning)
+    check_ranges(config, RANGES, "--config.")
     policy = config.data.quarantine
     quarantine.Quarantine(policy.max_share, tuple(policy.accept))  # which checks what it is given
-    share("data.quarantine.max_share", policy.max_share)
     best = config.checkpoint.keep_best
     if best and not best.removeprefix("-").startswith("validation/"):
         raise UserError(
@@ -58,20 +54,6 @@ def check_loop(config: Config) -> None:
             " as --config.checkpoint.keep_best=validation/psnr to keep the highest, or with a minus before it for the"
             " lowest."
         )
-
-
-def at_least(key: str, value: float, least: int, meaning: str = "") -> None:
-    """Raises UserError if the value of a config key is below the least that works, of which `meaning` tells more."""
-    if not value >= least:
-        raise UserError(
-            f"{key}={value} is not possible: set --config.{key}={least}{f' ({meaning})' if meaning else ''} or more."
-        )
-
-
-def share(key: str, value: float) -> None:
-    """Raises UserError if the value of a config key is no share."""
-    if not 0 <= value <= 1:
-        raise UserError(f"{key}={value} is no share: set --config.{key}=0.1, for example, or any number from 0 to 1.")
 
 
 def check_start(task: "Task", setup: Any, workdir: epath.PathLike, mesh: Mesh) -> None:

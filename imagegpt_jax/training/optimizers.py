@@ -28,7 +28,7 @@ from optax import contrib
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.config import Config
-from imagegpt_jax.errors import UserError
+from imagegpt_jax.errors import UserError, at_least, check_ranges
 from imagegpt_jax.models.layers import as_dtype
 from imagegpt_jax.training import shampoo
 
@@ -79,20 +79,14 @@ def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple)
 
 
-# Key of an optimizer -> (what its value must be below, from 0 on; a usual value).
-_BELOW = {
-    "lr": (math.inf, 1e-4),
-    "b1": (1, 0.9),
-    "b2": (1, 0.95),
-    "weight_decay": (math.inf, 0.05),
-    "clip_norm": (math.inf, 1.0),
+RANGES = {
+    "lr": at_least(0, "1e-4 is usual", below=math.inf),
+    "b1": at_least(0, "0.9 is usual", below=1),
+    "b2": at_least(0, "0.95 is usual", below=1),
+    "weight_decay": at_least(0, "0.05 is usual", below=math.inf),
+    "clip_norm": at_least(0, "1 is usual", below=math.inf),
 }
-
-
-def check_average(decay: float) -> None:
-    """Raises UserError if `config.ema_decay` is no decay of an average."""
-    if not 0 <= decay < 1:
-        raise UserError(f"ema_decay={decay} must be in [0, 1): set --config.ema_decay=0.999, or 0 for no average.")
+EMA_DECAY = at_least(0, "0.999 is usual, 0 keeps no average", below=1)
 
 
 def make(config: Config, steps: int, axes: Any, key: str = "optim") -> optax.GradientTransformation:
@@ -108,11 +102,7 @@ def make(config: Config, steps: int, axes: Any, key: str = "optim") -> optax.Gra
     Raises:
       UserError: for an unknown optimizer or schedule, or a number that is not possible.
     """
-    for name, (below, usual) in _BELOW.items():
-        if not 0 <= config[name] < below:
-            raise UserError(
-                f"{key}.{name}={config[name]} must be in [0, {below}): set --config.{key}.{name}={usual}, for example."
-            )
+    check_ranges(config, RANGES, f"--config.{key}.")
     lr = schedule(config, steps)
     decay_mask = jax.tree.map(lambda a: len(a) >= 2, axes, is_leaf=_is_axes)
     mu_dtype, nu_dtype = as_dtype(config.mu_dtype), as_dtype(config.nu_dtype)

@@ -20,7 +20,7 @@ from imagegpt_jax.convert import reading
 from imagegpt_jax.data import ops as ops_lib
 from imagegpt_jax.data import packing, quarantine, sources
 from imagegpt_jax.data import text as text_lib
-from imagegpt_jax.errors import UserError
+from imagegpt_jax.errors import SHARE, UserError, at_least, check_ranges
 from imagegpt_jax.inference import text_encoder
 from imagegpt_jax.models import gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
@@ -31,6 +31,14 @@ from imagegpt_jax.tasks import tokenizer as tokenizer_task
 from imagegpt_jax.train_state import Network
 from imagegpt_jax.training import config_checks
 from imagegpt_jax.training import optimizers as optim
+
+RANGES = {
+    "data.order.random_until": at_least(0, "0 never draws an order"),
+    "data.vocab_multiple": at_least(1, "1 adds no rows"),
+    "logit_chunk": at_least(1),
+    "ema_decay": optim.EMA_DECAY,
+}
+TRAINING_RANGES = {"data.guidance_dropout": SHARE, "data.image_to_text": SHARE}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,18 +131,15 @@ def _build(
         image_weight=data.image_weight,
         target_positions=config.model.target_positions,
     )
-    config_checks.at_least("data.order.random_until", data.order.random_until, 0, "never draws an order")
+    check_ranges(config, RANGES, "--config.")
     if data.order.random_until > data.order.raster_from or (data.order.raster_from and not layout.target_positions):
         raise UserError(
             f"data.order is random until step {data.order.random_until} and raster from {data.order.raster_from}: the"
             " second must not be before the first, and random orders need model.target_positions=True."
         )
-    config_checks.at_least("data.vocab_multiple", data.vocab_multiple, 1, "adds no rows")
-    config_checks.at_least("logit_chunk", config.logit_chunk, 1)
     rows = math.ceil(space.vocab_size / data.vocab_multiple) * data.vocab_multiple
     model = to_dataclass(GPTConfig, {**config.model.to_dict(), **sizes, "vocab_size": rows})
     networks = {"decoder": train_state.network(lambda key: gpt.GPT(model, key=key))}
-    optim.check_average(config.ema_decay)
     trained = config_checks.trained_axes("decoder", networks["decoder"].axes, config.frozen)
     optimizers = {"decoder": optim.make(config.optim, config.steps, trained)}
     if encode:
@@ -202,8 +207,7 @@ def setup(config: Config) -> Setup:
         _check_codes(built, split, source)
         if encode:
             _check_images(built, split, source)
-    config_checks.share("data.guidance_dropout", data.guidance_dropout)
-    config_checks.share("data.image_to_text", data.image_to_text)
+    check_ranges(config, TRAINING_RANGES, "--config.")
     if built.model.position == "learned" and built.model.max_length <= built.layout.max_position:
         raise UserError(
             f"model.max_length={built.model.max_length} learned positions are too few for sequences that go to position"

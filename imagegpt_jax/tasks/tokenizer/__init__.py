@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from imagegpt_jax import train_state
 from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.data import ops, sources
-from imagegpt_jax.errors import UserError
+from imagegpt_jax.errors import UserError, check_ranges
 from imagegpt_jax.metrics.evaluator import Evaluator
 from imagegpt_jax.metrics.reconstruction import ReconstructionEvaluator
 from imagegpt_jax.models import discriminator, flops, layers, quantizers, vq
@@ -71,7 +71,7 @@ def _build(
             " loss is of the distributions that the decoder then gives."
         )
     networks = {"generator": train_state.network(lambda key: vq.VQModel(model, key=key))}
-    optim.check_average(config.ema_decay)
+    check_ranges(config, {"ema_decay": optim.EMA_DECAY}, "--config.")
     trained = config_checks.trained_axes("generator", networks["generator"].axes, config.frozen)
     optimizers = {"generator": optim.make(config.optim, config.steps, trained)}
     if loss.gan_start >= 0:
@@ -96,8 +96,6 @@ def setup(config: Config) -> Setup:
     for split in ("train_ops", "eval_ops"):
         ops.parse(config.data[split])
     loss = config.loss
-    for name in ("l1", "l2", "logit_laplace", "lpips", "gan"):
-        config_checks.at_least(f"loss.{name}", loss[name], 0, "leaves it out")
     if not (loss.l1 or loss.l2 or loss.logit_laplace or loss.lpips):
         raise UserError(
             "config.loss has no weight for what is given back: l1, l2, logit_laplace and lpips are 0. Set"

@@ -13,13 +13,17 @@ from jaxtyping import Array, Float
 
 from imagegpt_jax import train_state
 from imagegpt_jax.config import choose
-from imagegpt_jax.errors import UserError
+from imagegpt_jax.errors import at_least, check_ranges
 from imagegpt_jax.losses import basic
 from imagegpt_jax.models.quantizers import UseSums
 from imagegpt_jax.train_state import Network, TrainState
 from imagegpt_jax.training import train_metrics
 
 # Kind -> (generator's loss of fake logits, discriminator's loss of real and fake logits).
+RANGES = {
+    **dict.fromkeys(("l1", "l2", "logit_laplace", "lpips", "gan"), at_least(0, "0 leaves it out")),
+    "lecam_decay": at_least(0, below=1),
+}
 GAN_LOSSES = {
     "hinge": (basic.hinge_generator, basic.hinge_discriminator),
     "non_saturating": (basic.nonsaturating_generator, basic.nonsaturating_discriminator),
@@ -66,8 +70,7 @@ class LossConfig:
 
     def __post_init__(self):
         choose("gan_kind", self.gan_kind, GAN_LOSSES)
-        if not 0 <= self.lecam_decay < 1:
-            raise UserError(f"loss.lecam_decay={self.lecam_decay} must be in [0, 1).")
+        check_ranges(self, RANGES, "--config.loss.")
 
 
 class Logits(NamedTuple):

@@ -21,6 +21,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -31,6 +32,7 @@ from imagegpt_jax.metrics import protocols
 from imagegpt_jax.metrics.metric import Options
 from imagegpt_jax.runtime import filesystem
 
+FLAGS = flags.FLAGS
 CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint", None, "Workdir or exported folder of a tokenizer or a decoder; give it twice to score both."
 )
@@ -187,30 +189,30 @@ def ask_people() -> None:
         server.server_close()
 
 
+def flag_values(of: type) -> dict[str, Any]:
+    """The values of the flags that are called like the fields of a dataclass."""
+    return {f.name: FLAGS[f.name].value for f in dataclasses.fields(of) if f.name in FLAGS}
+
+
+def settings_of(paths: Sequence[str]) -> checkpoint_data.Settings:
+    """What the flags ask to be computed of checkpoints."""
+    from imagegpt_jax.evaluation import generate_for_prompts
+
+    values = flag_values(checkpoint_data.Settings) | {
+        "checkpoints": paths,
+        "samples_per_prompt": SAMPLES_PER_PROMPT.value or 0,
+        "sampler": generate_for_prompts.parse_sampler(SAMPLER.value),
+        "weights": image_sets.parse_weights(FEATURE_WEIGHTS.value, protocols.find(PROTOCOL.value).features),
+        "samples_dir": SAMPLES_DIR.value or str(epath.Path(OUTPUT.value or "").with_suffix("")) + "_samples",
+    }
+    return checkpoint_data.Settings(**values)
+
+
 def score_checkpoints() -> None:
     """Scores what --checkpoint names."""
-    from imagegpt_jax.evaluation import generate_for_prompts
     from imagegpt_jax.runtime import distributed
 
-    settings = checkpoints.Settings(
-        checkpoints=CHECKPOINT.value or [],
-        output=OUTPUT.value or "",
-        data=DATA.value,
-        ops=OPS.value,
-        step=STEP.value,
-        tokenizer=TOKENIZER.value,
-        batch_size=BATCH_SIZE.value,
-        generation_prompts=GENERATION_PROMPTS.value,
-        samples_per_prompt=SAMPLES_PER_PROMPT.value or 4,
-        sampler=generate_for_prompts.parse_sampler(SAMPLER.value),
-        generation_data=GENERATION_DATA.value,
-        seed=SEED.value,
-        images_dir=IMAGES_DIR.value,
-        report=REPORT.value,
-        protocol=PROTOCOL.value,
-        metrics=METRICS.value,
-        weights=image_sets.parse_weights(FEATURE_WEIGHTS.value, protocols.find(PROTOCOL.value).features),
-    )
+    settings = settings_of(CHECKPOINT.value or [])
     for path in settings.checkpoints:  # a wrong folder is told before JAX starts
         checkpoint_data.kind_of(path)
     with distributed.distributed_context():
@@ -232,30 +234,19 @@ def score_prompts() -> None:
     from imagegpt_jax.evaluation import generate_for_prompts
     from imagegpt_jax.runtime import distributed
 
-    folder = SAMPLES_DIR.value or str(epath.Path(OUTPUT.value or "").with_suffix("")) + "_samples"
     paths = CHECKPOINT.value or []
     if len(paths) != 1 or checkpoint_data.kind_of(paths[0]) != "decoder":
         raise errors.UserError(
             "--prompts are drawn by one decoder: give one --checkpoint, and its --tokenizer if needed."
         )
-    order = generate_for_prompts.Order(
-        checkpoint=paths[0],
-        prompts=PROMPTS.value,
-        folder=folder,
-        protocol=protocols.find(PROTOCOL.value),
-        step=STEP.value,
-        tokenizer=TOKENIZER.value,
-        each=SAMPLES_PER_PROMPT.value or 0,
-        count=NUM_IMAGES.value,
-        seed=SEED.value,
-        sampler=generate_for_prompts.parse_sampler(SAMPLER.value),
-    )
-    rows = generate_for_prompts.read(order)
-    request = request_of(folder, captions="" if order.prompts == generate_for_prompts.CLASSES else order.prompts)
+    settings = settings_of(paths)
+    rows, folder = generate_for_prompts.read_rows(settings), epath.Path(settings.samples_dir)
+    is_file = settings.prompts != generate_for_prompts.CLASSES
+    request = request_of(str(folder), captions=settings.prompts if is_file else "")
     reference = image_sets.open_reference(request)
     with distributed.distributed_context():
-        generate_for_prompts.draw(order, rows)
-        request = dataclasses.replace(request, captions=str(epath.Path(folder) / generate_for_prompts.CAPTIONS))
+        generate_for_prompts.draw(settings, rows)
+        request = dataclasses.replace(request, captions=str(folder / generate_for_prompts.CAPTIONS))
         write_scores(request, image_sets.open_sets(request, reference))
 
 
@@ -263,22 +254,15 @@ def request_of(images: str, captions: str = "") -> image_sets.Request:
     """What the flags ask to be computed of a set of images."""
     protocol = protocols.find(PROTOCOL.value)
     protocol = protocol.with_subsets(KID_SUBSETS.value, KID_SUBSET_SIZE.value).with_splits(IS_SPLITS.value)
-    return image_sets.Request(
-        images=images,
-        reference=REFERENCE.value,
-        protocol=protocol,
-        metrics=tuple(METRICS.value) or protocol.metrics,
-        weights=image_sets.parse_weights(FEATURE_WEIGHTS.value, protocol.features),
-        options=Options(bootstrap=BOOTSTRAP.value, infinity=INFINITY.value, seed=SEED.value),
-        num_images=NUM_IMAGES.value,
-        train_images=TRAIN_IMAGES.value,
-        statistics=STATISTICS_OUTPUT.value,
-        batch_size=BATCH_SIZE.value,
-        captions=captions or CAPTIONS.value,
-        scorer=SCORER.value,
-        report=REPORT.value,
-        sweep=SWEEP.value,
-    )
+    values = flag_values(image_sets.Request) | {
+        "images": images,
+        "protocol": protocol,
+        "metrics": tuple(METRICS.value) or protocol.metrics,
+        "weights": image_sets.parse_weights(FEATURE_WEIGHTS.value, protocol.features),
+        "options": Options(**flag_values(Options)),
+        "captions": captions or CAPTIONS.value,
+    }
+    return image_sets.Request(**values)
 
 
 def write_scores(request: image_sets.Request, opened: image_sets.Opened) -> None:

@@ -35,7 +35,7 @@ class Settings:
       tokenizer: workdir of the image tokenizer; "" for the one that the decoder was trained with.
       batch_size: examples that are read at once; 0 for the default. No score depends on it.
       generation_prompts: prompts to draw pictures for; 0 leaves that score out.
-      samples_per_prompt: pictures of each prompt.
+      samples_per_prompt: pictures of each prompt; 0 for the default.
       sampler: settings of `Sampling` in place of the decoder's own.
       generation_data: pictures and captions to draw prompts from; "" for the decoder's training data.
       seed: of the choice of prompts and of their pictures.
@@ -44,6 +44,9 @@ class Settings:
       protocol: how reconstructions are scored as image sets.
       metrics: of image sets, such as fid, for a tokenizer's reconstructions and a decoder's samples.
       weights: name of a feature network -> file of its weights.
+      prompts: file of prompts in the protocol's format, or "classes", of which pictures are drawn into `samples_dir`.
+      samples_dir: folder for them.
+      num_images: only so many of them, the first ones; 0 for all.
     """
 
     checkpoints: Sequence[str]
@@ -54,7 +57,7 @@ class Settings:
     tokenizer: str = ""
     batch_size: int = 0
     generation_prompts: int = 100
-    samples_per_prompt: int = 4
+    samples_per_prompt: int = 0
     sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     generation_data: str = ""
     seed: int = 0
@@ -63,6 +66,9 @@ class Settings:
     protocol: str = "rfid_imagenet_val"
     metrics: Sequence[str] = ()
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prompts: str = ""
+    samples_dir: str = ""
+    num_images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,7 +119,7 @@ class DecoderScorer:
 
     def _generation(self, decoder: loading.Decoder, tok: loading.Tokenizer, data: Data, page: Page) -> Scores:
         """Retrieval of samples, and their metrics as a set."""
-        config, settings, each = decoder.config, self._settings, self._settings.samples_per_prompt
+        config, settings, each = decoder.config, self._settings, self._settings.samples_per_prompt or 4
         use_labels = _by_class(config)
         subset = _distinct(data, settings, use_labels)
         records = subset.__getitems__(range(len(subset)))

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.evaluation.checkpoint_data import Settings
 from imagegpt_jax.generation import output
 from imagegpt_jax.generation.prompts import read_prompts
-from imagegpt_jax.metrics import prompts
-from imagegpt_jax.metrics.protocols import Protocol
+from imagegpt_jax.metrics import prompts, protocols
 from imagegpt_jax.runtime import filesystem
 from imagegpt_jax.sampling.settings import RENAMED, Sampling, renamed
 
@@ -27,81 +27,52 @@ CLASSES = "classes"  # in place of a file of prompts: every class
 Row = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """What is to be drawn.
-
-    Attributes:
-      checkpoint: workdir, exported folder or published weights of a decoder.
-      prompts: file of prompts, in the protocol's format; or "classes".
-      folder: where the pictures go.
-      protocol: which prompts, and how many pictures of each.
-      step: checkpoint step; None for the newest.
-      tokenizer: of images; "" for the one that the decoder was trained with.
-      each: pictures of each prompt; 0 for the protocol's number.
-      count: only so many pictures, the first ones; 0 for all.
-      seed: of the draw of captions, and of the pictures.
-      sampler: settings of `Sampling` in place of the decoder's own.
-    """
-
-    checkpoint: str
-    prompts: str
-    folder: str
-    protocol: Protocol
-    step: int | None = None
-    tokenizer: str = ""
-    each: int = 0
-    count: int = 0
-    seed: int = 0
-    sampler: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def per_prompt(self) -> int:
-        """Pictures of each prompt."""
-        return self.each or self.protocol.each
-
-
-def parse_sampler(values: Sequence[str]) -> dict[str, float | str]:
+def parse_sampler(values: Sequence[str]) -> dict[str, Any]:
     """`["cfg_scale=3", ...]` -> settings of `Sampling`.
 
     Raises:
       UserError: for a setting that there is not, or no number where one is needed.
     """
     kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Sampling)}
-    settings: dict[str, float | str] = {}
+    given: dict[str, Any] = {}
     for value in values:
         name, separator, text = value.partition("=")
         name = RENAMED.get(name, name)
         if name not in kinds:
             raise UserError(f"unknown setting {name!r} in --sampler.{suggest(name, kinds)}")
         try:
-            settings[name] = kinds[name](text)
+            given[name] = kinds[name](text)
         except ValueError:
             separator = ""
         if not separator:
             raise UserError(f"--sampler={value} is not NAME=VALUE: write {name}={getattr(Sampling(), name)}.")
-    Sampling(**settings)  # type: ignore[arg-type]
-    return settings
+    Sampling(**given)
+    return given
 
 
-def read(order: Order) -> list[Row]:
+def read_rows(settings: Settings) -> list[Row]:
     """The rows of the file of prompts, each with its "text"; [] for classes, which the decoder knows.
 
     Raises:
       UserError: if the file is none of the protocol's.
     """
-    if order.prompts == CLASSES:
+    if settings.prompts == CLASSES:
         return []
-    rows = -(-order.count // order.per_prompt) if order.count else 0
-    return [*prompts.of_protocol(order.protocol.name, order.prompts, rows, order.seed, read_prompts)]
+    rows = -(-settings.num_images // _per_prompt(settings))
+    return [*prompts.of_protocol(settings.protocol, settings.prompts, rows, settings.seed, read_prompts)]
 
 
-def draw(order: Order, rows: Sequence[Row]) -> None:
+def _per_prompt(settings: Settings) -> int:
+    """Pictures of each prompt."""
+    return settings.samples_per_prompt or protocols.find(settings.protocol).each
+
+
+def draw(settings: Settings, rows: Sequence[Row]) -> None:
     """Draws the pictures that are not yet in the folder, together with the other processes.
 
     Args:
-      order: what.
-      rows: from `read`.
+      settings: the decoder, its prompts and `samples_dir`.
+      rows: from `read_rows`.
 
     Raises:
       UserError: if the decoder cannot draw these, or the folder holds other pictures.
@@ -110,23 +81,23 @@ def draw(order: Order, rows: Sequence[Row]) -> None:
     from imagegpt_jax.inference import loading
     from imagegpt_jax.runtime import distributed
 
-    decoder = loading.load_decoder(order.checkpoint, order.step, tokenizer=order.tokenizer or None)
+    (path,), each = settings.checkpoints, _per_prompt(settings)
+    decoder = loading.load_decoder(path, settings.step, tokenizer=settings.tokenizer or None)
     tok = decoder.load_tokenizer()
-    sampling = decoder.sampling(**order.sampler)  # type: ignore[arg-type]
-    if order.prompts == CLASSES:
+    sampling = decoder.sampling(**settings.sampler)
+    if settings.prompts == CLASSES:
         count = decoder.setup.space.num_classes
         if not count:
-            raise UserError(f"{order.checkpoint} was not trained on classes: give a file of prompts.")
+            raise UserError(f"{path} was not trained on classes: give a file of prompts.")
         names = decoder.setup.labels or [""] * count
         rows = [{"text": names[number], "class": number} for number in range(count)]
-    total = len(rows) * order.per_prompt
-    total = min(order.count, total) if order.count else total
-    if order.prompts == CLASSES:  # class after class: the parts that ADM's Inception Score is cut into hold all of them
+    total = min(settings.num_images or len(rows) * each, len(rows) * each)
+    if settings.prompts == CLASSES:  # class after class, so that each split of ADM's Inception Score holds all of them
         asked = [rows[i % len(rows)] for i in range(total)]
     else:
-        asked = [rows[i // order.per_prompt] for i in range(total)]
-    about = {"seed": order.seed, "sampler": dataclasses.asdict(sampling), **output.about(decoder, tok)}
-    folder = epath.Path(order.folder)
+        asked = [rows[i // each] for i in range(total)]
+    about = {"seed": settings.seed, "sampler": dataclasses.asdict(sampling), **output.about(decoder, tok)}
+    folder = epath.Path(settings.samples_dir)
     if distributed.is_main_process():
         _begin(folder, {**about, "pictures": total, "prompts": _digest(asked)})
         lines = [json.dumps({**row, "file_name": file_name(i)}) for i, row in enumerate(asked)]

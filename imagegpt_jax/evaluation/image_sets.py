@@ -39,7 +39,7 @@ class Request:
       options: intervals and extrapolation.
       num_images: only so many images, the first ones; 0 is all.
       train_images: folder or .npz of images that were trained on, to look for in the reference; "" for none.
-      statistics: file to write the statistics of `images` to, as a later reference; "" for none.
+      statistics_output: file to write the statistics of `images` to, as a later reference; "" for none.
       batch_size: images that a process reads at once; 0 for the default.
       captions: file of captions; "" for those that the images bring.
       scorer: `module:function` that judges images for GenEval; "" for none.
@@ -55,7 +55,7 @@ class Request:
     options: Options
     num_images: int = 0
     train_images: str = ""
-    statistics: str = ""
+    statistics_output: str = ""
     batch_size: int = 0
     captions: str = ""
     scorer: str = ""
@@ -196,7 +196,7 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
         options,
         captions=opened.captions,
         batch_size=request.batch_size or set_scorer.BATCH_SIZE,
-        besides=_written(protocol) if request.statistics else (),
+        besides=_written(protocol) if request.statistics_output else (),
         progress=True,
     )
     images = scorer.gather("images", opened.images)
@@ -211,7 +211,7 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
     if distributed.is_main_process():
         judged = _judge(request, opened.images) if any(score.find(n).form == JUDGED for n in request.metrics) else None
         scores = scorer.scores(images, compared.source, judged)
-        if request.statistics:
+        if request.statistics_output:
             _write_statistics(request, images, {n.name: n.about["sha256"] for n in scorer.networks})
     scores["provenance"] = {
         "protocol": protocol.facts(),
@@ -335,7 +335,7 @@ def _write_statistics(request: Request, images: FeatureStatistics, weights: Mapp
     }
     outputs = [score.output_of(name, request.protocol) for name in _written(request.protocol)]
     moments = {output[1]: images.moments[output] for output in outputs}
-    write_statistics(request.statistics, images.count, moments, about)
+    write_statistics(request.statistics_output, images.count, moments, about)
 
 
 def table(scores: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.metrics import networks, protocols, retrieval
 from imagegpt_jax.metrics.evaluator import Evaluation
-from imagegpt_jax.metrics.metric import Reference
+from imagegpt_jax.metrics.feature_statistics import FeatureStatistics
 from imagegpt_jax.metrics.set_scorer import SetScorer
 from imagegpt_jax.metrics.sets import ImageSet, InMemory
 
@@ -94,7 +94,7 @@ class GenerationEvaluator:
         self._prompted, self._seed, self._prefix = prompted_PHWC, seed, prefix
 
     @functools.cached_property
-    def _scorers(self) -> list[tuple[SetScorer, Reference | None]]:
+    def _scorers(self) -> list[tuple[SetScorer, FeatureStatistics | None]]:
         """What scores the samples by each network, with the reference; made at the first evaluation."""
         held_out = None if self._held_out is None else self._held_out()
         scorers = []

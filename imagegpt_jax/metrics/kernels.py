@@ -5,29 +5,15 @@ Shapes: N M examples, D features, n examples of a subset.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float
 
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.metrics.statistics import Rows
 
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 _CHUNK = 1024
-
-
-class Table(Protocol):
-    """Rows that can be read by number, such as `statistics.Rows`."""
-
-    def __len__(self) -> int: ...
-
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows with these numbers."""
-        ...
-
-    def block(self, start: int, stop: int) -> np.ndarray:
-        """Rows from `start` up to `stop`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +72,7 @@ def mmd2_unbiased(a_nD: Float[np.ndarray, "n D"], b_nD: Float[np.ndarray, "n D"]
     return sum(unlike(kernel(x, x)) for x in (a_nD, b_nD)) - 2 * (unlike(across) if paired else float(across.mean()))
 
 
-def kid(images: Table, references: Table, subsets: Subsets) -> Float[np.ndarray, "subsets"]:
+def kid(images: Rows, references: Rows, subsets: Subsets) -> Float[np.ndarray, "subsets"]:
     """Kernel Inception Distance of each subset (Binkowski et al. 2018, arXiv:1801.01401); their mean is the score.
 
     Raises:
@@ -98,17 +84,17 @@ def kid(images: Table, references: Table, subsets: Subsets) -> Float[np.ndarray,
     return np.array([mmd2_unbiased(images.take(a), references.take(b)) for a, b in draws])
 
 
-def cmmd(images: Table, references: Table) -> float:
+def cmmd(images: Rows, references: Rows) -> float:
     """CMMD of CLIP embeddings (Jayasumana et al. 2024, arXiv:2401.09603): a Gaussian kernel of width 10, times 1000.
 
     Embeddings are scaled to unit length; all pairs count, a row with itself included, as in the authors' program.
     """
 
-    def unit(table: Table, start: int) -> np.ndarray:
+    def unit(table: Rows, start: int) -> np.ndarray:
         rows = table.block(start, start + _CHUNK).astype(np.float64)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-    def mean_kernel(a: Table, b: Table) -> float:
+    def mean_kernel(a: Rows, b: Rows) -> float:
         total = 0.0
         for i in range(0, len(a), _CHUNK):
             x = unit(a, i)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +17,9 @@ from imagegpt_jax.errors import UserError
 from imagegpt_jax.metrics.feature_statistics import CLASSES, JUDGED, MOMENTS, ROWS, VALUES, FeatureStatistics, Output
 
 if TYPE_CHECKING:
-    from imagegpt_jax.metrics import protocols
-    from imagegpt_jax.metrics.frechet import Gaussian
-    from imagegpt_jax.metrics.kernels import Table
+    from imagegpt_jax.metrics.protocols import Protocol
     from imagegpt_jax.metrics.statistics import Rows
+    from imagegpt_jax.metrics.statistics_files import FileStatistics
 
 Result = dict[str, Any]
 _Z = 1.959963984540054  # of a 95% interval of a normal distribution
@@ -92,18 +91,6 @@ class Metric:
             raise UserError("a metric of pairs of images, and no other, has compare=FUNCTION, or network='lpips'.")
 
 
-class Reference(Protocol):
-    """What images are compared with: a set that was passed over, or a file of statistics."""
-
-    def gaussian(self, output: Output) -> Gaussian:
-        """Mean and covariance of an output; a file that does not hold them is a UserError."""
-        ...
-
-    def features(self, output: Output) -> Table:
-        """Every feature of an output; a file that does not hold them is a UserError."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What a metric is computed from.
@@ -124,8 +111,8 @@ class Inputs:
     name: str
     output: Output
     images: FeatureStatistics
-    reference: Reference | None
-    protocol: protocols.Protocol
+    reference: FeatureStatistics | FileStatistics | None
+    protocol: Protocol
     options: Options
     captions: Sequence[str]
     texts_NE: np.ndarray | None
@@ -138,7 +125,7 @@ class Inputs:
         return self.images.features(self.output)
 
     @property
-    def reference_rows(self) -> Table:
+    def reference_rows(self) -> Rows:
         """Every feature of the reference."""
         assert self.reference is not None
         return self.reference.features(self.output)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.metrics.kernels import Table
+from imagegpt_jax.metrics.statistics import Rows
 
 _CHUNK = 1024
 
@@ -23,12 +23,12 @@ def _squared(a_nD: np.ndarray, b_mD: np.ndarray) -> np.ndarray:
     return np.maximum(square, 0.0)
 
 
-def _chunks(table: Table) -> Iterator[tuple[int, np.ndarray]]:
+def _chunks(table: Rows) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, len(table), _CHUNK):
         yield start, table.block(start, start + _CHUNK)
 
 
-def radii(table: Table, neighbours: int) -> Float[np.ndarray, "N"]:
+def radii(table: Rows, neighbours: int) -> Float[np.ndarray, "N"]:
     """Squared distance of each row to its `neighbours`-th nearest other row.
 
     Raises:
@@ -49,7 +49,7 @@ def radii(table: Table, neighbours: int) -> Float[np.ndarray, "N"]:
     return radii_N
 
 
-def share_inside(points: Table, centres: Table, radii_M: Float[np.ndarray, "M"]) -> float:
+def share_inside(points: Rows, centres: Rows, radii_M: Float[np.ndarray, "M"]) -> float:
     """Share of points that lie in a ball around at least one centre, its surface included."""
     inside = 0
     for _, rows in _chunks(points):
@@ -60,7 +60,7 @@ def share_inside(points: Table, centres: Table, radii_M: Float[np.ndarray, "M"])
     return inside / len(points)
 
 
-def precision_recall(images: Table, references: Table, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(images: Rows, references: Rows, neighbours: int = 3) -> tuple[float, float]:
     """Precision and recall of Kynkaanniemi et al. 2019 (arXiv:1904.06991).
 
     Returns:
@@ -73,7 +73,7 @@ def precision_recall(images: Table, references: Table, neighbours: int = 3) -> t
     )
 
 
-def density_coverage(images: Table, references: Table, neighbours: int = 5) -> tuple[float, float]:
+def density_coverage(images: Rows, references: Rows, neighbours: int = 5) -> tuple[float, float]:
     """Density and coverage of Naeem et al. 2020 (arXiv:2002.09797).
 
     Returns:

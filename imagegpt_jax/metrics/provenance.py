@@ -61,8 +61,8 @@ def drawn_by(images: ImageSet) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- comparing
 
 
-def read(path: epath.PathLike) -> dict[str, Any]:
-    """Scores of image sets, as `evaluate` writes them.
+def read(path: epath.PathLike, *, flat: bool = False) -> dict[str, Any]:
+    """Scores of image sets, as `evaluate` writes them; if `flat`, those of checkpoints too.
 
     Raises:
       UserError: if the file is missing or holds something else.
@@ -74,19 +74,11 @@ def read(path: epath.PathLike) -> dict[str, Any]:
         scores = json.loads(file.read_text())
     except ValueError as e:
         raise UserError(f"{path} is not JSON ({e}): give what `evaluate --images=... --output=FILE` wrote.") from e
+    if flat and isinstance(scores, dict) and "code_sha256" in scores:
+        return scores
     if not isinstance(scores, dict) or not isinstance(scores.get("provenance"), dict):
         raise UserError(f"{path} has no provenance: give what `evaluate --images=... --output=FILE` wrote.")
     return scores
-
-
-def _read_any(path: epath.PathLike) -> dict[str, Any]:
-    """Scores of image sets, or of checkpoints, which are flat; errors as in `read`."""
-    file = epath.Path(path)
-    try:
-        scores = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:
-        scores = {}
-    return scores if isinstance(scores, dict) and "code_sha256" in scores else read(path)
 
 
 def _compare_flat(a: Mapping[str, Any], b: Mapping[str, Any], paths: Sequence[str]) -> str:
@@ -148,7 +140,7 @@ def compare(paths: Sequence[str]) -> str:
     """
     if len(paths) != 2:
         raise UserError("--compare takes two files: --compare A.json B.json.")
-    a, b = map(_read_any, paths)
+    a, b = (read(path, flat=True) for path in paths)
     if "provenance" not in a and "provenance" not in b:
         return _compare_flat(a, b, paths)
     a, b = map(read, paths)

@@ -26,7 +26,6 @@ from imagegpt_jax.metrics.metric import (
     Inputs,
     Metric,
     Options,
-    Reference,
     Result,
     of_pairs,
     of_parts,
@@ -214,7 +213,7 @@ def check_statistics(names: Sequence[str], statistics: FileStatistics, protocol:
 def compute(
     names: Sequence[str],
     images: FeatureStatistics,
-    reference: Reference | None,
+    reference: FeatureStatistics | FileStatistics | None,
     protocol: Protocol,
     options: Options = NO_OPTIONS,
     captions: Sequence[str] = (),

@@ -13,9 +13,10 @@ import numpy as np
 from imagegpt_jax.metrics import feature_statistics, networks, score
 from imagegpt_jax.metrics.feature_statistics import VALUES, FeatureStatistics, Output
 from imagegpt_jax.metrics.features import Network
-from imagegpt_jax.metrics.metric import CAPTIONS, Options, Reference, Result
+from imagegpt_jax.metrics.metric import CAPTIONS, Options, Result
 from imagegpt_jax.metrics.protocols import Protocol
 from imagegpt_jax.metrics.sets import ImageSet
+from imagegpt_jax.metrics.statistics_files import FileStatistics
 
 BATCH_SIZE = 64
 
@@ -86,7 +87,7 @@ class SetScorer:
     def scores(
         self,
         images: FeatureStatistics,
-        reference: Reference | None,
+        reference: FeatureStatistics | FileStatistics | None,
         judged: tuple[float, dict[str, float]] | None = None,
     ) -> dict[str, Result]:
         """The metrics' values, see `score.compute`."""

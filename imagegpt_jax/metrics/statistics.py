@@ -1,4 +1,4 @@
-"""Statistics of features that grow by batches, merge, and do not keep the features: moments and class scores.
+"""Statistics of features that grow by batches and do not keep the features: moments and class scores.
 
 Everything is summed in float64. `Rows` keeps features for the metrics that need every one of them, in a file.
 Shapes: N examples, D features, K classes, S splits.
@@ -38,12 +38,6 @@ class Moments:
             if self.count - self._count == BLOCK:
                 self._flush()
 
-    def merge(self, other: "Moments") -> None:
-        """Adds the rows of another."""
-        self._flush()
-        other._flush()
-        self._join(other._count, other._mean_D, other._scatter_DD)
-
     @property
     def mean(self) -> Float[np.ndarray, "D"]:
         """Mean of the rows."""
@@ -68,18 +62,13 @@ class Moments:
             self._waiting = []
             mean_D = rows_ND.mean(axis=0)
             rows_ND -= mean_D
-            self._join(len(rows_ND), mean_D, rows_ND.T @ rows_ND)
-
-    def _join(self, count: int, mean_D: np.ndarray, scatter_DD: np.ndarray) -> None:
-        if not count:
-            return
-        total = self._count + count
-        step_D = mean_D - self._mean_D
-        self._scatter_DD += scatter_DD
-        if self._count:
-            self._scatter_DD += np.outer(step_D * (self._count * count / total), step_D)
-        self._mean_D = self._mean_D + step_D * (count / total)
-        self._count = total
+            count, total = len(rows_ND), self._count + len(rows_ND)
+            step_D = mean_D - self._mean_D
+            self._scatter_DD += rows_ND.T @ rows_ND
+            if self._count:
+                self._scatter_DD += np.outer(step_D * (self._count * count / total), step_D)
+            self._mean_D = self._mean_D + step_D * (count / total)
+            self._count = total
 
 
 class ClassScores:
@@ -100,12 +89,6 @@ class ClassScores:
         np.add.at(self.counts_S, splits_N, 1)
         np.add.at(self._sums_SK, splits_N, p_NK)
         np.add.at(self._negative_entropy_S, splits_N, (p_NK * log_p_NK).sum(axis=1))
-
-    def merge(self, other: "ClassScores") -> None:
-        """Adds the logits of another."""
-        self.counts_S += other.counts_S
-        self._sums_SK += other._sums_SK
-        self._negative_entropy_S += other._negative_entropy_S
 
     @property
     def scores(self) -> Float[np.ndarray, "S"]:

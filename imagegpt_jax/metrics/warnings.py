@@ -73,10 +73,6 @@ def of_scores(
         )
     if isinstance(reference, FeatureStatistics) and (common := len(set(images.keys()) & set(reference.keys()))):
         texts["overlap"] = f"{common} images are in the reference too, to the bit."
-    if isinstance(reference, FileStatistics) and reference.about.get("protocol", protocol.name) != protocol.name:
-        texts["other_protocol"] = (
-            f"the reference's statistics were made by {reference.about['protocol']}, not by {protocol.name}."
-        )
     return _named(texts)
 
 

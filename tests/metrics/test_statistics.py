@@ -39,18 +39,6 @@ def test_batches_do_not_matter_to_the_bit(batch):
     np.testing.assert_array_equal(cut.covariance, whole.covariance)
 
 
-@pytest.mark.parametrize("cuts", [(1,), (350,), (100, 101, 600)])
-def test_merged_parts_are_the_whole(cuts):
-    given = rows(700)
-    whole = moments_of(given)
-    merged = statistics.Moments(24)
-    for part in np.split(given, cuts):
-        merged.merge(moments_of(part))
-    assert merged.count == 700
-    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12)
-    np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=1e-9, atol=1e-13)
-
-
 def test_a_large_mean_does_not_cost_the_covariance():
     given = rows(500).astype(np.float64)
     far = moments_of(given + 1e6).covariance
@@ -99,18 +87,16 @@ def inception_score(logits, split_N):
     return np.array([np.exp((q * (np.log(q) - np.log(q.mean(axis=0)))).sum(axis=1).mean()) for q in parts])
 
 
-def test_class_scores_are_the_definition_and_merge():
+def test_class_scores_are_the_definition():
     logits = np.random.default_rng(0).normal(0, 3, (90, 12))
     split_N = np.arange(90) % 4
-    one, first, second = (statistics.ClassScores(4, 12) for _ in range(3))
+    one, parts = statistics.ClassScores(4, 12), statistics.ClassScores(4, 12)
     one.add(logits, split_N)
-    for i in range(0, 50, 9):
-        first.add(logits[i : min(i + 9, 50)], split_N[i : min(i + 9, 50)])
-    second.add(logits[50:], split_N[50:])
-    first.merge(second)
+    for i in range(0, 90, 9):
+        parts.add(logits[i : i + 9], split_N[i : i + 9])
     np.testing.assert_allclose(one.scores, inception_score(logits, split_N), rtol=1e-12)
-    np.testing.assert_allclose(first.scores, one.scores, rtol=1e-12)
-    assert first.counts_S.tolist() == [23, 23, 22, 22]
+    np.testing.assert_allclose(parts.scores, one.scores, rtol=1e-12)
+    assert parts.counts_S.tolist() == [23, 23, 22, 22]
 
 
 def test_splits_in_order_and_shuffled():

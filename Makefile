@@ -1,6 +1,6 @@
 # make demo     train, sample and evaluate on the built-in pictures (about 10 minutes on two CPU cores)
 # make test     every test that a user needs
-# make lint     formatter, linter and type checker
+# make lint     formatter, linter, type checker, and the layers of the package
 # make parity   comparisons with PyTorch references (installs torch)
 # make scale    compile every preset for TPU slices, keep docs/scale.json and docs/scale.md (installs libtpu; an hour)
 # make scale-check   recompile one small cell and compare it with what is kept (a minute or two)
@@ -52,6 +52,7 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache --no-logo
 
 parity: $(VENV)/.stamp-parity
 	$(BIN)/python -m pytest tests/parity

@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 import re
+import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "imagegpt_jax"
@@ -30,6 +31,14 @@ def test_every_folder_and_file_of_the_package_has_a_row():
     assert {path for path in mapped if path.startswith("imagegpt_jax/")} == parts(PACKAGE)
     assert {path for path in parts(ROOT / "tools") if path.endswith("/")} <= set(mapped)
     assert [path for path in mapped if not (ROOT / path).exists()] == []
+
+
+def test_the_rows_stand_in_the_order_of_the_layers():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    expected = list(itertools.chain(*(re.findall(r"\w+", layer) for layer in layers)))
+    names = [pathlib.PurePath(path).stem for row in rows() for path in row if path.startswith("imagegpt_jax/")]
+    assert names == ["__init__", *expected]
 
 
 def test_paths_in_text_exist():

@@ -66,7 +66,7 @@ def _write_run(config, workdir):
     shapes = jax.eval_shape(functools.partial(task.init_state, setup), jax.eval_shape(jax.random.key, 0))
     rng = np.random.default_rng(0)
     config_lib.save(config, workdir)
-    task.TASK.save_assets(setup, workdir)
+    task.save_assets(setup, workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config)
     for step in (1, 2):
         # Random numbers need no compiled initialisation, which would take most of the tests' time.

@@ -209,6 +209,45 @@ def test_a_picture_is_drawn_again_from_its_metadata(binary, workdirs, tmp_path):
         binary("sample", f"--from_image={tmp_path / 'plain.png'}", f"--output={tmp_path / 'x'}").main()
 
 
+def test_a_picture_of_before_is_drawn_again(binary, workdirs, tmp_path):
+    """Metadata as they were written when they held flags: "request", "draw", "finish", "found" and old settings."""
+    gpt = loading.load_decoder(workdirs.decoder)
+    tok = gpt.load_tokenizer()
+    sampler = {"temperature": 1.0, "top_k": 7, "top_p": 1.0, "min_p": 0.0, "no_repeat": 0, "cfg_scale": 3.0}
+    sampler |= {"cfg_schedule": "constant", "cfg_power": 1.0, "cfg_start": 0.0, "cfg_end": 1.0, "weights": ""}
+    about = {
+        "file": "00003-dog.png",
+        "index": 3,
+        "prompt": "dog",
+        "class": None,
+        "request": {"prompt": ["dog"], "negative": "cat"},
+        "draw": 3,
+        "seed": 8,
+        "sampler": sampler | {"speculative": 0, "together": 1},
+        "decoder": str(workdirs.decoder),
+        "step": 2,
+        "decoder_hash": gpt.fingerprint(),
+        "tokenizer": str(workdirs.tokenizer),
+        "tokenizer_step": 2,
+        "tokenizer_hash": tok.fingerprint,
+        "version": "0.1.0",
+        "finish": {"contrast": 1.3, "resize": ["24", "40"]},
+        "found": {"log_likelihood": -66.0},
+    }
+    (tmp_path / "old.png").write_bytes(images.png_bytes(np.zeros((24, 40, 3), np.uint8), about))
+    binary("sample", f"--from_image={tmp_path / 'old.png'}", f"--output={tmp_path / 'o'}").main()
+    expected = functional.generate(gpt, tok, ["cat", "dog"], num_images=2, seed=8, top_k=7, negative="cat")[3]
+    expected = images.contrast(images.resize(expected, (24, 40)), 1.3)
+    (row,) = _rows(tmp_path / "o")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "o" / row["file"])), expected)
+    # Flags that are given replace what the picture says.
+    flags = [f"--from_image={tmp_path / 'old.png'}", "--prompt=red heart", "--contrast=1", "--resize=16"]
+    binary("sample", *flags, f"--output={tmp_path / 'p'}").main()
+    (row,) = _rows(tmp_path / "p")
+    expected = functional.generate(gpt, tok, "red heart", seed=8, top_k=7, negative="cat")[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "p" / row["file"])), expected)
+
+
 def test_series_best_of_gif_and_npz(binary, workdirs, tmp_path):
     base = [f"--decoder={workdirs.decoder}", "--prompt=dog"]
     binary("sample", *base, "--interpolate=red heart", "--frames=4", f"--output={tmp_path / 'i'}").main()

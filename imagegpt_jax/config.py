@@ -30,8 +30,6 @@ HARMLESS = (
     "topology",
     "log_every",
     "eval_every",
-    "sample_every",
-    "eval_batches",
     "eval_samples",
     "eval_features",
     "sampling",

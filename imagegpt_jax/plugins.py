@@ -5,7 +5,9 @@ data sources, scorers. A user's object is written "module:name"; nothing is regi
 """
 
 import importlib
-import types
+import importlib.util
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -48,17 +50,23 @@ def plug_in(name: str, what: str, known: Iterable[str] = ()) -> Any:
         raise UserError(f"{what}={name} cannot be imported ({e}): give module:name on the Python path.") from e
 
 
-def load_module(name: str, what: str, known: Iterable[str] = ()) -> types.ModuleType:
-    """Returns the module with a dotted name, such as "imagegpt_jax.tasks.decoder" or a user's "my_package.my_task".
+def find_module(name: str, what: str, known: Iterable[str] = ()) -> str:
+    """The dotted name of a user's module, which is there, and not imported yet.
 
     Raises:
-      UserError: if there is none, with the nearest of the names that the caller knows.
+      UserError: if it is not, with the nearest of the names that the caller knows.
     """
+    if "." not in name:
+        raise UserError(f"unknown {what} {name!r}.{suggest(name, known)} Your own is given as my_package.my_module.")
+    if (folder := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as e:
-        if e.name is None or not f"{name}.".startswith(f"{e.name}."):  # the module is there, what it needs is not
-            raise UserError(f"{what}={name} cannot be imported ({e}): install what it needs.") from e
-        raise UserError(f"unknown {what} {name!r}.{suggest(name, known)} Your own is given as package.module.") from e
-    except (ImportError, ValueError) as e:
-        raise UserError(f"{what}={name!r} cannot be imported ({e}).") from e
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise UserError(
+            f"{what}={name} is no module on the Python path or in the current folder: set PYTHONPATH to the folder that"
+            f" holds {name.partition('.')[0]}.{suggest(name, known)}"
+        )
+    return name

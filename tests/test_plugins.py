@@ -10,21 +10,20 @@ TABLE = {"hinge": 1, "logistic": 2}
 
 def test_a_name_is_ours_or_a_users(tmp_path, monkeypatch):
     (tmp_path / "of_a_user.py").write_text("import math\nPI = math.pi\n")
-    (tmp_path / "in_need.py").write_text("import no_such_package\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert plugins.resolve("hinge", "loss", TABLE) == 1
     assert plugins.resolve("json:loads", "loss", TABLE) is json.loads
-    assert plugins.load_module("of_a_user", "task").PI > 3
+    assert plugins.resolve("of_a_user:PI", "loss", TABLE) > 3
+    assert plugins.find_module("json.decoder", "task") == "json.decoder"
     for message, call in {
         r"unknown loss 'hingee'. Did you mean 'hinge'\?": lambda: plugins.resolve("hingee", "loss", TABLE),
         "Your own is given as module:name": lambda: plugins.resolve("json:", "loss", TABLE),
         "unknown loss ':loads'": lambda: plugins.resolve(":loads", "loss", TABLE),
         "loss=json:no_such cannot be imported .*no_such": lambda: plugins.resolve("json:no_such", "loss", TABLE),
         "loss=no_such_module:f cannot be imported": lambda: plugins.plug_in("no_such_module:f", "loss"),
-        r"unknown task 'decodr'. Did you mean 'decoder'\?": lambda: plugins.load_module("decodr", "task", ["decoder"]),
-        "unknown task 'imagegpt_jax.no.such'": lambda: plugins.load_module("imagegpt_jax.no.such", "task"),
-        "task=in_need cannot be imported .*install what it needs": lambda: plugins.load_module("in_need", "task"),
-        "task='' cannot be imported": lambda: plugins.load_module("", "task"),
+        r"unknown task 'decodr'. Did you mean 'decoder'\?": lambda: plugins.find_module("decodr", "task", ["decoder"]),
+        "task=no.such is no module .* folder that holds no": lambda: plugins.find_module("no.such", "task"),
+        r"task=\.x is no module": lambda: plugins.find_module(".x", "task"),
     }.items():
         with pytest.raises(UserError, match=message):
             call()

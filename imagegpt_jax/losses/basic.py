@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from imagegpt_jax.models import layers
 
@@ -114,37 +114,3 @@ def adaptive_weight(rec_grad: Any, gan_grad: Any) -> Float[Array, ""]:
 
 def _norm(tree: Any) -> Float[Array, ""]:
     return jnp.sqrt(sum(jnp.sum(jnp.square(_wide(x))) for x in jax.tree.leaves(tree)))
-
-
-def token_nll(
-    logits_BLV: Float[Array, "B L V"], targets_BL: Int[Array, "B L"]
-) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """Negative log likelihood of each target, in nats, and the log normaliser (logsumexp of the logits)."""
-    logits_BLV = logits_BLV.astype(jnp.float32)
-    normaliser_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    return normaliser_BL - target_BL, normaliser_BL
-
-
-def cross_entropy(
-    logits_BLV: Float[Array, "B L V"],
-    targets_BL: Int[Array, "B L"],
-    weights_BL: Float[Array, "B L"],
-    z_loss: float = 0.0,
-) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
-    """Weighted mean of the tokens' negative log likelihoods.
-
-    Args:
-      logits_BLV: any float type; computed in float32.
-      targets_BL: class indices.
-      weights_BL: weight of each token in the mean; 0 for padding. All zero gives a loss of zero.
-      z_loss: weight of the mean of log(normaliser)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311).
-
-    Returns:
-      The loss and the unweighted negative log likelihood of each token, in nats.
-    """
-    nll_BL, normaliser_BL = token_nll(logits_BLV, targets_BL)
-    per_token_BL = nll_BL + z_loss * jnp.square(normaliser_BL)
-    weights_BL = weights_BL.astype(jnp.float32)
-    total = jnp.sum(weights_BL)
-    return jnp.sum(per_token_BL * weights_BL) / jnp.where(total > 0, total, 1.0), nll_BL

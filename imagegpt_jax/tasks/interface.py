@@ -11,12 +11,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax import plugins
+from imagegpt_jax.errors import UserError
 
 if TYPE_CHECKING:
     import jax
@@ -166,22 +165,7 @@ def locate(name: str) -> str:
     Raises:
       UserError: for a name that is neither one of ours nor a module.
     """
-    if name in TASKS:
-        return TASKS[name]
-    if "." not in name:
-        raise UserError(f"config.task={name!r} is no task.{suggest(name, TASKS)} Your own is my_package.my_module.")
-    if (folder := os.getcwd()) not in sys.path and "" not in sys.path:
-        sys.path.append(folder)
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        raise UserError(
-            f"config.task={name!r}: there is no such module on the Python path or in the current folder; set PYTHONPATH"
-            f" to the folder that holds {name.partition('.')[0]}.{suggest(name, TASKS)}"
-        )
-    return name
+    return TASKS[name] if name in TASKS else plugins.find_module(name, "config.task", TASKS)
 
 
 def find(name: str) -> Task[Any]:

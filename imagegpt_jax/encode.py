@@ -158,7 +158,7 @@ def encode() -> None:
 
     # --- Everything a person can get wrong, before devices and files.
     config: Any = config_lib.load(TOKENIZER.value)
-    if config.task == "weights" and not OPS.value:
+    if "data" not in config and not OPS.value:
         raise errors.UserError(
             "published weights do not say what pictures they want: give --ops=..., with value_range(-1,1)."
         )

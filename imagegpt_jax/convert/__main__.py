@@ -32,13 +32,14 @@ def main() -> None:
     """Parses the command line and converts."""
     arguments = _arguments()
     logs.quiet()
-    from imagegpt_jax.convert import command, matrix
+    from imagegpt_jax.convert import matrix
+    from imagegpt_jax.inference import export
 
     if arguments.source is None:
         print(matrix.text())
         return
     try:
-        done = command.convert(
+        done = export.convert(
             pathlib.Path(arguments.source).expanduser(),
             pathlib.Path(arguments.target).expanduser(),
             to=arguments.to,

@@ -146,7 +146,7 @@ class DecoderSetup:
       folder: where it came from.
       tokenizer: the image tokenizer to draw with; "" = what lies beside the weights.
       text_folder: its text tokenizer; None without one.
-      encoder: the `inference.text_encoder.TextEncoder` that reads its prompts; None without one.
+      encoder: the `tasks.decoder.text_encoder.TextEncoder` that reads its prompts; None without one.
     """
 
     model: Any

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import imagegpt_jax as ig
-from imagegpt_jax.convert import command, formats
+from imagegpt_jax.convert import formats
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference import export
 from imagegpt_jax.weight_files import files, safetensors_file
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "weights"
@@ -65,8 +66,8 @@ def test_colours():
 )
 def test_round_trips_give_the_same_bits(name, kind, options, tmp_path):
     source = GOLDEN / name
-    command.convert(source, tmp_path / "portable", kind=kind, **options)
-    command.convert(tmp_path / "portable", tmp_path / "back")
+    export.convert(source, tmp_path / "portable", kind=kind, **options)
+    export.convert(tmp_path / "portable", tmp_path / "back")
     before = formats.recognise(files.open_source(source), kind, formats.Options(**options))
     after = formats.recognise(files.open_source(tmp_path / "back"), kind)
     assert before.config == after.config
@@ -80,7 +81,7 @@ def test_round_trips_give_the_same_bits(name, kind, options, tmp_path):
 
 
 def test_portable_folders_stand_alone(tmp_path):
-    command.convert(GOLDEN / "llama", tmp_path / "portable")
+    export.convert(GOLDEN / "llama", tmp_path / "portable")
     assert {p.name for p in (tmp_path / "portable").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "portable", moved)
@@ -103,12 +104,12 @@ def test_pictures_are_drawn_with_imported_weights():
 
 def test_a_run_becomes_a_portable_folder(workdirs, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    command.convert(workdirs.tokenizer, tmp_path / "tokenizer")
+    export.convert(workdirs.tokenizer, tmp_path / "tokenizer")
     trained, exported = ig.load_tokenizer(workdirs.tokenizer), ig.load_tokenizer(tmp_path / "tokenizer")
     assert trained.fingerprint == exported.fingerprint
     np.testing.assert_array_equal(trained.encode(images), exported.encode(images))
 
-    command.convert(workdirs.decoder, tmp_path / "decoder")
+    export.convert(workdirs.decoder, tmp_path / "decoder")
     trained, exported = ig.load_decoder(workdirs.decoder), ig.load_decoder(tmp_path / "decoder")
     np.testing.assert_array_equal(trained.logits(EXPECTED["ids"]), exported.logits(EXPECTED["ids"]))
     prompt = "noto emoji of pizza"
@@ -117,10 +118,10 @@ def test_a_run_becomes_a_portable_folder(workdirs, tmp_path):
 
 def test_what_another_layout_has_no_place_for_is_told(workdirs, tmp_path):
     with pytest.raises(UserError, match=r"no LlamaGen VQ-16, VQ-8: that has no .*stem_patch=4"):
-        command.convert(workdirs.tokenizer, tmp_path / "out", to="llamagen_vq")
-    command.convert(GOLDEN / "llama", tmp_path / "portable")
+        export.convert(workdirs.tokenizer, tmp_path / "out", to="llamagen_vq")
+    export.convert(GOLDEN / "llama", tmp_path / "portable")
     with pytest.raises(UserError, match="is a decoder, and Janus VQVAE .* a tokenizer"):
-        command.convert(tmp_path / "portable", tmp_path / "out", to="janus")
+        export.convert(tmp_path / "portable", tmp_path / "out", to="janus")
 
 
 # ------------------------------------------------------------------------------------------------------------ command

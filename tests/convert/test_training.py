@@ -18,9 +18,9 @@ import tokenizers
 import imagegpt_jax as ig
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import train_state
-from imagegpt_jax.convert import command
 from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference import export
 from imagegpt_jax.models.gpt import GPT, Sequence
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.runtime import event_log
@@ -41,7 +41,7 @@ MODEL = {"vocab_size": 30, "width": 16, "depth": 2, "heads": 2, "mlp_width": 64,
 def test_a_decoder_is_trained_over_a_published_tokenizer(form, tmp_path):
     path = GOLDEN / "janus"
     if form == "portable":
-        command.convert(path, tmp_path / "portable")
+        export.convert(path, tmp_path / "portable")
         path = tmp_path / "portable"
     config = config_lib.sibling(str(ROOT / "configs/x.py"), "decoder.py").get_config("size=test")
     config.tokenizer = str(path)
@@ -259,7 +259,7 @@ def test_hidden_states_of_a_language_model_are_features_of_a_prompt(encoder):
 
 
 def test_a_portable_folder_keeps_the_text_tokenizer(encoder, tmp_path):
-    command.convert(encoder, tmp_path / "portable")
+    export.convert(encoder, tmp_path / "portable")
     first, again = (
         ig.load_decoder(path).text_features(["a red boat"], 4)[0] for path in (encoder, tmp_path / "portable")
     )

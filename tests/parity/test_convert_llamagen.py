@@ -19,10 +19,10 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 import imagegpt_jax as ig
 from imagegpt_jax.convert import command
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.inference.text_encoder import open_encoder
 from imagegpt_jax.sampling.batching import run
 from imagegpt_jax.sampling.jobs import image_job
 from imagegpt_jax.sampling.settings import Sampling
+from imagegpt_jax.tasks.decoder.text_encoder import open_encoder
 
 pytestmark = pytest.mark.parity
 

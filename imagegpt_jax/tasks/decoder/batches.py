@@ -14,8 +14,8 @@ import numpy as np
 from imagegpt_jax import train_state
 from imagegpt_jax.data import order, packing
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.inference import text_encoder
 from imagegpt_jax.tasks import input as splits
+from imagegpt_jax.tasks.decoder import text_encoder
 from imagegpt_jax.tasks.decoder.setup import Setup
 from imagegpt_jax.train_state import TrainState
 
@@ -77,7 +77,7 @@ def pack(setup: Setup, batch: dict[str, np.ndarray], *, train: bool) -> dict[str
     return packed | keep
 
 
-# What the text encoder reads: ids and where they stand, see `inference.text_encoder.place`.
+# What the text encoder reads: ids and where they stand, see `text_encoder.place`.
 PROMPTS = ("prompt_tokens", "prompt_mask")
 
 

@@ -21,13 +21,14 @@ from imagegpt_jax.data import ops as ops_lib
 from imagegpt_jax.data import packing, quarantine, sources
 from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.errors import SHARE, UserError, at_least, check_ranges
-from imagegpt_jax.inference import text_encoder
 from imagegpt_jax.models import gpt
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.sampling import settings
 from imagegpt_jax.tasks import input as splits
+from imagegpt_jax.tasks import interface
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
+from imagegpt_jax.tasks.decoder import text_encoder
 from imagegpt_jax.train_state import Network
 from imagegpt_jax.training import config_checks
 from imagegpt_jax.training import optimizers as optim
@@ -88,12 +89,13 @@ def tokenizer_config(config: Config) -> Config:
     """Config of the image tokenizer that a decoder's config names; "" is an untrained one, seeded by `config.seed`."""
     if config.tokenizer:
         try:
-            found = config_lib.load(config.tokenizer)
+            trained = config_lib.load(config.tokenizer)
+            kind = interface.find(trained.task).kind
         except UserError as e:
             raise UserError(f"config.tokenizer={config.tokenizer} is no tokenizer: {e}") from e
-        if found.task != "tokenizer":
-            raise UserError(f"config.tokenizer={config.tokenizer} holds a {found.task}: give a tokenizer's workdir.")
-        return found
+        if kind != tokenizer_task.TASK.kind:
+            raise UserError(f"config.tokenizer={config.tokenizer} holds a {kind}: give a tokenizer's workdir.")
+        return trained
     untrained = ConfigDict(config.untrained_tokenizer.to_dict())
     untrained.seed = config.seed
     return untrained
@@ -103,7 +105,8 @@ def _image_tokenizer(config: Config) -> tokenizer_task.Setup:
     """Static part of the image tokenizer: of a run, of published or portable weights, or untrained."""
     if reading.is_weights(config.tokenizer):
         return tokenizer_task.setup_for_weights(*reading.describe(config.tokenizer, "tokenizer"))
-    return tokenizer_task.setup_for_inference(tokenizer_config(config), config.tokenizer)
+    trained = tokenizer_config(config)
+    return interface.find(trained.task).setup_for_inference(trained, config.tokenizer)
 
 
 def _build(
@@ -357,6 +360,7 @@ def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> train_state.Par
         params = reading.load_for(setup.config.tokenizer, "tokenizer", setup.tokenizer.networks["generator"])
         return params if sharding_tree is None else sharding.put_whole(params, sharding_tree)
     if setup.config.tokenizer:
-        abstract = train_state.abstract(tokenizer_task.init_state, setup.tokenizer)
+        task = interface.find(setup.tokenizer.config.task)
+        abstract = train_state.abstract(task.init_state, setup.tokenizer)
         return checkpoint.load_params(setup.config.tokenizer, abstract, "generator", sharding=sharding_tree)
     return jax.device_put(setup.untrained_tokenizer, sharding_tree)

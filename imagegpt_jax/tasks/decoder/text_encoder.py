@@ -53,8 +53,8 @@ def read(
 ) -> tuple[Float[np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
     """Features of prompts and which of them are real, TILE prompts at a time."""
     tokens_BP, mask_BP = place(text.encode_batch(list(prompts)), length)
-    values_BPE = padding.map_batches(functools.partial(_states, gpt), TILE, tokens_BP, mask_BP)
-    return np.asarray(values_BPE, np.float32), mask_BP
+    states_BPE = padding.map_batches(functools.partial(_states, gpt), TILE, tokens_BP, mask_BP)
+    return states_BPE.astype(np.float32), mask_BP
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,8 +85,8 @@ class TextEncoder:
 
     def read(self, prompts: List[str]) -> tuple[Float[np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
         """Features of prompts and which of them are real, computed on this process's first device."""
-        # The caller may be at work on a mesh of all processes' devices.
-        with jax.set_mesh(sharding.local_mesh(jax.local_devices()[:1])):
+        mesh = sharding.local_mesh(jax.local_devices()[:1])
+        with jax.set_mesh(mesh):  # the caller may be at work on a mesh of all processes' devices
             return read(self._module, self.text, prompts, self.length)
 
     def place(self, prompts: List[str]) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:

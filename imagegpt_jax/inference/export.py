@@ -1,12 +1,14 @@
-"""What `python -m imagegpt_jax.convert` does."""
+"""What `python -m imagegpt_jax.convert` does: weights and runs to portable folders and published layouts."""
 
 import pathlib
 import shutil
 import tempfile
 
+from imagegpt_jax import config as config_lib
 from imagegpt_jax.convert import formats, portable
 from imagegpt_jax.convert.formats import DECODER, TOKENIZER, Options
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference import runs
 from imagegpt_jax.weight_files import files
 
 
@@ -75,18 +77,13 @@ def _to_portable(
 
 
 def _from_workdir(source: pathlib.Path, target: pathlib.Path, step: int | None) -> str:
-    from imagegpt_jax import config as config_lib
-    from imagegpt_jax import train_state
-    from imagegpt_jax.inference import loading
-
-    run = config_lib.load(source)
-    if run.task == TOKENIZER:
-        setup, params, step = loading.read_tokenizer(source, step)
-        portable.save_params(TOKENIZER, setup.model, params, target, config_lib.to_dict(run))
-        return f"step {step} of the tokenizer"
-    decoder = loading.load_decoder(source, step)
-    params = train_state.split(decoder.gpt)[1]
-    portable.save_params(DECODER, decoder.gpt.config, params, target, config_lib.to_dict(run))
-    shutil.copytree(source / "text_tokenizer", target / "text_tokenizer")
-    shutil.copyfile(source / "labels.json", target / "labels.json")
-    return f"step {decoder.step} of the decoder"
+    """Writes the portable folder of a run, with the assets of its task."""
+    run = runs.read(source, step=step)
+    kind, config = run.task.kind, run.setup.config
+    if kind not in (TOKENIZER, DECODER):
+        raise UserError(f"{source} holds a {kind}, which has no portable form: a {TOKENIZER} and a {DECODER} have one.")
+    portable.save_params(kind, run.setup.model, run.params, target, config_lib.to_dict(config))
+    for name in run.task.assets:
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+        copy(source / name, target / name)
+    return f"step {run.step} of the {kind}"

@@ -1,0 +1,172 @@
+"""A loaded image tokenizer: images to codes and back.
+
+Everything runs in batches of a fixed number of rows per device, the last one padded, so that what happens to an image
+does not depend on what else is in the call.
+
+Shapes: B batch, H W C image, h w code grid, L = h * w codes in raster order.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from imagegpt_jax import train_state
+from imagegpt_jax.convert import reading
+from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference import runs
+from imagegpt_jax.parallel import padding, sharding
+from imagegpt_jax.tasks import tokenizer as tokenizer_task
+
+TILE_ROWS = 8  # images of a batch on each device
+
+Images = np.ndarray | jax.Array
+
+
+class Tokenizer:
+    """An image tokenizer: images to codes and back. Made by `load_tokenizer`.
+
+    Attributes:
+      config: its model's config (`models.vq.VQConfig`).
+      path: workdir it was loaded from; "" for an untrained one.
+      step: its checkpoint; 0 for an untrained one.
+      downsample: pixels per code along each side.
+      num_codes: number of different codes.
+      tile: images that run at once.
+    """
+
+    def __init__(
+        self, setup: tokenizer_task.Setup, params: train_state.Params, *, path: str, step: int, rows: int = TILE_ROWS
+    ):
+        """Puts the parameters onto every device of this process.
+
+        Args:
+          setup: static part of the tokenizer's run.
+          params: parameters of its "generator".
+          path: workdir.
+          step: checkpoint.
+          rows: images that each device runs at once.
+        """
+        self._mesh = mesh = sharding.local_mesh()
+        self.config = setup.model
+        self.path, self.step = path, step
+        self.downsample, self.num_codes = self.config.downsample, self.config.quantizer.num_ids
+        self.tile = rows * mesh.size
+        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._sharding = sharding.batch_sharding(mesh)
+        predict = tokenizer_task.predict_fns(setup)
+        self._encode, self._decode = jax.jit(predict["encode"]), jax.jit(predict["decode"])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies architecture and parameters: 16 hexadecimal digits of a SHA-256."""
+        return fingerprint(self.config, self._params)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the codes of an image; where a vector has several codes, they stand beside each other."""
+        per_vector = self.config.quantizer.codes_per_vector
+        return height // self.downsample, width // self.downsample * per_vector
+
+    def encode(self, images_BHWC: Images) -> np.ndarray:
+        """Images to codes.
+
+        Args:
+          images_BHWC: uint8, or float in [-1, 1]; height and width are multiples of `downsample`.
+
+        Returns:
+          int32 [B, L], the codes in raster order.
+
+        Raises:
+          UserError: for images of another shape, type or range.
+        """
+        images = np.asarray(images_BHWC)
+        if images.ndim != 4 or not len(images):
+            raise UserError(f"images are [B, H, W, C] with B >= 1, and these have the shape {images.shape}.")
+        if images.dtype == np.uint8:
+            images = images.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
+        elif images.dtype.kind != "f" and images.dtype != jnp.bfloat16:
+            raise UserError(f"images are uint8, or float in [-1, 1], and these are {images.dtype}.")
+        elif not (np.min(images) >= -1.001 and np.max(images) <= 1.001):
+            raise UserError(
+                f"float images lie in [-1, 1], and these in [{np.min(images):g}, {np.max(images):g}]: give uint8, or"
+                " divide by 127.5 and subtract 1."
+            )
+        codes_Bhw = self._in_tiles(self._encode, images.astype(np.float32))
+        return codes_Bhw.reshape(len(codes_Bhw), -1)
+
+    def decode(self, codes_BL: Images, grid: tuple[int, int] | None = None) -> np.ndarray:
+        """Codes to images.
+
+        Args:
+          codes_BL: integers in [0, num_codes), raster order.
+          grid: (rows, columns) of the codes; square by default.
+
+        Returns:
+          float32 [B, H, W, C] in [-1, 1].
+
+        Raises:
+          UserError: for codes outside the codebook, or that do not fill the grid.
+        """
+        codes = np.asarray(codes_BL)
+        if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
+            raise UserError(f"codes are integers [B, L], and these are {codes.dtype} of shape {codes.shape}.")
+        side = math.isqrt(codes.shape[1] // self.config.quantizer.codes_per_vector)
+        rows, columns = grid or (side, side * self.config.quantizer.codes_per_vector)
+        if rows * columns != codes.shape[1]:
+            given = f"the grid {rows} x {columns}" if grid else "a square: give grid=(rows, columns)"
+            raise UserError(f"{codes.shape[1]} codes do not fill {given}.")
+        if codes.min() < 0 or codes.max() >= self.num_codes:
+            raise UserError(f"codes lie in 0 to {self.num_codes - 1}, and these in {codes.min()} to {codes.max()}.")
+        images_BHWC = self._in_tiles(self._decode, codes.astype(np.int32).reshape(-1, rows, columns))
+        return np.clip(images_BHWC, -1, 1)
+
+    def _in_tiles(self, fn: Callable[..., jax.Array], inputs: np.ndarray) -> np.ndarray:
+        """Runs `fn` over batches of rows."""
+
+        def run(batch: np.ndarray) -> jax.Array:
+            with jax.set_mesh(self._mesh):  # the caller may be at work on a mesh of all processes' devices
+                return fn(self._params, jax.device_put(batch, self._sharding))
+
+        return padding.map_batches(run, self.tile, inputs)
+
+
+def fingerprint(config: Any, params: Any) -> str:
+    """Identifies an architecture and its parameters: 16 hexadecimal digits of a SHA-256."""
+    digest = hashlib.sha256(repr(config).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_tokenizer(
+    path: epath.PathLike, step: int | None = None
+) -> tuple[tokenizer_task.Setup, train_state.Params, int]:
+    """Static part, parameters and step of an image tokenizer; errors as in `load_tokenizer`."""
+    if reading.is_weights(path):
+        loaded = reading.load(path, "tokenizer")
+        return tokenizer_task.setup_for_weights(loaded.config, loaded.network), loaded.params, 0
+    run = runs.read(path, "tokenizer", step)
+    return run.setup, run.params, run.step
+
+
+def load_tokenizer(path: epath.PathLike, step: int | None = None, *, rows: int = TILE_ROWS) -> Tokenizer:
+    """Loads an image tokenizer.
+
+    Args:
+      path: workdir of its training run; or weights: a portable folder, or the file or folder of a published system,
+        recognised by content (docs/weights.md).
+      step: checkpoint of a run; the newest by default.
+      rows: images that each device runs at once.
+
+    Raises:
+      UserError: if there is no such run, checkpoint or tokenizer.
+    """
+    setup, params, step = read_tokenizer(path, step)
+    return Tokenizer(setup, params, path=str(path), step=step, rows=rows)

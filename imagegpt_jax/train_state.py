@@ -107,6 +107,16 @@ def count_params(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def held_bytes(tree: Any) -> int:
+    """Bytes on one device of a tree of (abstract) arrays that carry their shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def with_shardings(tree: Any, layout: Any) -> Any:
+    """An abstract tree that carries its shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
+
+
 def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
     """Splits a pure dict into (trainable, frozen): frozen are paths ("blocks/attention/query") that match a pattern.
 

@@ -5,7 +5,6 @@ own plan, communication is read from its HLO text, FLOPs are counted from shapes
 """
 
 import functools
-import math
 import resource
 import time
 from collections.abc import Iterator, Mapping
@@ -22,9 +21,9 @@ from imagegpt_jax.errors import UserError
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.perf import hlo
 from imagegpt_jax.perf import traffic as traffic_lib
-from imagegpt_jax.perf.aot_programs import Encoding, Program, Sampling, inputs_of, largest_replicated, with_shardings
 from imagegpt_jax.runtime import hardware
 from imagegpt_jax.tasks import interface
+from imagegpt_jax.tasks.interface import Program
 from imagegpt_jax.training.steps import Steps, compiler_options, options_told
 
 COMPUTE_BYTES = 2  # of parameters and activations on the way: bf16
@@ -56,9 +55,8 @@ def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Con
     sizes = sharding.mesh_shape(config.mesh, topology.chips)
     parts = sizes["data"] * sizes["fsdp"]
     config.batch_size = batch_size or -(-config.batch_size // (parts * config.accumulate)) * parts * config.accumulate
-    if config.task == "decoder" and not own and "accumulate" not in given:
-        tokens = math.prod(config.data.grid) + config.data.text_length
-        saved = tokens * config.model.width * config.model.depth * COMPUTE_BYTES
+    if not own and "accumulate" not in given:
+        saved = interface.find(config.task).perf.kept_activations(config) * COMPUTE_BYTES
         while config.batch_size // (parts * config.accumulate) * saved > topology.chip.hbm_bytes / 3:
             if config.batch_size % (2 * parts * config.accumulate):
                 break
@@ -95,43 +93,36 @@ class Plan:
     """
 
     def __init__(self, config: Config, topology: hardware.Topology):
-        self.config, self.topology, self.inputs = config, topology, inputs_of(config)
+        self.config, self.topology = config, topology
         self.task = interface.find(config.task)
+        self.inputs = self.task.perf.inputs(config)
         self.mesh: Mesh = sharding.make_mesh(config.mesh, topology.devices())
-        self.setup = self.task.setup_abstract(config)
-        self.encoding = Encoding(self.setup) if config.task == "decoder" and self.inputs == "images" else None
-        if self.encoding is not None:
-            self.setup = self.encoding.setup
+        self.setup = (self.task.perf.setup or self.task.setup_abstract)(config)
         sharding.check_batch_size(config.batch_size, self.mesh, config.accumulate)
         self.task.check_mesh(self.setup, self.mesh)
         with jax.set_mesh(self.mesh):
             abstract = train_state.abstract(self.task.init_state, self.setup)
         self.layout = train_state.shardings(abstract, self.setup.networks, self.mesh)
-        self.state = with_shardings(abstract, self.layout)
+        self.state = train_state.with_shardings(abstract, self.layout)
 
     def programs(self) -> Iterator[Program]:
-        """The training steps, and for a decoder the two programs of sampling, which are traced where they are used."""
+        """The training steps, and what else the task has; each is traced where it is used."""
         batch = self.task.abstract_batch(self.setup, self.config.batch_size)
-        if self.encoding is not None:
-            batch |= self.encoding.batch(self.config.batch_size)
-        batch = with_shardings(batch, dict.fromkeys(batch, sharding.batch_sharding(self.mesh)))
+        batch = train_state.with_shardings(batch, dict.fromkeys(batch, sharding.batch_sharding(self.mesh)))
         steps = Steps(self.task, self.setup, self.mesh, self.layout)
         for phase in self.task.phases(self.setup):
             lower = functools.partial(steps.lower, phase, self.state, batch)
             flops = self.task.step_flops(self.setup, phase, batch)
             yield Program(phase, lower, flops, lambda: (self.state.trainable, self.state.frozen))
-        if self.config.task == "decoder":
-            params = self.state.params("decoder")
-            sampling = Sampling(self.setup, self.mesh, params, self.config.batch_size)
-            yield from sampling.programs()
+        yield from self.task.perf.programs(self.setup, self.mesh, self.state)
 
     def bound(self) -> dict[str, int]:
         """Least communication of a training step, bytes sent by a device: kind -> bytes.
 
         Parameters are gathered for the forward and for the backward pass (the token table for the first alone) and
-        their gradients scattered, once each, in the compute dtype; those that encode images are gathered once; `data`
-        sums the gradients of each part, first within a slice and then what a device has of that sum between slices;
-        `tensor` sums activations twice in a block forward, twice backward, and once more where the block is recomputed.
+        their gradients scattered, once each, in the compute dtype; frozen ones that are read are gathered once; `data`
+        sums the gradients of each micro-batch, first within a slice and then what a device has of that sum between
+        slices; `tensor` sums activations.
         """
         shape = self.mesh.shape
         fsdp, data, tensor = shape["fsdp"] * shape["fsdp_minor"], shape["data"], shape["tensor"]
@@ -155,31 +146,30 @@ class Plan:
             crossing += 2 * size / parts / copies * (slices - 1) / slices
         accumulate = self.config.accumulate
         gathered, scattered = gathered * accumulate, scattered * accumulate
-        if self.encoding is not None:
-            frozen = (jax.tree.leaves(tree.frozen["tokenizer"]) for tree in (self.state, self.layout))
-            for leaf, where, read in zip(*frozen, self.encoding.reads, strict=True):
+        for network, reads in self.task.perf.frozen_reads(self.setup).items():
+            frozen = (jax.tree.leaves(tree.frozen[network]) for tree in (self.state, self.layout))
+            for leaf, where, read in zip(*frozen, reads, strict=True):
                 size, parts = held(leaf, where)
                 gathered += read * size * (parts - 1) / parts
         bound = {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": summed}
         if slices > 1:
             bound[hlo.BETWEEN_SLICES] = crossing
-        if tensor > 1 and self.config.task == "decoder":
-            model = self.setup.model
-            rows = self.config.batch_size // (data * fsdp)
-            stream = rows * (self.setup.layout.text_length + self.setup.layout.num_codes) * model.width * COMPUTE_BYTES
-            sums = 4 + (model.remat != "none")
-            bound["all-reduce"] += sums * model.depth * 2 * stream * (tensor - 1) / tensor
+        if tensor > 1:
+            summed = self.task.perf.summed_activations(self.setup, self.config.batch_size // (data * fsdp))
+            bound["all-reduce"] += 2 * COMPUTE_BYTES * summed * (tensor - 1) / tensor
         return {kind: round(value) for kind, value in bound.items()}
 
     def _widest(self, text: str) -> dict[str, int]:
-        """Bytes of the largest arrays that a decoder's step must not have: scores of attention, float32 logits."""
-        rows, length = self.task.abstract_batch(self.setup, self.config.batch_size)["tokens"].shape
+        """Bytes of the largest arrays that a sequence's step must not have: scores of attention, float32 logits."""
+        if self.task.perf.sequence is None:
+            return {}
+        length, vocabulary = self.task.perf.sequence(self.setup)
         shape = self.mesh.shape
-        rows //= shape["data"] * shape["fsdp"] * shape["fsdp_minor"] * self.config.accumulate
+        rows = self.config.batch_size // (shape["data"] * shape["fsdp"] * shape["fsdp_minor"] * self.config.accumulate)
         return {
             "attention_scores_bytes": traffic_lib.largest_square(text, length),
             "largest_float32_bytes": traffic_lib.largest(text, "f32"),
-            "full_logits_bytes": 4 * rows * length * self.setup.space.num_codes // shape["tensor"],
+            "full_logits_bytes": 4 * rows * length * vocabulary // shape["tensor"],
         }
 
     def compile(
@@ -196,7 +186,7 @@ class Plan:
         Returns:
           (report: JSON values, see docs/scale.md; text of the optimized HLO)
         """
-        training = program.name not in ("prefill", "decode")
+        training = program.trains
         options = {**(compiler_options(self.config.compiler_options, "tpu") if training else {}), **(options or {})}
         started = time.perf_counter()
         with jax.set_mesh(self.mesh):
@@ -267,7 +257,6 @@ class Plan:
         }
         if training:
             report |= {"inputs": self.inputs, "frozen_parameters": train_state.count_params(self.state.frozen)}
-        if training and self.config.task == "decoder":
             report |= self._widest(text)
         if program.reads:
             reads = program.reads()
@@ -275,6 +264,12 @@ class Plan:
             report["bytes_accessed"] = accessed
             report["accessed_over_read"] = round(accessed / sum(reads.values()), 4)
         return report, text
+
+
+def largest_replicated(parameters: Any) -> int:
+    """Bytes of the largest of some parameters that every device holds whole; 0 where there is one device."""
+    held = (x for x in jax.tree.leaves(parameters) if x.sharding.num_devices > 1 and x.sharding.is_fully_replicated)
+    return max((x.size * x.dtype.itemsize for x in held), default=0)
 
 
 class OutOfMemory(UserError):

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from imagegpt_jax import plugins
@@ -82,6 +81,54 @@ def _facts(setup: Any) -> dict[str, Any]:
     return {"data": [source.fingerprint for source in setup.sources.values()]}
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a config on a slice, abstract up to its compilation.
+
+    Attributes:
+      name: the phase of a training step, or "prefill", "decode" (sampling).
+      lower: traces it: () -> jax.stages.Lowered.
+      model_flops: FLOPs that the model needs, all devices together.
+      parameters: () -> tree of all that it is given, trained and frozen, with shardings.
+      reads: where nearly all it moves is known, () -> name -> bytes that one device reads once.
+      trains: whether it is a training step.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    model_flops: float
+    parameters: Callable[[], Any]
+    reads: Callable[[], dict[str, int]] | None = None
+    trains: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Perf(Generic[S]):
+    """What a task tells those who compile its programs for slices that are not there (`perf/aot.py`).
+
+    Attributes:
+      inputs: config -> what its training step is given, such as "images" or "tokens".
+      with_inputs: (config, inputs) -> config whose step is given those.
+      setup: config -> the abstract setup whose step is compiled; None = the task's `setup_abstract`.
+      programs: (setup, mesh, abstract state) -> programs besides the training steps.
+      remats: values of `config.model.remat`, from cheapest in time to cheapest in memory.
+      frozen_reads: setup -> frozen network -> whether the step reads each of its parameters, in the order of leaves.
+      kept_activations: config -> numbers of one example that the backward pass keeps at the least; 0 = not known.
+      summed_activations: (setup, rows) -> numbers that a step of a device's rows sums over `tensor`.
+      sequence: setup -> (length, size of the vocabulary), whose products a step must not hold whole; None = none.
+    """
+
+    inputs: Callable[[Config], str] = lambda config: "images"
+    with_inputs: Callable[[Config, str], Config] = lambda config, inputs: config
+    setup: Callable[[Config], S] | None = None
+    programs: Callable[[S, Mesh, TrainState], Iterable[Program]] = lambda setup, mesh, state: ()
+    remats: tuple[Any, ...] = (False, True)
+    frozen_reads: Callable[[S], dict[str, list[bool]]] = lambda setup: {}
+    kept_activations: Callable[[Config], int] = lambda config: 0
+    summed_activations: Callable[[S, int], int] = lambda setup, rows: 0
+    sequence: Callable[[S], tuple[int, int]] | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(Generic[S]):
     """What can be trained: functions of a setup of the task's own type `S` (see `Setup`).
@@ -112,6 +159,7 @@ class Task(Generic[S]):
       load_frozen: (setup, new state, shardings) -> state with the parameters of networks that other runs trained.
       check_frozen: setup: raises UserError if those parameters are not there.
       abstract_batch: (setup, batch size) -> shapes of a training batch, to compile its step ahead of time.
+      perf: what is asked when its programs are compiled ahead of time.
       tokens: (setup, batch) -> tokens of a batch, for the throughput; 0 where there are none.
       step_flops: (setup, phase, batch) -> model FLOPs of a step, all devices together; 0 = not known.
       save_assets: (setup, workdir): writes what inference needs besides config and checkpoints.
@@ -138,6 +186,7 @@ class Task(Generic[S]):
     load_frozen: Callable[[S, TrainState, TrainState], TrainState] = lambda setup, state, layout: state
     check_frozen: Callable[[S], None] = lambda setup: None
     abstract_batch: Callable[[S, int], dict[str, jax.ShapeDtypeStruct]] = _no_shapes
+    perf: Perf[S] = Perf()
     tokens: Callable[[S, Batch], int] = lambda setup, batch: 0
     step_flops: Callable[[S, str, Batch], float] = lambda setup, phase, batch: 0.0
     save_assets: Callable[[S, epath.PathLike], None] = lambda setup, workdir: None

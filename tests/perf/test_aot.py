@@ -10,11 +10,13 @@ import jax
 import pytest
 from absl import flags
 
-from imagegpt_jax import cli
+from imagegpt_jax import cli, train_state
 from imagegpt_jax.config import sibling
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.perf import aot, aot_programs
+from imagegpt_jax.perf import aot
 from imagegpt_jax.runtime import hardware
+from imagegpt_jax.tasks import interface
+from imagegpt_jax.tasks.decoder import programs
 
 V5E_8 = hardware.Topology("v5e-8", "v5e", "2x4")
 
@@ -122,19 +124,19 @@ def trained(plan):
     ],
 )
 def test_a_step_is_given_what_the_config_names(train, inputs):
-    assert aot_programs.inputs_of(config_of("size=test", **{"data.train": train})) == inputs
+    assert programs.inputs_of(config_of("size=test", **{"data.train": train})) == inputs
 
 
 def test_a_decoder_is_compiled_for_either_and_a_tokenizer_for_images():
     shards, photos = config_of("size=test", **{"data.train": "tokens:a"}), config_of("size=test")
-    assert aot_programs.given(shards, "tokens").data.train == "tokens:a"
-    assert aot_programs.given(photos, "images").data.train == photos.data.train
-    made = aot_programs.given(photos, "tokens")
-    assert aot_programs.inputs_of(made) == "tokens" != aot_programs.inputs_of(photos)
+    assert programs.with_inputs(shards, "tokens").data.train == "tokens:a"
+    assert programs.with_inputs(photos, "images").data.train == photos.data.train
+    made = programs.with_inputs(photos, "tokens")
+    assert programs.inputs_of(made) == "tokens" != programs.inputs_of(photos)
     tokenizer = config_of("size=test", "tokenizer")
-    assert aot_programs.given(tokenizer, "tokens").to_dict() == tokenizer.to_dict()
+    assert interface.find("tokenizer").perf.with_inputs(tokenizer, "tokens").to_dict() == tokenizer.to_dict()
     with pytest.raises(UserError, match=r"data.train=tokens:a are token shards: leave out --inputs=images"):
-        aot_programs.given(shards, "images")
+        programs.with_inputs(shards, "images")
 
 
 def test_a_step_that_is_given_images_holds_them_and_the_frozen_tokenizer():
@@ -142,8 +144,8 @@ def test_a_step_that_is_given_images_holds_them_and_the_frozen_tokenizer():
     step = lowered(images, "train").args_info[0]
     assert step[2]["image"].shape == (4, 16, 16, 3)
     assert "image" not in lowered(tokens, "train").args_info[0][2]
-    held = {name: aot_programs.held_bytes(trained(plan).parameters()) for name, plan in (("i", images), ("t", tokens))}
-    assert held["i"] - held["t"] == aot_programs.held_bytes(images.state.frozen["tokenizer"]) > 0
+    held = {name: train_state.held_bytes(trained(plan).parameters()) for name, plan in (("i", images), ("t", tokens))}
+    assert held["i"] - held["t"] == train_state.held_bytes(images.state.frozen["tokenizer"]) > 0
 
 
 def test_encoding_counts_as_flops_of_the_step():
@@ -156,8 +158,9 @@ def test_encoding_counts_as_flops_of_the_step():
 
 def test_codes_in_random_order_are_encoded_with_their_order():
     plan = plan_of("recipe=rar_B")
-    assert plan.encoding.batch(2)["order"].shape == (2, 256)
-    assert plan.encoding.batch(2)["image"].shape == (2, 256, 256, 3)
+    batch = plan.task.abstract_batch(plan.setup, 2)
+    assert batch["order"].shape == (2, 256)
+    assert batch["image"].shape == (2, 256, 256, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -167,7 +170,7 @@ def test_sampling_is_traced_only_where_it_is_asked_for(monkeypatch):
     def never(*_):
         raise AssertionError("traced")
 
-    monkeypatch.setattr(aot_programs, "prepare", never)
+    monkeypatch.setattr(programs, "prepare", never)
     assert [p.name for p in plan_of("size=test").programs()] == ["train", "prefill", "decode"]
     with pytest.raises(AssertionError, match="traced"):
         lowered(plan_of("size=test"), "prefill")
@@ -201,7 +204,6 @@ CODE = """
     import jax
     from imagegpt_jax.perf import aot
     from imagegpt_jax.runtime import hardware
-    from imagegpt_jax.perf import aot_programs
     from imagegpt_jax.config import sibling
 
     class Here(hardware.Topology):
@@ -216,7 +218,7 @@ CODE = """
         return aot.Plan(fitted if "mesh.data" not in changes else config, topology)
 
     def replicated(plan):
-        return {p.name: aot_programs.largest_replicated(p.parameters()) for p in plan.programs()}
+        return {p.name: aot.largest_replicated(p.parameters()) for p in plan.programs()}
 
     wide = {"model.width": 1024, "model.depth": 1}
     whole = {"mesh.data": -1, "mesh.fsdp": 1, "loss.lpips": 1.0}

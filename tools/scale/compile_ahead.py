@@ -94,11 +94,12 @@ def main() -> None:
       UserError: if that is not possible; at the end, if programs did not fit: the others are reported and saved.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device, and must not take one
-    from imagegpt_jax.perf import aot, aot_programs
+    from imagegpt_jax.perf import aot
     from imagegpt_jax.runtime import filesystem, hardware
+    from imagegpt_jax.tasks import interface
     from imagegpt_jax.training.steps import compiler_options
 
-    config = aot_programs.given(CONFIG.value, INPUTS.value)
+    config = interface.find(CONFIG.value.task).perf.with_inputs(CONFIG.value, INPUTS.value)
     if not (TOPOLOGY.value or config.topology):
         raise errors.UserError(
             "this config is not written for a TPU slice: give --topology, such as --topology=v5e-16."

@@ -35,8 +35,6 @@ EFFORT = flags.DEFINE_float(
 )
 
 GIB = 1 << 30
-# From cheapest in time to cheapest in memory.
-REMATS = ("none", "dots", "attention", "full")
 
 
 class Search:
@@ -134,11 +132,6 @@ class Search:
         }
 
 
-def remats(config: Any) -> tuple[Any, ...]:
-    """The choices of a task's network."""
-    return REMATS if config.task == "decoder" else (False, True)
-
-
 def table(plan: Any, peak: int) -> str:
     """Memory of a device by what it holds."""
     import jax
@@ -164,10 +157,12 @@ def table(plan: Any, peak: int) -> str:
 def main() -> None:
     """Plans what the flags describe."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from imagegpt_jax.perf import aot, aot_programs
+    from imagegpt_jax.perf import aot
     from imagegpt_jax.runtime import filesystem, hardware
+    from imagegpt_jax.tasks import interface
 
-    config = aot_programs.given(CONFIG.value, INPUTS.value)
+    perf = interface.find(CONFIG.value.task).perf
+    config = perf.with_inputs(CONFIG.value, INPUTS.value)
     if not (TOPOLOGY.value or config.topology):
         raise errors.UserError(
             "this config is not written for a TPU slice: give --topology, such as --topology=v5e-16."
@@ -177,7 +172,7 @@ def main() -> None:
     if OUTPUT.value:
         # What cannot be written is told now, not after minutes of compiling.
         filesystem.prepare_folder(pathlib.Path(OUTPUT.value).parent, OUTPUT.value)
-    choices = remats(config)
+    choices = perf.remats
     least = choices[-1]
     at_once = search.largest(least)
     if not at_once:

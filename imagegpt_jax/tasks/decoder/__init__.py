@@ -6,6 +6,7 @@ Trains on token shards made by `imagegpt_jax.encode`, or on images that a frozen
 from imagegpt_jax.tasks import interface
 from imagegpt_jax.tasks.decoder.batches import abstract_batch, batches, pack, prepare_batch
 from imagegpt_jax.tasks.decoder.evaluation import evaluators, predict_fns
+from imagegpt_jax.tasks.decoder.programs import PERF
 from imagegpt_jax.tasks.decoder.setup import (
     Setup,
     check_mesh,
@@ -42,6 +43,7 @@ TASK = interface.Task(
     load_frozen=load_frozen,
     check_frozen=check_frozen,
     abstract_batch=abstract_batch,
+    perf=PERF,
     tokens=lambda setup, batch: batch["tokens"].size,
     step_flops=step_flops,
     save_assets=save_assets,

@@ -40,6 +40,12 @@ def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStr
     elif model.feature_width:
         packed["features"] = np.zeros((1, model.feature_length, model.feature_width), np.float32)
         packed["feature_mask"] = np.zeros((1, model.feature_length), bool)
+    if "tokenizer" in setup.networks:
+        (rows, columns), tokenizer = setup.layout.grid, setup.tokenizer.model
+        sides = rows * tokenizer.downsample, columns // tokenizer.quantizer.codes_per_vector * tokenizer.downsample
+        packed["image"] = np.zeros((1, *sides, tokenizer.in_channels), np.float32)
+        if setup.config.data.order.raster_from:
+            packed["order"] = np.zeros((1, rows * columns), np.int32)
     return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in packed.items()}
 
 

@@ -1,5 +1,4 @@
-"""What `perf/aot.py` compiles, abstract up to its compilation: the two programs of sampling, and what a decoder's step
-has to do besides where its pictures are encoded within it.
+"""What can be compiled ahead of a decoder: its training step on images or tokens, and the two programs of sampling.
 
 Shapes: R rows, D width, V ids that may be drawn.
 """
@@ -8,7 +7,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,26 +24,11 @@ from imagegpt_jax.models import gpt
 from imagegpt_jax.parallel import manual_collectives, sharding
 from imagegpt_jax.sampling.decode_weights import prepare, score
 from imagegpt_jax.sampling.engine import prefill, step
-from imagegpt_jax.tasks import decoder
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One compiled program of a config on a slice, abstract up to its compilation.
-
-    Attributes:
-      name: "train" (decoder), "reconstruction", "adversarial" (tokenizer), "prefill", "decode" (sampling).
-      lower: traces it: () -> jax.stages.Lowered.
-      model_flops: FLOPs that the model needs, all devices together.
-      parameters: () -> tree of all that it is given, trained and frozen, with shardings.
-      reads: for "decode", () -> bytes of the weights and of the cache on one device, which it reads once.
-    """
-
-    name: str
-    lower: Callable[[], Any]
-    model_flops: float
-    parameters: Callable[[], Any]
-    reads: Callable[[], dict[str, int]] | None = None
+from imagegpt_jax.tasks.decoder.batches import abstract_batch
+from imagegpt_jax.tasks.decoder.setup import Setup, setup_abstract
+from imagegpt_jax.tasks.decoder.train_step import forward_flops
+from imagegpt_jax.tasks.interface import Perf, Program
+from imagegpt_jax.train_state import TrainState
 
 
 class Sampling:
@@ -60,7 +44,7 @@ class Sampling:
       samples: number of pictures.
     """
 
-    def __init__(self, setup: decoder.Setup, mesh: Mesh, params: Any, samples: int):
+    def __init__(self, setup: Setup, mesh: Mesh, params: Any, samples: int):
         self.setup, self.mesh, self.params = setup, mesh, params
         self.rows = 2 * samples
         self.cut = sharding.batch_sharding(self.mesh)
@@ -71,22 +55,26 @@ class Sampling:
 
     def programs(self) -> Iterator[Program]:
         """ "prefill" and "decode"."""
-        count = functools.partial(decoder.forward_flops, self.setup, self.rows)
+        count = functools.partial(forward_flops, self.setup, self.rows)
 
         def weights() -> Any:
             return self.weights
 
         def reads() -> dict[str, int]:
             cache = self.cache
-            return {"weights": held_bytes(self.weights), "cache": held_bytes((cache.keys, cache.values))}
+            return {
+                "weights": train_state.held_bytes(self.weights),
+                "cache": train_state.held_bytes((cache.keys, cache.values)),
+            }
 
         yield Program(
             "prefill",
             lambda: self.start_rows.lower(self.weights, self.prompt),
             count(self.setup.layout.prompt_length, 1),
             weights,
+            trains=False,
         )
-        yield Program("decode", self._lower_step, count(1, 1, self.capacity), weights, reads)
+        yield Program("decode", self._lower_step, count(1, 1, self.capacity), weights, reads, trains=False)
 
     def _array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct((self.rows, *shape), dtype, sharding=self.cut)
@@ -100,7 +88,7 @@ class Sampling:
 
         with jax.set_mesh(self.mesh):
             abstract = jax.eval_shape(make, self.params)
-            return with_shardings(abstract, sharding.tensor_shardings(abstract, self.mesh))
+            return train_state.with_shardings(abstract, sharding.tensor_shardings(abstract, self.mesh))
 
     @property
     def prompt(self) -> gpt.Sequence:
@@ -157,66 +145,70 @@ def inputs_of(config: Config) -> str:
     return "tokens" if re.match(r"\s*([\d.]+\s*\*\s*)?tokens:", config.data.train) else "images"
 
 
-def given(config: Config, inputs: str) -> Config:
-    """A copy of a config whose step is given "images" or "tokens"; token shards need not be there. An image tokenizer's
-    step is given images.
+def with_inputs(config: Config, inputs: str) -> Config:
+    """A copy of a config whose step is given "images" or "tokens"; token shards need not be there.
 
     Raises:
       UserError: for images, if `data.train` names token shards.
     """
     config = ConfigDict(config.to_dict())
-    if config.task == "decoder" and inputs_of(config) != inputs:
+    if inputs_of(config) != inputs:
         if inputs == "images":
             raise UserError(f"data.train={config.data.train} are token shards: leave out --inputs=images.")
         config.data.train = "tokens:shards"
     return config
 
 
-class Encoding:
-    """What a decoder's step does besides where it encodes the images itself.
+def setup_to_compile(config: Config) -> Setup:
+    """An abstract setup; of images, with the tokenizer that encodes them within the step."""
+    setup = setup_abstract(config)
+    if inputs_of(config) == "tokens":
+        return setup
+    return dataclasses.replace(setup, networks={**setup.networks, "tokenizer": setup.tokenizer.networks["generator"]})
 
-    Args:
-      setup: the decoder's static part, for token shards.
 
-    Attributes:
-      setup: the same with the image tokenizer among its networks.
-      reads: for each of the tokenizer's parameters, in the order of their leaves, whether encoding reads it.
+def encoding_reads(setup: Setup) -> dict[str, list[bool]]:
+    """For each of the image tokenizer's parameters, in the order of their leaves, whether the step reads it."""
+    if "tokenizer" not in setup.networks:
+        return {}
+    network = setup.networks["tokenizer"]
+    params = train_state.split(network.abstract)[1]
+
+    def encode(params: Any, image: jax.Array) -> jax.Array:
+        return network.module(params).encode_codes(image)  # pyright: ignore[reportAttributeAccessIssue]
+
+    jaxpr = jax.make_jaxpr(encode)(params, abstract_batch(setup, 1)["image"]).jaxpr
+    read = {x for equation in jaxpr.eqns for x in equation.invars if isinstance(x, core.Var)}
+    return {"tokenizer": [x in read for x in jaxpr.invars[: len(jax.tree.leaves(params))]]}
+
+
+def sampling_programs(setup: Setup, mesh: Mesh, state: TrainState) -> Iterator[Program]:
+    """The two programs of sampling as many pictures as a training batch has."""
+    return Sampling(setup, mesh, state.params("decoder"), setup.config.batch_size).programs()
+
+
+def kept_activations(config: Config) -> int:
+    """Numbers that the inputs of all blocks are for one example."""
+    return (math.prod(config.data.grid) + config.data.text_length) * config.model.width * config.model.depth
+
+
+def summed_activations(setup: Setup, rows: int) -> int:
+    """Numbers that `tensor` sums in a step of so many rows: twice in a block forward, twice backward, and once more
+    where the block is recomputed.
     """
-
-    def __init__(self, setup: decoder.Setup):
-        network = setup.tokenizer.networks["generator"]
-        self.setup = dataclasses.replace(setup, networks={**setup.networks, "tokenizer": network})
-        params = train_state.split(network.abstract)[1]
-
-        def encode(params: Any, image: jax.Array) -> jax.Array:
-            return network.module(params).encode_codes(image)  # pyright: ignore[reportAttributeAccessIssue]
-
-        jaxpr = jax.make_jaxpr(encode)(params, self.batch(1)["image"]).jaxpr
-        read = {x for equation in jaxpr.eqns for x in equation.invars if isinstance(x, core.Var)}
-        self.reads = [x in read for x in jaxpr.invars[: len(jax.tree.leaves(params))]]
-
-    def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of what a batch holds besides."""
-        data, tokenizer = self.setup.config.data, self.setup.tokenizer.model
-        rows, columns = data.grid
-        sides = (rows * tokenizer.downsample, columns // tokenizer.quantizer.codes_per_vector * tokenizer.downsample)
-        found = {"image": jax.ShapeDtypeStruct((size, *sides, tokenizer.in_channels), jnp.float32)}
-        if data.order.raster_from:
-            found["order"] = jax.ShapeDtypeStruct((size, rows * columns), jnp.int32)
-        return found
+    model, layout = setup.model, setup.layout
+    stream = rows * (layout.text_length + layout.num_codes) * model.width
+    return (4 + (model.remat != "none")) * model.depth * stream
 
 
-def largest_replicated(parameters: Any) -> int:
-    """Bytes of the largest of some parameters that every device holds whole; 0 where there is one device."""
-    held = (x for x in jax.tree.leaves(parameters) if x.sharding.num_devices > 1 and x.sharding.is_fully_replicated)
-    return max((x.size * x.dtype.itemsize for x in held), default=0)
-
-
-def held_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def with_shardings(tree: Any, shardings: Any) -> Any:
-    """An abstract tree that carries its layout."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+PERF = Perf(
+    inputs=inputs_of,
+    with_inputs=with_inputs,
+    setup=setup_to_compile,
+    programs=sampling_programs,
+    remats=("none", "dots", "attention", "full"),
+    frozen_reads=encoding_reads,
+    kept_activations=kept_activations,
+    summed_activations=summed_activations,
+    sequence=lambda setup: (setup.layout.length, setup.space.num_codes),
+)

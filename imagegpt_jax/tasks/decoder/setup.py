@@ -250,9 +250,7 @@ def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
 
 
 def setup_abstract(config: Config) -> Setup:
-    """Like `setup` from the config alone, for token shards: enough to compile, not to run; see
-    `perf.aot_programs.Encoding`.
-    """
+    """Like `setup` from the config alone, for token shards: enough to compile, not to run."""
     return _build(config, None, (), {}, False, config.data.num_classes)
 
 

@@ -9,7 +9,8 @@ from absl import flags
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.perf import aot, aot_programs
+from imagegpt_jax.perf import aot
+from imagegpt_jax.tasks.decoder import programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -65,7 +66,7 @@ def test_a_program_that_does_not_fit_does_not_take_the_others_with_it(tool, tmp_
 def test_a_step_is_given_what_the_flag_says(tool, inputs):
     module = tool(inputs=inputs)
     module.main()
-    assert aot_programs.inputs_of(module.given) == inputs
+    assert programs.inputs_of(module.given) == inputs
 
 
 def test_what_was_compiled_is_there_whatever_ends_the_next(tool, tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ def test_the_largest_batch_is_found_in_few_looks_and_the_next_was_looked_at(load
 @pytest.fixture
 def plan(monkeypatch, load_tool):
     """The tool, with the compiler's answers as told: `plan(config, topology, peak)` sets its flags and returns it."""
-    from imagegpt_jax.perf import aot, aot_programs
+    from imagegpt_jax.perf import aot
+    from imagegpt_jax.tasks.decoder import programs
 
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     tool = load_tool("scale/plan.py")
@@ -58,7 +59,7 @@ def plan(monkeypatch, load_tool):
             setup = None
 
             def __init__(self, config, topology):
-                self.config, self.inputs = config, aot_programs.inputs_of(config)
+                self.config, self.inputs = config, programs.inputs_of(config)
 
             def programs(self):
                 yield "train"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagegpt_jax.convert import command
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.evaluation import checkpoint_data, score_table
+from imagegpt_jax.inference import export
 from imagegpt_jax.metrics import provenance
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.runtime import distributed
@@ -85,7 +85,7 @@ def test_scores_do_not_depend_on_batch_size(evaluate, workdirs):
 def test_exported_folders_score_like_the_workdirs_they_were_exported_from(evaluate, workdirs, tmp_path):
     exported = [tmp_path / "x" / task for task in ("tokenizer", "decoder")]
     for path in exported:
-        command.convert(getattr(workdirs, path.name), path)
+        export.convert(getattr(workdirs, path.name), path)
     scores = evaluate(*(f"--checkpoint={path}" for path in exported), "--generation_prompts=0")
     assert (scores["tokenizer/checkpoint"], scores["decoder/step"]) == (str(exported[0]), 0)
     flags = [f"--checkpoint={workdirs.tokenizer}", f"--checkpoint={workdirs.decoder}", "--generation_prompts=0"]
@@ -95,7 +95,7 @@ def test_exported_folders_score_like_the_workdirs_they_were_exported_from(evalua
 
 
 def test_published_tokenizers_need_data_and_ops(evaluate, workdirs, tmp_path):
-    command.convert(workdirs.tokenizer, tmp_path / "x")
+    export.convert(workdirs.tokenizer, tmp_path / "x")
     about = json.loads((tmp_path / "x" / "config.json").read_text())
     (tmp_path / "x" / "config.json").write_text(json.dumps({**about, "run": {}}))
     flags = [f"--checkpoint={tmp_path / 'x'}", "--data=emoji:validation,res=16,styles=twemoji"]

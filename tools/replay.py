@@ -68,12 +68,12 @@ def main() -> None:
             rows=sharding.host_rows(mesh, config.batch_size),
             skipped=skipped,
         )
-        steps = Steps(task, setup, mesh, layout)
+        stream, steps = iter(batches), Steps(task, setup, mesh, layout)
         for step in range(begin, STEP.value):
-            batch = sharding.put_batch(next(batches), mesh)
+            batch = sharding.put_batch(next(stream), mesh)
             phase = task.phase(setup, step)
             state, _ = steps(phase, state, steps.zeros(phase, state, batch), batch)
-        held = next(batches)
+        held = next(stream)
         batches.close()
         batch, phase = sharding.put_batch(held, mesh), task.phase(setup, STEP.value)
 

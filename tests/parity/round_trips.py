@@ -4,7 +4,7 @@ import json
 
 from safetensors.numpy import load_file
 
-from imagegpt_jax.convert import command
+from imagegpt_jax.inference import export
 
 
 def arrays(folder):
@@ -14,8 +14,8 @@ def arrays(folder):
 
 def check(path, tmp_path, kind):
     """The same names, dtypes and bits come back, and a config that says the same."""
-    command.convert(path, tmp_path / "portable", kind=kind)
-    command.convert(tmp_path / "portable", tmp_path / "back")
+    export.convert(path, tmp_path / "portable", kind=kind)
+    export.convert(tmp_path / "portable", tmp_path / "back")
     before, after = arrays(path), arrays(tmp_path / "back")
     assert set(before) == set(after)
     for name, array in before.items():

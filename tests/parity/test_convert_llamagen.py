@@ -17,8 +17,8 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 import imagegpt_jax as ig
-from imagegpt_jax.convert import command
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference import export
 from imagegpt_jax.sampling.batching import run
 from imagegpt_jax.sampling.jobs import image_job
 from imagegpt_jax.sampling.settings import Sampling
@@ -127,8 +127,8 @@ def test_heads_of_unpublished_sizes_are_asked_for(by_class):
 
 def test_decoder_round_trip_gives_the_same_bits(by_class, tmp_path, shows):
     reference, path = by_class
-    command.convert(path, tmp_path / "portable", heads=4)
-    command.convert(tmp_path / "portable", tmp_path / "back")
+    export.convert(path, tmp_path / "portable", heads=4)
+    export.convert(tmp_path / "portable", tmp_path / "back")
     written = load_file(tmp_path / "back" / "model.safetensors")
     original = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
     assert set(written) == set(original)
@@ -193,8 +193,8 @@ def test_tokenizer_codes_and_pixels(tokenizer, shows):
 
 def test_tokenizer_round_trip_gives_the_same_bits(tokenizer, tmp_path, shows):
     _, renamed, path = tokenizer
-    command.convert(path, tmp_path / "portable")
-    command.convert(tmp_path / "portable", tmp_path / "back")
+    export.convert(path, tmp_path / "portable")
+    export.convert(tmp_path / "portable", tmp_path / "back")
     written = load_file(tmp_path / "back" / "model.safetensors")
     assert set(written) == set(renamed)
     for name, tensor in renamed.items():
@@ -204,7 +204,7 @@ def test_tokenizer_round_trip_gives_the_same_bits(tokenizer, tmp_path, shows):
 
 def test_a_tokenizer_becomes_a_folder_that_transformers_loads(tokenizer, tmp_path):
     reference, _, path = tokenizer
-    command.convert(path, tmp_path / "janus", to="janus")
+    export.convert(path, tmp_path / "janus", to="janus")
     loaded = JanusVQVAE.from_pretrained(tmp_path / "janus")
     for name, tensor in reference.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name

@@ -12,8 +12,8 @@ from transformers.models.imagegpt import modeling_imagegpt
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 import imagegpt_jax as ig
-from imagegpt_jax.convert import command
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference import export
 
 pytestmark = pytest.mark.parity
 
@@ -153,8 +153,8 @@ def test_imagegpt_draws_with_its_colours(tmp_path, shows):
     np.testing.assert_array_equal(tok.encode(images), np.stack(expected))
     np.testing.assert_allclose(tok.decode(np.stack(expected)).reshape(3, 16, 3), colours[np.stack(expected)], atol=1e-6)
     assert ig.generate(gpt, tok, [""], num_images=2).shape == (2, 4, 4, 3)
-    command.convert(tmp_path, tmp_path / "portable", kind="tokenizer")
-    command.convert(tmp_path / "portable", tmp_path / "back")
+    export.convert(tmp_path, tmp_path / "portable", kind="tokenizer")
+    export.convert(tmp_path / "portable", tmp_path / "back")
     assert ig.load_tokenizer(tmp_path / "back", rows=1).fingerprint == tok.fingerprint
     shows("imagegpt_clusters", "codes", "pixels", "bits")
 

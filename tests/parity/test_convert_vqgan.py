@@ -14,8 +14,8 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 import imagegpt_jax as ig
-from imagegpt_jax.convert import command
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.inference import export
 
 pytestmark = pytest.mark.parity
 
@@ -73,8 +73,8 @@ def test_taming_from_a_lightning_checkpoint(taming, tmp_path, shows):
 def test_taming_round_trip(taming, tmp_path, shows):
     (tmp_path / "folder").mkdir()
     save_file(taming[0], tmp_path / "folder/model.safetensors")
-    command.convert(tmp_path / "folder", tmp_path / "portable")
-    command.convert(tmp_path / "portable", tmp_path / "back")
+    export.convert(tmp_path / "folder", tmp_path / "portable")
+    export.convert(tmp_path / "portable", tmp_path / "back")
     written = load_file(tmp_path / "back/model.safetensors")
     assert set(written) == set(taming[0])
     assert all(written[name].tobytes() == tensor.numpy().tobytes() for name, tensor in taming[0].items())
@@ -84,7 +84,7 @@ def test_taming_round_trip(taming, tmp_path, shows):
 def test_a_codebook_on_the_sphere_cannot_become_tamings(taming, tmp_path):
     save_file(taming[0], tmp_path / "vq.safetensors")
     with pytest.raises(UserError, match="no LlamaGen VQ-16, VQ-8: that has no quantizer.l2_normalize=False"):
-        command.convert(tmp_path / "vq.safetensors", tmp_path / "out", to="llamagen_vq")
+        export.convert(tmp_path / "vq.safetensors", tmp_path / "out", to="llamagen_vq")
 
 
 def test_dalle_mini_from_flax(taming, tmp_path, shows):
@@ -113,8 +113,8 @@ def test_dalle_mini_from_flax(taming, tmp_path, shows):
     (tmp_path / "folder/flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
     (tmp_path / "folder/config.json").write_text('{"model_type": "vqgan", "ch": 32}')
     check(tmp_path / "folder", codes, 2 * pixels - 1)
-    command.convert(tmp_path / "folder", tmp_path / "portable")
-    command.convert(tmp_path / "portable", tmp_path / "back")
+    export.convert(tmp_path / "folder", tmp_path / "portable")
+    export.convert(tmp_path / "portable", tmp_path / "back")
     back = serialization.msgpack_restore((tmp_path / "back/flax_model.msgpack").read_bytes())
     before, after = (dict(_flatten(t)) for t in (tree, back))
     assert set(before) == set(after)
@@ -189,14 +189,14 @@ def test_maskgit_as_its_authors_publish_it(tmp_path, shows):
     codes = ((z[..., None, :] - codebook) ** 2).sum(-1).argmin(-1)
     pixels = model.apply(networks, params["quantizer"]["codebook"][CODES], method=lambda m, x: m.decoder(x))
     check(path, codes, 2 * np.asarray(pixels) - 1)
-    command.convert(path, tmp_path / "portable")
-    command.convert(tmp_path / "portable", tmp_path / "back")
+    export.convert(path, tmp_path / "portable")
+    export.convert(tmp_path / "portable", tmp_path / "back")
     back = serialization.msgpack_restore((tmp_path / "back/flax_model.msgpack").read_bytes())
     before, after = (dict(_flatten(t)) for t in ({"params": params}, back))
     assert set(before) == set(after)
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)
     # The same network under the names of its PyTorch port.
-    command.convert(tmp_path / "portable", tmp_path / "port", to="maskgit_vqgan")
+    export.convert(tmp_path / "portable", tmp_path / "port", to="maskgit_vqgan")
     np.testing.assert_array_equal(*(ig.load_tokenizer(p, rows=1).encode(IMAGES) for p in (path, tmp_path / "port")))
     shows("maskgit_flax", "codes", "pixels", "bits")
 
@@ -217,8 +217,8 @@ def test_maskgit(tmp_path, shows):
         codes = torch.cdist(z, reference.quantize.embedding.weight.double()).argmin(-1).numpy()
         pixels = reference.decode(torch.tensor(CODES)).permute(0, 2, 3, 1).numpy()
     check(tmp_path, codes, 2 * pixels - 1)
-    command.convert(tmp_path, tmp_path / "portable")
-    command.convert(tmp_path / "portable", tmp_path / "back")
+    export.convert(tmp_path, tmp_path / "portable")
+    export.convert(tmp_path / "portable", tmp_path / "back")
     written = load_file(tmp_path / "back/model.safetensors")
     state = reference.state_dict()
     assert set(written) == set(state)

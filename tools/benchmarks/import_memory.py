@@ -42,9 +42,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.time() - s
 """
 _CONVERT = """
 import pathlib, resource, sys, time
-from imagegpt_jax.convert import command
+from imagegpt_jax.inference import export
 start = time.time()
-command.convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1]).parent / "portable")
+export.convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1]).parent / "portable")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.time() - start)
 """
 

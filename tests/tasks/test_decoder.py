@@ -16,7 +16,7 @@ from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import gpt
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.tasks import decoder
-from imagegpt_jax.tasks.decoder import batches
+from imagegpt_jax.tasks.decoder.batches import random_share
 from imagegpt_jax.train_state import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -226,7 +226,7 @@ def random_setup():
 
 def test_random_orders_anneal_to_raster(random_setup):
     """All sequences before step 4, half of them at step 6, none from step 8 on; batches are of 8."""
-    share = batches.random_share(random_setup, np.array([0, 8 * 4 - 1, 8 * 4, 8 * 6, 8 * 7, 8 * 8, 10**6]))
+    share = random_share(random_setup, np.array([0, 8 * 4 - 1, 8 * 4, 8 * 6, 8 * 7, 8 * 8, 10**6]))
     np.testing.assert_allclose(share, [1, 1, 1, 0.5, 0.25, 0, 0])
     raster = np.arange(random_setup.layout.num_codes)
     for step, expected in ((0, 0.0), (6, 0.5), (8, 1.0)):

@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.parallel import sharding
-from imagegpt_jax.training import step_guard
 
 Params = dict[Any, Any]
 MIB = 1 << 20
@@ -187,6 +186,24 @@ def unflatten(flat: Mapping[str, Any], like: Params, prefix: str = "") -> Params
     return params
 
 
+def init_guard(phases: Sequence[str]) -> dict[str, dict[str, jax.Array]]:
+    """The first state of the guard (`training/step_guard.py`): by phase, since a loss of another phase is another loss.
+
+    Of each: `mean` and `variance` of the loss, of `count` good steps; `skipped` steps in all; `in_a_row` bad ones at
+    the moment, of which `first` was the first (its number, counted from 0); `newest`, the last bad step; `tripped`,
+    the first of the row that tripped the guard. Step numbers are -1 where there is none.
+    """
+    numbers = {"mean": 0.0, "variance": 0.0}
+    counts = {"count": 0, "skipped": 0, "in_a_row": 0, "first": -1, "newest": -1, "tripped": -1}
+    return {
+        phase: {
+            **{name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()},
+            **{name: jnp.asarray(value, jnp.int32) for name, value in counts.items()},
+        }
+        for phase in phases
+    }
+
+
 def init(
     networks: Mapping[str, Network],
     optimizers: Mapping[str, optax.GradientTransformation],
@@ -223,7 +240,7 @@ def init(
         # A copy: the step donates the state, and a buffer cannot be donated twice.
         ema={name: jax.tree.map(jnp.copy, trainable[name]) for name in ema},
         stats=dict(stats),
-        guard=step_guard.init(phases),
+        guard=init_guard(phases),
     )
 
 

@@ -5,7 +5,7 @@ The state keeps what it was, the step counts, the data go on, and nothing waits 
 saves, goes back to the last checkpoint and leaves out the window of the data in which it began.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,24 +18,6 @@ State = dict[str, jax.Array]
 Tree = TypeVar("Tree")
 
 
-def init(phases: Iterable[str]) -> dict[str, State]:
-    """The first state: by phase, since a loss of another phase is another loss.
-
-    Of each: `mean` and `variance` of the loss, of `count` good steps; `skipped` steps in all; `in_a_row` bad ones at
-    the moment, of which `first` was the first (its number, counted from 0); `newest`, the last bad step; `tripped`,
-    the first of the row that tripped the guard. Step numbers are -1 where there is none.
-    """
-    numbers = {"mean": 0.0, "variance": 0.0}
-    counts = {"count": 0, "skipped": 0, "in_a_row": 0, "first": -1, "newest": -1, "tripped": -1}
-    return {
-        phase: {
-            **{name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()},
-            **{name: jnp.asarray(value, jnp.int32) for name, value in counts.items()},
-        }
-        for phase in phases
-    }
-
-
 def judge(
     config: Config, state: State, step: jax.Array, values: Totals, finite: Sequence[str] = ("loss", "gradient_norm")
 ) -> tuple[jax.Array, State]:
@@ -45,7 +27,7 @@ def judge(
       config: `config.guard`: `spike`, how many standard deviations above its running mean a loss may be (0 = any), over
         about `window` steps, of which the first `window` are not judged; `patience`, after how many bad steps in a row
         the guard trips (0 = never).
-      state: of the phase, before the step.
+      state: of the phase, before the step, see `train_state.init_guard`.
       step: number of the step, from 0.
       values: its metrics, of which "loss" is one.
       finite: those that must be finite, where there are such: any NaN of the update is in one of them.

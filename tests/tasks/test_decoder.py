@@ -16,6 +16,7 @@ from imagegpt_jax.errors import UserError
 from imagegpt_jax.models import gpt
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.tasks import decoder
+from imagegpt_jax.tasks.decoder.batches import orders as orders_of
 from imagegpt_jax.tasks.decoder.batches import random_share
 from imagegpt_jax.train_state import flatten
 
@@ -232,17 +233,17 @@ def test_random_orders_anneal_to_raster(random_setup):
     for step, expected in ((0, 0.0), (6, 0.5), (8, 1.0)):
         wide = dataclasses.replace(random_setup, config=ConfigDict(random_setup.config.to_dict()))
         wide.config.batch_size = 4000
-        orders = batches.orders(wide, 4000 * step + np.arange(4000))
+        orders = orders_of(wide, 4000 * step + np.arange(4000))
         assert np.all(np.sort(orders, axis=1) == raster)
         assert np.mean(np.all(orders == raster, axis=1)) == pytest.approx(expected, abs=0.03)
 
 
 def test_each_place_is_as_often_the_first(random_setup):
-    orders = batches.orders(random_setup, np.arange(32))
-    np.testing.assert_array_equal(orders, batches.orders(random_setup, np.arange(64))[:32])  # of the position alone
+    orders = orders_of(random_setup, np.arange(32))
+    np.testing.assert_array_equal(orders, orders_of(random_setup, np.arange(64))[:32])  # of the position alone
     wide = dataclasses.replace(random_setup, config=ConfigDict(random_setup.config.to_dict()))
     wide.config.batch_size = 8000
-    counts = np.bincount(batches.orders(wide, np.arange(8000))[:, 0], minlength=16)
+    counts = np.bincount(orders_of(wide, np.arange(8000))[:, 0], minlength=16)
     assert np.all(np.abs(counts - 500) < 5 * np.sqrt(500))
 
 

@@ -138,7 +138,7 @@ def test_what_is_not_in_the_data_ends_after_some_rollbacks(tmp_path):
 
 def judge(losses, **config):
     settings = tiny.make_config(**{f"guard.{k}": v for k, v in config.items()}).guard
-    state, verdicts = step_guard.init(["a"])["a"], []
+    state, verdicts = train_state.init_guard(["a"])["a"], []
     for step, loss in enumerate(losses):
         good, state = step_guard.judge(
             settings, state, jnp.asarray(step), {"loss": train_metrics.mean(jnp.asarray(loss))}

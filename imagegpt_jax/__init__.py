@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from imagegpt_jax.generation.pipeline import Pipeline
     from imagegpt_jax.generation.request import GenerationRequest
     from imagegpt_jax.generation.results import GeneratedImages
-    from imagegpt_jax.inference.loading import Decoder, Tokenizer, load_decoder, load_tokenizer
+    from imagegpt_jax.inference.loading import Decoder, LoadedModel, Tokenizer, load, load_decoder, load_tokenizer
 
 __all__ = [
     "Decoder",
     "GeneratedImages",
     "GenerationRequest",
+    "LoadedModel",
     "Pipeline",
     "Tokenizer",
     "caption",
@@ -46,6 +47,7 @@ __all__ = [
     "generate",
     "inpaint",
     "interpolate",
+    "load",
     "load_decoder",
     "load_pipeline",
     "load_tokenizer",
@@ -58,7 +60,9 @@ _MODULES = {
     "GeneratedImages": "generation.results",
     "GenerationRequest": "generation.request",
     "Pipeline": "generation.pipeline",
-    **dict.fromkeys(("Decoder", "Tokenizer", "load_decoder", "load_tokenizer"), "inference.loading"),
+    **dict.fromkeys(
+        ("Decoder", "LoadedModel", "Tokenizer", "load", "load_decoder", "load_tokenizer"), "inference.loading"
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """The notebook API on the workdirs of tiny networks."""
 
+import importlib.metadata
 import subprocess
 import sys
 

@@ -213,7 +213,7 @@ def score_checkpoints() -> None:
     from imagegpt_jax.runtime import distributed
 
     settings = settings_of(CHECKPOINT.value or [])
-    for path in settings.checkpoints:  # a wrong folder is told before JAX starts
+    for path in settings.checkpoints:  # a wrong folder is reported before JAX starts
         checkpoint_data.kind_of(path)
     with distributed.distributed_context():
         checkpoints.score(settings)

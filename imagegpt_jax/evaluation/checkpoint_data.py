@@ -1,6 +1,6 @@
 """What is asked of the scores of checkpoints, and the checkpoints and data that they are of.
 
-Heavy imports are inside the functions, so that a wrong flag is told at once.
+Heavy imports are inside the functions, so that a wrong flag is reported at once.
 """
 
 import dataclasses

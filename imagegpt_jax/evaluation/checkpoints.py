@@ -1,7 +1,7 @@
 """Scores trained checkpoints: one flat mapping of scores, each beside a control that shows what it is worth.
 
 What is scored depends on what a workdir loads as; a task of a user's own is scored by its own evaluators.
-Heavy imports are inside the functions, so that a wrong flag is told at once.
+Heavy imports are inside the functions, so that a wrong flag is reported at once.
 """
 
 import json

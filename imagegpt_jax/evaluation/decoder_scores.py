@@ -163,11 +163,11 @@ class DecoderScorer:
         if settings.metrics:
             scores |= self._score_set(config, samples_NHWC, references_PHWC)
         of_prompt = samples_NHWC.reshape(len(records), each, *samples_NHWC.shape[1:])
-        tiles = [
+        rows = [
             images.Tile(prompt, [reference, *samples])
             for prompt, reference, samples in zip(prompts, references_PHWC, of_prompt, strict=True)
         ]
-        page.pictures["generations"] = images.grid(tiles[:SHOWN_PROMPTS])
+        page.pictures["generations"] = images.grid(rows[:SHOWN_PROMPTS])
         if settings.report:
             training = source_of(config.data.train)
             trained_on = sources.open_source(training, require="image")

@@ -1,1 +1,1 @@
-"""Scores of trained networks: functions over a stage's predict functions, used in training and offline alike."""
+"""Scores: sets of images, their features, and evaluators that are used in training and offline alike."""

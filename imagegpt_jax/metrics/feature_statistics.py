@@ -126,7 +126,7 @@ def collect(
       networks: what computes them.
       protocol: how the Inception Score splits.
       batch_size: images that a process reads at once.
-      advance: told how many images have been done since the last call.
+      advance: called with how many images have been done since the last call.
 
     Raises:
       UserError: if an image is damaged.

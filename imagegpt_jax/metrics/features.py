@@ -1,8 +1,8 @@
-"""Features of image sets, in tiles of a fixed number of rows, by one process or by many together.
+"""Features of image sets, in batches of a fixed number of rows, by one process or by many together.
 
-Tile k holds the same images whatever the batch size and however many processes there are, and every process sees the
-features of all tiles in the order of the images: what is summed from them is the same to the last bit.
-Shapes: N images, H W pixels, T rows of a tile.
+Batch k holds the same images however many are read at once and however many processes there are, and every process sees
+the features of all batches in the order of the images: what is summed from them is the same to the last bit.
+Shapes: N images, H W pixels, B rows of a batch.
 """
 
 import concurrent.futures
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from imagegpt_jax.metrics.sets import ImageSet
 from imagegpt_jax.parallel import padding, sharding
 
-TILE = 8
+ROWS = 8  # of a device at once, always
 _READERS = 8
 
 
@@ -31,7 +31,7 @@ class Network:
       name: such as "inception".
       about: where its weights are from: path and SHA-256.
       prepare: uint8 [H, W, 3] -> what it takes, on the host.
-      apply: pure function (params, prepared [T, ...]) -> {output: array [T, ...]}. Equal ones are compiled once.
+      apply: pure function (params, prepared [B, ...]) -> {output: array [B, ...]}. Equal ones are compiled once.
       params: its first argument.
       size: pixels of a side that `prepare` resizes to; 0 where the network takes any.
     """
@@ -65,29 +65,21 @@ def digest(image_HWC: np.ndarray) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest(), np.uint8)
 
 
-class _Reader:
-    """Reads images by number ahead of their use, `batch_size` at a time."""
+def _read_ahead(images: ImageSet, numbers: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
+    """Images by number, `batch_size` of them prefetched."""
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as ahead,
+        concurrent.futures.ThreadPoolExecutor(1 if images.in_order else _READERS) as readers,
+    ):
 
-    def __init__(self, images: ImageSet, numbers: Sequence[int], batch_size: int):
-        self._images, self._numbers, self._size = images, numbers, batch_size
+        def load(start: int) -> list[np.ndarray]:
+            return list(readers.map(images.read, numbers[start : start + batch_size]))
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        with (
-            concurrent.futures.ThreadPoolExecutor(1) as ahead,
-            concurrent.futures.ThreadPoolExecutor(1 if self._images.in_order else _READERS) as readers,
-        ):
-
-            def load(start: int) -> list[np.ndarray]:
-                return list(readers.map(self._images.read, self._numbers[start : start + self._size]))
-
-            starts = range(0, len(self._numbers), self._size)
-            waiting = ahead.submit(load, 0) if starts else None
-            for start in starts:
-                assert waiting is not None
-                loaded = waiting.result()
-                if start + self._size < len(self._numbers):
-                    waiting = ahead.submit(load, start + self._size)
-                yield from loaded
+        waiting = ahead.submit(load, 0)
+        for start in range(0, len(numbers), batch_size):
+            loaded = waiting.result()
+            waiting = ahead.submit(load, start + batch_size)
+            yield from loaded
 
 
 def extract(
@@ -105,7 +97,7 @@ def extract(
       networks: what computes.
       outputs: the (network, output) that are wanted.
       batch_size: images that a process reads at once; no result depends on it.
-      advance: told how many images have been done since the last call.
+      advance: called with how many images have been done since the last call.
 
     Returns:
       an iterator over parts; in every process over all of them.
@@ -118,30 +110,29 @@ def extract(
     # By way of the host: what was read under a mesh of all processes' devices is on all of these.
     held = {network.name: jax.tree.map(np.asarray, network.params) for network in networks}
     params = jax.device_put(held, sharding.replicated(mesh))
-    rows, count = TILE * mesh.size, len(images)
+    rows, count = ROWS * mesh.size, len(images)
     turn = rows * jax.process_count()
     mine = [
         number
         for start in range(jax.process_index() * rows, count, turn)
         for number in range(start, min(start + rows, count))
     ]
-    source = iter(_Reader(images, mine, batch_size))
+    source = _read_ahead(images, mine, batch_size)
 
     def dispatch(start: int) -> tuple[np.ndarray, dict[tuple[str, str], jax.Array]]:
         first = start + jax.process_index() * rows
-        tile = [next(source) for _ in range(max(0, min(rows, count - first)))]
-        digests = np.stack([digest(image) for image in tile]) if tile else np.zeros((0, 32), np.uint8)
-        filled = tile or [np.zeros(images.shape, np.uint8)]
+        batch = [next(source) for _ in range(max(0, min(rows, count - first)))]
+        digests = np.zeros((rows, 32), np.uint8)
+        for i, image in enumerate(batch):
+            digests[i] = digest(image)
         computed = {}
         for network in networks:
-            prepared = padding.pad(np.stack([network.prepare(image) for image in filled]), rows)
+            prepared = [network.prepare(image) for image in batch or [np.zeros(images.shape, np.uint8)]]
             with jax.set_mesh(mesh):  # the caller may be at work on a mesh of all processes' devices
-                placed = jax.device_put(prepared, sharding.batch_sharding(mesh))
-                computed_here = _run(network.apply, params[network.name], placed)
-            computed |= {key: value for o, value in computed_here.items() if (key := (network.name, o)) in outputs}
-        padded = np.zeros((rows, 32), np.uint8)
-        padded[: len(digests)] = digests
-        return padded, computed
+                placed = jax.device_put(padding.pad(np.stack(prepared), rows), sharding.batch_sharding(mesh))
+                of_network = _run(network.apply, params[network.name], placed)
+            computed |= {key: value for o, value in of_network.items() if (key := (network.name, o)) in outputs}
+        return digests, computed
 
     running = None
     for start in [*range(0, count, turn), None]:
@@ -159,7 +150,7 @@ def _run(apply: Callable[..., Any], params: Any, rows: jax.Array) -> Mapping[str
 
 
 def _gathered(start: int, digests: np.ndarray, computed: Mapping[tuple[str, str], jax.Array], count: int) -> Part:
-    """The tiles of all processes, one after another, without what fills the last one up."""
+    """The batches of all processes, one after another, without what fills the last one up."""
     arrays = {name: np.asarray(value, np.float32) for name, value in computed.items()}
     if jax.process_count() > 1:
         digests, *values = multihost_utils.process_allgather((digests, *arrays.values()))

@@ -18,7 +18,7 @@ from imagegpt_jax.metrics.feature_statistics import FeatureStatistics
 from imagegpt_jax.metrics.set_scorer import SetScorer
 from imagegpt_jax.metrics.sets import ImageSet, InMemory
 
-# Network of `config.eval_features` -> protocol, and the metrics that are told at every evaluation.
+# Network of `config.eval_features` -> protocol, and the metrics that are computed at every evaluation.
 IN_TRAINING: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "efficientnet_lite0": ("emoji", ("kid",)),
     "inception": ("torch_fidelity", ("fid", "kid")),

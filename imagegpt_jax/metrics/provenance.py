@@ -90,16 +90,16 @@ def _compare_flat(a: Mapping[str, Any], b: Mapping[str, Any], paths: Sequence[st
                 " score both by one protocol."
             )
     lines = [f"{'':<40}{'A':>14}{'B':>14}{'B - A':>14}"]
-    told = []
+    differ = []
     for key in sorted((a.keys() & b.keys()) - {"seconds"}):
         if isinstance(a[key], float) and isinstance(b[key], float):
             lines.append(f"{key:<40}{a[key]:>14.6g}{b[key]:>14.6g}{b[key] - a[key]:>+14.6g}")
         elif a[key] != b[key]:
-            told.append(f"  {key}: {_short(a[key])} | {_short(b[key])}")
+            differ.append(f"  {key}: {_short(a[key])} | {_short(b[key])}")
     lines += [f"{key:<40}only in {'A' if key in a else 'B'}" for key in sorted(a.keys() ^ b.keys())]
     lines += ["", f"A = {paths[0]}", f"B = {paths[1]}", ""]
-    lines.append("differences:" if told else "no difference in what the scores were made of")
-    return "\n".join([*lines, *told])
+    lines.append("differences:" if differ else "no difference in what the scores were made of")
+    return "\n".join([*lines, *differ])
 
 
 # Where in the provenance a difference may lie, and what it means for the scores.

@@ -153,7 +153,7 @@ class ReconstructionEvaluator:
           prefix: of the names of scores and images.
           rows: of a device at once, see `common.outputs`.
           num_shown: at most so many images, the first ones, go into the grid.
-          num_worst: so many pairs of the lowest PSNR are told.
+          num_worst: so many pairs of the lowest PSNR are kept.
         """
         self._batches, self._num_codes, self._mesh, self._rows = batches, num_codes, mesh, rows
         self._name, self._prefix, self._num_shown, self._num_worst = name, prefix, num_shown, num_worst

@@ -109,12 +109,14 @@ def test_scores_of_checkpoints_are_compared(tmp_path):
     about = {"code_sha256": "0" * 64, "seconds": 9.0, "decoder/checkpoint": "runs/a", "samples/protocol": "emoji"}
     a = {**about, "samples/kid": 0.5, "decoder/images": 83}
     b = {**about, "samples/kid": 0.25, "decoder/images": 83, "decoder/checkpoint": "runs/b"}
+    a["generation/together"] = b["generation/tokens_per_step"] = 4  # as it was called before, and today
     for name, scores in (("a", a), ("b", b), ("c", {**b, "samples/protocol": "clean_fid"})):
         (tmp_path / f"{name}.json").write_text(json.dumps(scores))
     text = provenance.compare([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     assert "-0.25" in text
     assert "decoder/checkpoint: runs/a | runs/b" in text
     assert "decoder/images" not in text
+    assert "only in" not in text
     with pytest.raises(UserError, match="of emoji and clean_fid"):
         provenance.compare([str(tmp_path / "a.json"), str(tmp_path / "c.json")])
 

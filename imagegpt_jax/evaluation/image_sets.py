@@ -116,10 +116,10 @@ def open_sets(request: Request, reference: sets.ImageSet | FileStatistics | None
         training = sets.open_images(request.train_images, crop=protocol.crop(protocol.reference_crop))
     of_captions = any(score.find(name).reference == CAPTIONS for name in request.metrics)
     words = captions.read(images, request.captions) if of_captions else ()
-    return dataclasses.replace(_with_pairs(request, images, reference), training=training, captions=words)
+    return dataclasses.replace(with_pairs(request, images, reference), training=training, captions=words)
 
 
-def _with_pairs(request: Request, images: sets.ImageSet, reference: sets.ImageSet | FileStatistics | None) -> Opened:
+def with_pairs(request: Request, images: sets.ImageSet, reference: sets.ImageSet | FileStatistics | None) -> Opened:
     """Two sets, and as pairs where metrics compare image with image."""
     paired = score.paired(request.metrics)
     if not paired:
@@ -267,23 +267,6 @@ def _gather_reference(scorer: "SetScorer", opened: Opened) -> _Compared:
             training = scorer.gather("train images", opened.training)
             compared.notes += warnings.of_training(gathered, set(training.keys()))
     return compared
-
-
-def of_sets(request: Request, images: sets.ImageSet, reference: sets.ImageSet) -> dict[str, Any]:
-    """Scores sets that are not folders, such as what a tokenizer makes of a data source.
-
-    Args:
-      request: protocol, metrics and weights; its `images` and `reference` are not read.
-      images: what is scored.
-      reference: what it is compared with.
-
-    Returns:
-      as `run`.
-
-    Raises:
-      UserError: as `run`.
-    """
-    return run(request, _with_pairs(request, images, reference))
 
 
 def _check_weights(statistics: FileStatistics, networks: Sequence[Any], features: str) -> None:

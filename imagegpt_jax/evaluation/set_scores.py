@@ -10,7 +10,7 @@ from imagegpt_jax.metrics.sets import ImageSet
 
 
 def score_sets(settings: Settings, prefix: str, names: Sequence[str], images: ImageSet, reference: ImageSet) -> Scores:
-    """Metrics of image sets, such as rFID or KID, under the names `prefix/metric`."""
+    """Metrics of image sets, such as rFID or KID, under the names `prefix/metric`; errors as `image_sets.run`."""
     protocol = protocols.find(settings.protocol)
     request = image_sets.Request(
         images=images.path,
@@ -20,7 +20,7 @@ def score_sets(settings: Settings, prefix: str, names: Sequence[str], images: Im
         weights=settings.weights,
         options=Options(seed=settings.seed),
     )
-    results = image_sets.of_sets(request, images, reference)
+    results = image_sets.run(request, image_sets.with_pairs(request, images, reference))
     about = results.pop("provenance")
     scores: Scores = {}
     for name, result in results.items():

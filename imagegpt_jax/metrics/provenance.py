@@ -18,6 +18,7 @@ from imagegpt_jax import images as images_lib
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.metrics import protocols
 from imagegpt_jax.metrics.sets import Folder, ImageSet
+from imagegpt_jax.sampling.settings import RENAMED
 
 # What `sample` says in each PNG of the networks that drew it.
 _MODEL = ("decoder", "step", "decoder_hash", "tokenizer", "tokenizer_step", "tokenizer_hash", "version")
@@ -71,7 +72,7 @@ def read(path: epath.PathLike, *, flat: bool = False) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"there is no file {path}: give what `evaluate --images=... --output=FILE` wrote.")
     try:
-        scores = json.loads(file.read_text())
+        scores = json.loads(file.read_text(), object_hook=_names_of_today)
     except ValueError as e:
         raise UserError(f"{path} is not JSON ({e}): give what `evaluate --images=... --output=FILE` wrote.") from e
     if flat and isinstance(scores, dict) and "code_sha256" in scores:
@@ -79,6 +80,12 @@ def read(path: epath.PathLike, *, flat: bool = False) -> dict[str, Any]:
     if not isinstance(scores, dict) or not isinstance(scores.get("provenance"), dict):
         raise UserError(f"{path} has no provenance: give what `evaluate --images=... --output=FILE` wrote.")
     return scores
+
+
+def _names_of_today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a file, in which settings of the sampler may have the names of before."""
+    parts = {name: name.rpartition("/") for name in values}
+    return {f"{start}{slash}{RENAMED.get(last, last)}": values[name] for name, (start, slash, last) in parts.items()}
 
 
 def _compare_flat(a: Mapping[str, Any], b: Mapping[str, Any], paths: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Sets of images that scores are computed from: folders, `.npz` files as ADM publishes them, data sources, and arrays.
 
-Nothing here imports JAX: what is wrong with a set is reported within seconds. Images are in the order of their paths, or
-of the array, and are read by number, so that many processes can share the work.
+Nothing here imports JAX: what is wrong with a set is reported within seconds. Images are in the order of their paths,
+or of the array, and are read by number, so that many processes can share the work.
 Shapes: N images, B batch, H W pixels, C channels.
 """
 

@@ -20,6 +20,6 @@ __all__ = ["Checkpoints", "Damaged", "Manifest", "choose_step", "load_params", "
 def __getattr__(name: str) -> Any:
     """Listing and verifying need neither JAX nor Orbax, which take seconds to start."""
     for module in ("reading", "saving"):
-        if name in __all__ and hasattr(found := importlib.import_module(f"{__name__}.{module}"), name):
-            return getattr(found, name)
+        if name in __all__ and hasattr(imported := importlib.import_module(f"{__name__}.{module}"), name):
+            return getattr(imported, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

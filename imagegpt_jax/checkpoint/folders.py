@@ -48,13 +48,13 @@ def finished(workdir: epath.PathLike) -> list[int]:
 
 def readable(workdir: epath.PathLike) -> dict[int, Manifest]:
     """The steps whose manifests are as they were written, ascending; their files are not read."""
-    found = {}
+    manifests = {}
     for step in finished(workdir):
         try:
-            found[step] = manifest_lib.read(root(workdir) / str(step))
+            manifests[step] = manifest_lib.read(root(workdir) / str(step))
         except Damaged:
             continue
-    return found
+    return manifests
 
 
 def is_unfinished(folder: epath.Path) -> bool:

@@ -75,12 +75,12 @@ def list_files(folder: epath.Path) -> list[str]:
 
 def hash_file(path: epath.Path) -> tuple[int, str]:
     """(bytes, hash) of a file."""
-    found, size = xxhash.xxh3_128(), 0
+    digest, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            found.update(chunk)
+            digest.update(chunk)
             size += len(chunk)
-    return size, found.hexdigest()
+    return size, digest.hexdigest()
 
 
 def hash_files(folder: epath.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
@@ -173,8 +173,8 @@ def verify(folder: epath.Path, manifest: Manifest, names: Iterable[str] | None =
                 raise Damaged(f"{path} is missing")
             if path.is_dir():
                 raise Damaged(f"{path} has become a folder")
-            if (found := path.stat().length) != size:
-                raise Damaged(f"{path} has {found} bytes instead of {size}")
+            if (length := path.stat().length) != size:
+                raise Damaged(f"{path} has {length} bytes instead of {size}")
         hashes = hash_files(folder, names)
     for name in names:
         if hashes[name] != manifest.files[name]:

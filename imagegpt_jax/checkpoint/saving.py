@@ -167,10 +167,10 @@ class Checkpoints:
         """
         started = time.perf_counter()
         share = (jax.process_index(), jax.process_count())
-        found = [step for step in folders.numbered(self._workdir) if last is None or step <= last]
+        candidates = [step for step in folders.numbered(self._workdir) if last is None or step <= last]
         distributed.barrier()  # nobody changes the folder before all have listed it
         damaged = []
-        for step in reversed(found):
+        for step in reversed(candidates):
             folder = folders.root(self._workdir) / str(step)
             if folders.is_unfinished(folder):
                 distributed.barrier()

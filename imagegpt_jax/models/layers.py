@@ -158,7 +158,7 @@ class Embedding(nnx.Module):
         """
         vocab, width = self.weight.shape
         mesh = jax.sharding.get_abstract_mesh()
-        even = sharding.cuts_evenly((vocab, *ids_BL.shape, width), ("vocab", *manual_collectives.STREAM))
+        even = sharding.divides_evenly((vocab, *ids_BL.shape, width), ("vocab", *manual_collectives.STREAM))
         if not sharding.residual_axes(mesh) or not even:
             return self(ids_BL)
 

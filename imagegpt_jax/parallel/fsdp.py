@@ -4,7 +4,7 @@ Arrays are what automatic partitioning would make them (ZeRO stage 3, arXiv:1910
 compiler sums gradients over a whole slice by all-reduce, twice the bytes of a reduce-scatter, and on some chips gathers
 parameters by all-reduce as well. Asked for one axis of the torus at a time, it emits the collectives that are meant.
 
-`tensor` stays with the compiler, except in blocks: there it would fetch the operand of each product by itself, where
+`tensor` stays an auto axis, except in blocks: there it would fetch the operand of each product by itself, where
 one gather of the stream serves all matrices that read it (Megatron-LM's sequence parallelism, arXiv:2205.05198, but
 along columns).
 """
@@ -56,12 +56,12 @@ def run(
     mesh = jax.sharding.get_abstract_mesh()
     names = sharding.batch_axes(mesh)
     residual = sharding.residual_axes(mesh) if columns else ()
-    if not names or not (sharding.cuts_parameters(mesh) or residual) or x.shape[0] % sharding.batch_shards(mesh):
+    if not names or not (sharding.shards_parameters(mesh) or residual) or x.shape[0] % sharding.batch_shards(mesh):
         return function(x, blocks, batch, keep)
     leaves, treedef = jax.tree.flatten(blocks)
     variables = jax.tree.leaves(blocks, is_leaf=lambda v: isinstance(v, nnx.Variable))
     specs = [sharding.spec_for(v.shape, v.axes, mesh) for v in variables]
-    shared = () if columns else sharding.residual_axes(mesh)  # what stays with the compiler
+    shared = () if columns else sharding.residual_axes(mesh)  # axes that stay auto
     # Cast before the loop over blocks, so that gradients leave it in the same dtype: half the bytes for `data` to sum.
     # Not on CPU, where XLA aborts at a sum of bfloat16 over some of the mesh's axes.
     if sharding.platform() == "cpu":
@@ -88,7 +88,7 @@ def run(
 
     rows, stream = P(names), P(names, *(None,) * (x.ndim - 2), residual) if residual else P(names)
     held = [_only(spec, (*names, *residual)) for spec in specs]
-    # Axes of one device are given up too: kernels that the compiler cannot cut ask for that.
+    # Axes of one device are manual too: kernels that GSPMD cannot shard ask for that.
     manual = {*names, *residual, *(name for name, size in mesh.shape.items() if size == 1)}
     return jax.shard_map(local, in_specs=(stream, held, rows), out_specs=stream, axis_names=manual, check_vma=False)(
         x, leaves, batch

@@ -1,4 +1,4 @@
-"""What each device computes, where that is written out rather than left to the compiler: within a `shard_map`.
+"""Collectives that are written out rather than left to GSPMD: what each device computes within a `shard_map`.
 
 Axes are logical here, too; which axes of the mesh they lie on is in `parallel/sharding.py`.
 """
@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from imagegpt_jax.parallel import sharding
 
-# The residual stream between branches: columns are cut like heads and mlp, so that branches end in a reduce-scatter.
+# The residual stream between branches: its columns are sharded like heads and mlp, so branches end in a reduce-scatter.
 STREAM = ("batch", "length", "residual")
 
 
-def _given_up(axis: str | None) -> tuple[str, ...]:
-    """The mesh axes of an activation's logical one that the compiler gave up: a `shard_map` over them is traced."""
+def _manual_axes(axis: str | None) -> tuple[str, ...]:
+    """The manual axes (shard_map) of an activation's logical axis: a `shard_map` over them is being traced."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     names = sharding.ACTIVATION_RULES.get(axis or "", ())
@@ -26,14 +26,14 @@ def _given_up(axis: str | None) -> tuple[str, ...]:
 
 
 def part_index(axis: str) -> jax.Array | int:
-    """Which part of a logical axis this device computes, where that is written out; 0 where it is the compiler's."""
-    names = _given_up(axis)
+    """This device's index along the manual axes of a logical axis; 0 where there are none."""
+    names = _manual_axes(axis)
     return jax.lax.axis_index(names) if names else 0
 
 
 def on_first(x: jax.Array, axis: str | None) -> jax.Array:
     """x on the first of the devices that compute parts of a sum over a logical axis, and zero on the others."""
-    names = _given_up(axis)
+    names = _manual_axes(axis)
     return jnp.where(jax.lax.axis_index(names) == 0, x, 0) if names else x
 
 
@@ -73,16 +73,16 @@ def gather_along(x: jax.Array, names: str | tuple[str, ...], dim: int) -> jax.Ar
 def gather_columns(x: jax.Array) -> jax.Array:
     """The whole last dimension of a stream that is laid out as `residual`, where that is written out.
 
-    Like the three below it returns its argument as it is where the compiler has the say
+    Like the three below it returns its argument as it is where the axes are auto
     (`parallel.sharding.constrain`).
     """
-    names = _given_up("residual")
+    names = _manual_axes("residual")
     return gather_along(x, names, x.ndim - 1) if names else x
 
 
 def own_columns(x: jax.Array) -> jax.Array:
     """Undoes `gather_columns`."""
-    names = _given_up("residual")
+    names = _manual_axes("residual")
     if not names:
         return x
     size = x.shape[-1] // jax.lax.axis_size(names)
@@ -91,13 +91,13 @@ def own_columns(x: jax.Array) -> jax.Array:
 
 def sum_parts(x: jax.Array) -> jax.Array:
     """The sum of what the devices that share the columns have each computed."""
-    names = _given_up("residual")
+    names = _manual_axes("residual")
     return jax.lax.psum(x, names) if names else x
 
 
 def sum_to_own_columns(x: jax.Array) -> jax.Array:
     """`own_columns` of `sum_parts`, for half the communication."""
-    names = _given_up("residual")
+    names = _manual_axes("residual")
     if not names:
         return x
     parts = x.reshape(*x.shape[:-1], jax.lax.axis_size(names), -1)
@@ -111,7 +111,7 @@ def sum_vocabulary(x_TBMD: jax.Array) -> jax.Array:
     """
     if x_TBMD.shape[0] == 1:
         return x_TBMD[0]
-    if not sharding.cuts_evenly(x_TBMD.shape[1:], STREAM):
+    if not sharding.divides_evenly(x_TBMD.shape[1:], STREAM):
         return jax.lax.reduce(x_TBMD, jnp.zeros((), x_TBMD.dtype), jax.lax.add, (0,))
     return map_shards(lambda x_TBMD: sum_to_own_columns(x_TBMD[0]), [("vocab", *STREAM[:2], None)], STREAM)(x_TBMD)
 
@@ -132,11 +132,11 @@ def map_shards(
 def map_rows(function: Callable[..., Any], cut: Sequence[bool]) -> Callable[..., Any]:
     """Runs a function on every device's rows, with the rest of its arguments whole; what it returns is rows, too.
 
-    Each device runs the program it would run alone, to the same bits. `tensor` stays with the compiler.
+    Each device runs the program it would run alone, to the same bits. `tensor` stays an auto axis.
 
     Args:
       function: of trees of arrays.
-      cut: for each argument, whether the first dimension of its arrays is rows. Scalars are never cut.
+      cut: for each argument, whether the first dimension of its arrays is rows. Scalars are replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = () if mesh.empty else sharding.batch_axes(mesh)

@@ -24,8 +24,8 @@ MESH_AXES = ("data", *FSDP, "tensor")
 
 # Rows of a tile of a TPU's memory in bfloat16: the compiler fills up gradients of others when it scatters them.
 TILE = 16
-# Logical axis of a parameter -> mesh axes. An axis that is not here is not sharded. `fsdp` cuts one of the dimensions
-# that may be (`spec_for`).
+# Logical axis of a parameter -> mesh axes. An axis that is not here is not sharded. `fsdp` shards one of the
+# dimensions that may be (`spec_for`).
 RULES: dict[str, tuple[str, ...]] = {
     "embed": FSDP,
     "mlp": ("tensor", *FSDP),
@@ -76,7 +76,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def minor_sizes(fsdp: int) -> list[int]:
-    """Sizes that the second axis of a cut of `fsdp` into two can have, the most even cut first."""
+    """Sizes of the second axis when `fsdp` is split into two, the most even split first."""
     return [m for m in range(math.isqrt(fsdp), 0, -1) if fsdp % m == 0]
 
 
@@ -95,7 +95,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f" must be a multiple of {slices}."
         )
     data, fsdp, tensor = (sizes[a] for a in CONFIG_AXES)
-    # The most even cut along whole axes of the torus, else the most even one. GPUs have no torus.
+    # The most even split along whole axes of the torus, else the most even one. GPUs have no torus.
     minors = minor_sizes(fsdp) if devices[0].platform != "gpu" else [1]
     for minor, split in [(m, False) for m in minors] + [(minors[0], True)]:
         inner = (data // slices, fsdp // minor, minor, tensor)
@@ -113,32 +113,32 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def local_mesh(devices: Sequence[Any] | None = None, tensor: int = 1) -> Mesh:
-    """The mesh of inference: batches cut over devices of this process (all by default), with or without `tensor`."""
+    """The mesh of inference: data parallel over devices of this process (all by default), with or without `tensor`."""
     return make_mesh({"data": -1, "fsdp": 1, "tensor": tensor}, jax.local_devices() if devices is None else devices)
 
 
 def batch_axes(mesh: Any) -> tuple[str, ...]:
-    """The mesh axes that cut a batch and are the compiler's."""
+    """The auto axes (GSPMD) of the mesh that shard a batch."""
     return auto_axes(ACTIVATION_RULES["batch"], mesh)
 
 
 def residual_axes(mesh: Any) -> tuple[str, ...]:
-    """The mesh axes of more than one device that cut the columns of a stream and are the compiler's."""
+    """The auto axes (GSPMD) of more than one device that shard the columns of the residual stream."""
     return tuple(n for n in auto_axes(ACTIVATION_RULES["residual"], mesh) if mesh.shape[n] > 1)
 
 
 def batch_shards(mesh: Any) -> int:
-    """Into how many parts a batch is cut."""
+    """The number of shards of a batch."""
     return _parts(ACTIVATION_RULES["batch"], mesh)
 
 
-def cuts_parameters(mesh: Any) -> bool:
+def shards_parameters(mesh: Any) -> bool:
     """Whether parameters are sharded over `fsdp`."""
     return _parts(FSDP, mesh) > 1
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str = "batch_size") -> None:
-    """Raises UserError if a batch cannot be cut evenly over the mesh and into `accumulate` parts, one after another."""
+    """Raises UserError if a batch is not divisible by the mesh times `accumulate` micro-batches."""
     parts = batch_shards(mesh) * accumulate
     for name, value in ((key, batch_size), ("accumulate", accumulate)):
         if value < 1:
@@ -186,7 +186,7 @@ def _parts(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
 
 
 def auto_axes(names: Sequence[str], mesh: Any) -> tuple[str, ...]:
-    """Those of some mesh axes that are the compiler's: within a `shard_map` over them there are none."""
+    """Those of some mesh axes that are auto (GSPMD's): within a `shard_map` over them there are none."""
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(n for n in names if kinds.get(n) == AxisType.Auto)
 
@@ -194,9 +194,9 @@ def auto_axes(names: Sequence[str], mesh: Any) -> tuple[str, ...]:
 def spec_for(shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Any) -> P:
     """The PartitionSpec of a parameter with logical `axes` (without the stacked layers' axis).
 
-    A mesh axis that does not divide the dimension its rule names is left out there. Of dimensions that `fsdp` may cut,
-    it cuts the one that divides best, into whole tiles if there is one, of equal ones one that `tensor` does not cut,
-    and of those the first; parts of `fsdp` that are left over go to the largest dimension that they divide.
+    A mesh axis that does not divide the dimension its rule names is left out there. Of dimensions that `fsdp` may
+    shard, it shards the one that divides best, into whole tiles if there is one, of equal ones one that `tensor` does
+    not shard, and of those the first; parts of `fsdp` that are left over go to the largest dimension that they divide.
     """
     axes = tuple(axes or ())
     spec: list[tuple[str, ...]] = [()] * len(shape)
@@ -242,7 +242,7 @@ def module_specs(abstract_module: nnx.Module, mesh: Mesh) -> Any:
 
 
 def tensor_shardings(abstract_module: Any, mesh: Mesh) -> Any:
-    """Layout of an abstract module's parameters for decoding: cut over `tensor`, else whole on every device."""
+    """Layout of an abstract module's parameters for decoding: sharded over the `tensor` axis alone, else replicated."""
     leaves, treedef = jax.tree.flatten(abstract_module)
     variables = jax.tree.leaves(abstract_module, is_leaf=lambda v: isinstance(v, nnx.Variable))
     layouts = []
@@ -253,15 +253,15 @@ def tensor_shardings(abstract_module: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(treedef, layouts)
 
 
-# A leaf of optimizer state that has not the shape of a parameter is cut over `fsdp` if it has more elements than this.
+# A leaf of optimizer state without a parameter's shape is sharded over `fsdp` if it has more elements than this.
 LARGE = 1 << 18
 
 
 def tree_specs(tree: Any, params: Any, param_specs: Any, mesh: Any) -> Any:
     """Specs for a state tree (optimizer, EMA, ...): a leaf whose path ends in a parameter's path is laid out like it.
 
-    A leaf with some of the parameter's dimensions, such as a factored second moment, is cut along those; a large one
-    that `fsdp` does not cut there, or that is like no parameter, such as a preconditioner, along its last dimension.
+    A leaf with some of the parameter's dimensions, such as a factored second moment, is sharded along those; a large
+    one that `fsdp` does not shard there, or that is like no parameter, such as a preconditioner, along its last one.
 
     Args:
       tree: abstract tree, such as an optimizer state.
@@ -308,7 +308,7 @@ def platform() -> str:
 
 
 def activation_spec(axes: Sequence[str | None], mesh: Any) -> P:
-    """The PartitionSpec of an activation with logical `axes`, as far as the compiler has the say."""
+    """The PartitionSpec of an activation with logical `axes`, over auto axes alone."""
     return P(*(auto_axes(ACTIVATION_RULES.get(a or "", ()), mesh) or None for a in axes))
 
 
@@ -323,14 +323,14 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def cuts_evenly(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
-    """Whether the mesh in force cuts an activation with logical `axes` evenly, as far as the compiler has the say."""
+def divides_evenly(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
+    """Whether the auto axes of the mesh in force divide an activation with logical `axes` evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     return all(size % _parts(e, mesh) == 0 for size, e in zip(shape, activation_spec(axes, mesh), strict=True))
 
 
 def axis_parts(axis: str) -> int:
-    """Into how many parts the mesh in force cuts a logical axis of activations."""
+    """The number of shards of a logical axis of activations on the mesh in force."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _parts(ACTIVATION_RULES[axis], mesh)
 
@@ -352,7 +352,7 @@ def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays (the rows of `host_rows`) -> global arrays cut over the batch axis. Arrays of text stay behind."""
+    """Host arrays (the rows of `host_rows`) -> global arrays sharded over the batch. Arrays of text stay behind."""
     parts, layout = batch_shards(mesh), batch_sharding(mesh)
     held = len(host_rows(mesh, parts))  # of `parts` parts, how many are here
 

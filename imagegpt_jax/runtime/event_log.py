@@ -44,12 +44,12 @@ class Log:
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """All events of a run in order; lines that a kill or a disk has torn are left out."""
     path = epath.Path(workdir) / NAME
-    found = []
+    events = []
     for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []:
         try:
             event = json.loads(line)
         except ValueError:
             continue
         if isinstance(event, dict) and {"time", "event"} <= event.keys():
-            found.append(event)
-    return found
+            events.append(event)
+    return events

@@ -1,4 +1,4 @@
-"""Files that may be on `gs://`: whether a bucket answers, found out in seconds, and errors that a person can act on.
+"""Files that may be on `gs://`: whether a bucket answers within seconds, writing them whole, and errors with a remedy.
 
 `etils.epath` reads and writes `gs://` through TensorFlow, which tries again for minutes before it gives up.
 Orbax, which writes the checkpoints, asks Google's own client besides (`pip install 'imagegpt_jax[gcs]'`).
@@ -37,12 +37,12 @@ _CHECK = (
 
 def paths(*values: Any) -> list[str]:
     """The `gs://` paths in strings, however deep in mappings and sequences: one of each bucket, in their order."""
-    found: dict[str, str] = {}
+    by_bucket: dict[str, str] = {}
 
     def walk(value: Any) -> None:
         if isinstance(value, str):
             for path in _PATH.findall(value):
-                found.setdefault(path.split("/")[2], path)
+                by_bucket.setdefault(path.split("/")[2], path)
         elif isinstance(value, Mapping):
             walk(list(value.values()))
         elif isinstance(value, Sequence):
@@ -50,7 +50,7 @@ def paths(*values: Any) -> list[str]:
                 walk(item)
 
     walk(values)
-    return list(found.values())
+    return list(by_bucket.values())
 
 
 def check(*values: Any) -> None:
@@ -101,16 +101,16 @@ def _probe(path: str) -> None:
     from etils import epath
 
     errors: list[Exception] = []
-    found: list[bool] = []
+    exists: list[bool] = []
     answered = threading.Event()
     bucket = "/".join(path.split("/")[:3])
 
     def ask() -> None:
         try:
-            found.append(epath.Path(path).exists())
-            if not found[0]:  # neither, where there is no such bucket
+            exists.append(epath.Path(path).exists())
+            if not exists[0]:  # neither, where there is no such bucket
                 with contextlib.suppress(tf.errors.PermissionDeniedError):  # some may see a bucket's objects alone
-                    found.append(epath.Path(bucket).exists())
+                    exists.append(epath.Path(bucket).exists())
         except (OSError, tf.errors.OpError) as e:
             errors.append(e)
         answered.set()
@@ -121,7 +121,7 @@ def _probe(path: str) -> None:
         raise UserError(f"{path} did not answer within {seconds:.0f} s: {_CHECK}")
     if errors:
         raise UserError(f"{path} cannot be reached ({reason(errors[0])}): {_CHECK}")
-    if found == [False, False]:
+    if exists == [False, False]:
         raise UserError(f"there is no bucket {bucket}: check its name, or make it (`gcloud storage buckets create`).")
 
 

@@ -125,5 +125,5 @@ class _Signs:
         self._client.key_value_set(f"{KEY}/alive/{self._index}", text, allow_overwrite=True)
 
     def all(self) -> dict[int, str]:
-        found = self._client.key_value_dir_get(f"{KEY}/alive/")
-        return {int(key.rpartition("/")[2]): text for key, text in found}
+        signs = self._client.key_value_dir_get(f"{KEY}/alive/")
+        return {int(key.rpartition("/")[2]): text for key, text in signs}

@@ -80,13 +80,13 @@ class Watchdog:
             count += 1
             try:
                 self._signs.put(json.dumps([count, self._step]))
-                found = self._signs.all()
+                signs = self._signs.all()
             except Exception as e:  # the coordinator's client has no type of its own for them
                 self._refusal = f" ({first_line(e)})"
                 continue  # `_watch` ends the process when this goes on, and says why
             self._refusal = ""
             self._answered = now = time.monotonic()
-            for index, text in found.items():
+            for index, text in signs.items():
                 if index not in self._seen or self._seen[index][0] != text:
                     self._seen[index] = (text, now)
 

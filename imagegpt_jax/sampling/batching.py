@@ -91,7 +91,7 @@ def run(
       seed: with the sample's index, all that its draws depend on.
       sample_indices: index of each sample (default 0, 1, ...).
       batch_size: samples that a device decodes at once.
-      mesh: devices to decode on: rows are cut over its `data` and `fsdp` axes, heads and matrices over `tensor`. By
+      mesh: devices to decode on: rows are sharded over its `data` and `fsdp` axes, heads and matrices over `tensor`. By
         default the device that the parameters are on.
       progress: called with (samples done, samples in all) after each batch.
       on_step: called after every token with (tokens drawn, those of all samples of the batch [b, N], zero where not

@@ -127,7 +127,7 @@ class Shape:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What differs from sample to sample; cut over the devices of a mesh.
+    """What differs from sample to sample; sharded over the devices of a mesh.
 
     Attributes:
       prompt: R rows.

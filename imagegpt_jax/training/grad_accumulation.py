@@ -22,7 +22,7 @@ def accumulate(function: Callable[[Any], Part], batch: Any, parts: int) -> Part:
 
     Args:
       function: part of the batch -> (arrays to sum, metrics to merge, arrays to put together by rows).
-      batch: tree of arrays of B rows, a multiple of `parts` times the devices that the batch is cut over.
+      batch: tree of arrays of B rows, a multiple of `parts` times the devices that the batch is sharded over.
       parts: number of parts; 1 calls the function and does nothing else.
 
     Returns:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.runtime import cluster
+from imagegpt_jax.runtime import cluster, distributed
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from imagegpt_jax.train_state import TrainState
 class Sampling:
     """Prefill with its first scores, and one guided step; rows are twice the samples, and each device has its own.
 
-    Weights are laid out as `sampling.batching.place` does: cut over `tensor` alone, in the compute dtype. They are
+    Weights are laid out as `sampling.batching.place` does: sharded over `tensor` alone, in the compute dtype. They are
     traced where they are first asked for.
 
     Args:

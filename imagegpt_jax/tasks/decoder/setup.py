@@ -331,7 +331,7 @@ def _check_images(setup: Setup, split: str, source: Any) -> None:
 
 
 def check_mesh(setup: Setup, mesh: Mesh) -> None:
-    """Raises UserError if the network cannot be cut over the mesh: it names the numbers and what would do."""
+    """Raises UserError if the network cannot be sharded over the mesh: it names the numbers and what would do."""
     model = setup.model
     if model.attention == "cudnn":
         with jax.set_mesh(mesh):

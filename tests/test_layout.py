@@ -41,6 +41,11 @@ def test_the_rows_stand_in_the_order_of_the_layers():
     assert names == ["__init__", *expected]
 
 
+def test_files_are_short_and_none_is_called_utils():
+    assert [str(path) for path in SOURCES if path.read_text().count("\n") > 400] == []
+    assert [str(path) for path in SOURCES if path.stem in ("utils", "util", "helpers", "misc")] == []
+
+
 def test_paths_in_text_exist():
     """Pages, docstrings, comments and messages name no file that has moved."""
     pattern = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)}|docs|launch)/[\w./-]*(?:\.[a-z]+\b|/)")

@@ -62,9 +62,9 @@ class Setup:
 class Task(interface.Task):
     """What the loop is to know; `bad` are the positions whose examples are NaN."""
 
-    def __init__(self, bad=(), hook=None):
+    def __init__(self, bad=(), hook=None, **fields):
         methods = ("setup", "init_state", "train_step", "batches", "evaluators")
-        super().__init__(**{name: getattr(self, name) for name in methods})
+        super().__init__(**{name: getattr(self, name) for name in methods}, **fields)
         self.bad, self.drawn, self.evaluations = frozenset(bad), [], []
         self.hook = hook or (lambda step: None)
 

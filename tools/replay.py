@@ -40,10 +40,11 @@ def main() -> None:
 
     from imagegpt_jax import checkpoint, train_state
     from imagegpt_jax import config as config_lib
+    from imagegpt_jax.data.pipeline import position_after
     from imagegpt_jax.parallel import sharding
     from imagegpt_jax.tasks import interface
     from imagegpt_jax.training import train_metrics
-    from imagegpt_jax.training.steps import Steps
+    from imagegpt_jax.training.steps import Steps, host_batch
 
     config = config_lib.load(WORKDIR.value)
     task = interface.find(config.task)
@@ -69,11 +70,16 @@ def main() -> None:
             skipped=skipped,
         )
         stream, steps = iter(batches), Steps(task, setup, mesh, layout)
+
+        def drawn(step: int) -> Any:
+            where = position_after(position, step - begin, config.batch_size, skipped)
+            return host_batch(task, setup, state, where, stream)
+
         for step in range(begin, STEP.value):
-            batch = sharding.put_batch(next(stream), mesh)
+            batch = sharding.put_batch(drawn(step), mesh)
             phase = task.phase(setup, step)
             state, _ = steps(phase, state, steps.zeros(phase, state, batch), batch)
-        held = next(stream)
+        held = drawn(STEP.value)
         batches.close()
         batch, phase = sharding.put_batch(held, mesh), task.phase(setup, STEP.value)
 
@@ -82,7 +88,8 @@ def main() -> None:
 
         new, values = jax.jit(unguarded)(state, batch)
 
-    print(f"step {STEP.value} ({phase}), positions {held['position'].min()} to {held['position'].max()}")
+    positions = held["position"] if "position" in held else np.zeros(1, int)
+    print(f"step {STEP.value} ({phase}), positions {positions.min()} to {positions.max()}")
     print(*(describe(name, x) for name, x in held.items()), sep="\n")
     for name, value in train_metrics.fetch(values).items():
         print(f"{name} = {value:.6g}")

@@ -10,7 +10,7 @@ import functools
 import io
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,12 +27,12 @@ from imagegpt_jax.errors import UserError
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.runtime import distributed, event_log, filesystem, hardware, preemption
 from imagegpt_jax.training import config_checks, step_guard, train_metrics
-from imagegpt_jax.training.steps import Steps
+from imagegpt_jax.training.steps import Steps, host_batch
 from imagegpt_jax.training.warm_start import load_params
 
 if TYPE_CHECKING:
     from imagegpt_jax.metrics.evaluator import Evaluator
-    from imagegpt_jax.tasks.interface import Task
+    from imagegpt_jax.tasks.interface import Batches, Task
 
 
 def run(
@@ -191,15 +191,10 @@ class _Training:
         config, task, setup, last = self.config, self.task, self.setup, self.config.steps
         state, first = begin.state, int(begin.state.step)
         self._first, self.skipped_steps = first, step_guard.skipped(state.guard)
-        batches = task.batches(
-            setup,
-            "train",
-            batch_size=config.batch_size,
-            position=begin.position,
-            rows=sharding.host_rows(self.mesh, config.batch_size),
-            skipped=begin.skipped,
-        )
+        batches = self._open(begin.position, begin.skipped)
         stream = iter(batches)
+        # What rollouts gave for steps that are not judged yet: the state that they came from is gone by then.
+        self._rolled_out: dict[int, Mapping[str, Any]] = {}
         self._where = functools.partial(self._position_of, begin, first)
         totals: Any = None
         pending: tuple[int, Any] | None = None
@@ -217,7 +212,10 @@ class _Training:
             for step in range(first + 1, last + 1):
                 # --- Dispatch one step.
                 started = time.perf_counter()
-                batch = sharding.put_batch(next(stream), self.mesh)
+                held = host_batch(task, setup, state, self._where(step - 1), stream)
+                if task.rollout is not None:
+                    self._rolled_out[step - 1] = held
+                batch = sharding.put_batch(held, self.mesh)
                 self.clock.add("data_wait", time.perf_counter() - started)
                 phase = task.phase(setup, step - 1)
                 if totals is None:
@@ -263,6 +261,12 @@ class _Training:
             batches.close()
         return state
 
+    def _open(self, position: int, skipped: tuple[tuple[int, int], ...]) -> "Batches":
+        """This process's rows of the training batches from a position on."""
+        size = self.config.batch_size
+        rows = sharding.host_rows(self.mesh, size)
+        return self.task.batches(self.setup, "train", batch_size=size, position=position, rows=rows, skipped=skipped)
+
     def _position_of(self, begin: ResumePoint, first: int, step: int) -> int:
         """Where the batch of a step (counted from 0) begins."""
         return position_after(begin.position, step - first, self.config.batch_size, begin.skipped)
@@ -282,6 +286,7 @@ class _Training:
             self.log.write("skip", step=step, steps=skipped - self.skipped_steps, newest=newest)
             self._keep_batch(newest)
             self.skipped_steps = skipped
+        self._rolled_out = {number: batch for number, batch in self._rolled_out.items() if number >= step}
         if (first := step_guard.rollback_from(finished["guard"])) is not None:
             raise _Rollback(first)
 
@@ -319,15 +324,11 @@ class _Training:
 
     def _keep_batch(self, step: int) -> None:
         """Saves this process's rows of the batch of a bad step; `tools/replay.py` runs it again."""
-        batches = self.task.batches(
-            self.setup,
-            "train",
-            batch_size=self.config.batch_size,
-            position=self._where(step),
-            rows=sharding.host_rows(self.mesh, self.config.batch_size),
-        )
-        batch = next(iter(batches))
-        batches.close()
+        batch = self._rolled_out.get(step)
+        if batch is None:
+            batches = self._open(self._where(step), ())
+            batch = next(iter(batches))
+            batches.close()
         file = io.BytesIO()
         arrays: dict[str, Any] = {k: v.astype(str) if v.dtype == object else v for k, v in batch.items()}
         np.savez(file, **arrays)

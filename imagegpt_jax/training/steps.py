@@ -67,6 +67,25 @@ def options_told(options: Mapping[str, str | bool]) -> Iterator[None]:
         ) from e
 
 
+def host_batch(
+    task: "Task", setup: Any, state: train_state.TrainState, position: int, stream: Iterator[Any]
+) -> Mapping[str, Any]:
+    """This process's rows of a step's batch: those of the task's rollout, if it gives some, else the next of the data.
+
+    Those of the data are drawn either way, so that what a rollout gives does not move the position.
+
+    Args:
+      task: what is trained.
+      setup: its static part.
+      state: before the step.
+      position: where the batch begins in the data.
+      stream: batches of the data.
+    """
+    drawn = next(stream)
+    rolled_out = None if task.rollout is None else task.rollout(setup, state, position)
+    return drawn if rolled_out is None else rolled_out
+
+
 class Steps:
     """The compiled steps of a task, one per phase.
 

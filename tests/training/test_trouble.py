@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from imagegpt_jax import checkpoint
+from imagegpt_jax import checkpoint, train_state
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.runtime import distributed, event_log, preemption
 from imagegpt_jax.training import loop, step_guard, train_metrics
@@ -127,6 +127,30 @@ class _Later(tiny.Task):
 
     def batches(self, setup, split, *, batch_size, position=0, rows=None, skipped=()):
         return super().batches(setup, split, batch_size=batch_size, position=position, skipped=((8, 20),))
+
+
+def test_rollouts_are_kept_where_a_step_was_bad_and_come_again_after_a_rollback(tmp_path):
+    """Three bad steps from position 20 on: back to the checkpoint of step 4, and on with the state from there."""
+    given = []
+
+    def rollout(setup, state, position):
+        slope = np.asarray(state.trainable["line"]["slope"])
+        x = np.random.default_rng(position).normal(size=(4, 3)).astype(np.float32)
+        y = x.sum(1) + np.sign(x @ slope) + (np.nan if 20 <= position < 32 else 0)
+        given.append((position, x, slope))
+        return {"x": x, "y": y.astype(np.float32)}
+
+    state = loop.run(tiny.Task(rollout=rollout), tiny.make_config(**{"checkpoint.every": 4}), tmp_path)
+    (rollback,) = happened(tmp_path, "rollback")
+    assert rollback["skipped_positions"] == [20, 32]
+    positions = [position for position, *_ in given]
+    assert positions[-8:] == [16, *range(32, 60, 4)]
+    assert int(state.step) == 12
+    first, again = (slope for position, _, slope in given if position == 16)
+    np.testing.assert_array_equal(first, again)
+    kept = np.load(tmp_path / "bad_batches" / "step-5.process-0.npz")
+    np.testing.assert_array_equal(kept["x"], next(x for position, x, _ in given if position == 20))
+    assert np.isnan(kept["y"]).all()
 
 
 def test_what_is_not_in_the_data_ends_after_some_rollbacks(tmp_path):

@@ -74,7 +74,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.steps = run["steps"]
     config.batch_size = run["batch_size"]
     config.eval_batch_size = run["batch_size"]
-    config.accumulate = 1  # parts that a batch goes through in, one after another, to save memory
+    config.accumulate = 1  # micro-batches of a step: gradient accumulation, to save memory
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1} if small else {"data": 1, "fsdp": -1, "tensor": 1}
     # Of XLA's compiler, for the training step: "xla_name=value,xla_name=value"; other platforms' are left out. This one
     # saves CPUs a copy of the optimizer's state in each step.
@@ -88,8 +88,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.untrained_tokenizer.model.quantizer.num_codes = 8192
     downsample = {"test": 4, "emoji": 4, "vq16": 16}[run["tokenizer"]]
 
-    # --- Text encoder: folder of a language model (GPT-2, Llama, portable) whose states over the words are features
-    # before the picture, frozen; "" = the words are tokens of the sequence.
+    # --- Text encoder: folder of a frozen language model (GPT-2, Llama, portable), whose hidden states of a prompt are
+    # prepended to the image tokens; "" = text tokens are part of the sequence.
     config.text_encoder = ""
 
     source = "tfds:imagenet2012,split=" if classes else "tfds:coco_captions,split="
@@ -104,7 +104,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "num_classes": 1000 if classes else 0,  # 0 = as many as the data have
         "vocab_multiple": 1 if small else 128,  # rows are added to the token table to fill a multiple of this
         "text_tokenizer": "",  # folder of a tokenizer; "" trains one on the captions of `train`
-        "text_vocab_size": {"emoji": 4096, "20B": 16384}.get(args.size, 1024),  # 0 = no words
+        "text_vocab_size": {"emoji": 4096, "20B": 16384}.get(args.size, 1024),  # 0 = no text
         "text_tokenizer_examples": 100_000,  # captions it is trained on
         # Length of the text region, or with a text encoder number of its features; longer captions are cut.
         "text_length": 1 if classes else 12 if small else 128,
@@ -193,7 +193,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # --- Cadence, in steps.
     config.log_every = run["log"]
     config.eval_every = run["evaluate"]
-    # Pictures of validation prompts that every evaluation draws and scores as a set, 0 = none; and by whose features:
+    # Samples of validation prompts that every evaluation generates and scores, 0 = none; and by whose features:
     # "efficientnet_lite0" (KID, offline), "inception=pt_inception-2015-12-05-6726825d.pth" (FID, KID), "clip=FOLDER"
     # (CLIPScore), with commas between them.
     config.eval_samples = 0

@@ -44,7 +44,7 @@ def _llamagen(size: str) -> Recipe:
 
 
 def _text_to_image(res: int, pictures: int, **model: int) -> Recipe:
-    """LlamaGen over words: 120 features of FLAN-T5-XL, of which the last stands where a picture begins.
+    """LlamaGen, text-conditional: 120 features of FLAN-T5-XL, of which the last stands where a picture begins.
 
     T5 is not read here: `text_encoder` names a language model, and `model.feature_width=0` takes its width. How long it
     was trained is not published, so this is one pass over as many pictures. Sampling is that of the authors' program.
@@ -119,7 +119,7 @@ def _rar(depth: int, heads: int, width: int, mlp_width: int, cfg_scale: float, c
 
 
 def _imagegpt(depth: int, heads: int, width: int, lr: float) -> Recipe:
-    """GPT-2 blocks over colours, without classes or words. Its palette comes from its weights, by `convert`."""
+    """GPT-2 blocks over colours, unconditional. Its palette comes from its weights, by `convert`."""
     return Recipe(
         size="B",
         tokenizer="size=vq16",
@@ -177,7 +177,7 @@ RECIPES = {
     # The released ones: 50 million pictures at 256 px, then 10 million at 512 px.
     "llamagen_t2i_XL": _text_to_image(256, 50_000_000),
     "llamagen_t2i_XL_512": _text_to_image(512, 10_000_000),
-    # The other sizes that the authors' code has for words.
+    # The other sizes that the authors' code has for text.
     "llamagen_t2i_1B": _text_to_image(256, 50_000_000, depth=22, heads=32, width=2048, mlp_width=5632),
     "llamagen_t2i_7B": _text_to_image(256, 50_000_000, depth=32, heads=32, width=4096, mlp_width=11008),
     "rar_B": _rar(24, 16, 768, 3072, 16.0, 2.75),

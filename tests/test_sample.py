@@ -285,7 +285,7 @@ def test_checks_flag_and_withhold_and_pictures_are_marked(binary, workdirs, tmp_
     binary("sample", *base, "--invisible_watermark=us", f"--output={tmp_path / 'marked'}").main()
     rows = {name: _rows(tmp_path / name) for name in ("plain", "flagged", "withheld", "marked")}
     read = {
-        name: [np.asarray(Image.open(tmp_path / name / row["file"])) for row in found] for name, found in rows.items()
+        name: [np.asarray(Image.open(tmp_path / name / row["file"])) for row in lines] for name, lines in rows.items()
     }
     assert "flagged" not in rows["plain"][0]["results"]
     for name in ("flagged", "withheld"):

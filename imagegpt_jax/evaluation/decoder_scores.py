@@ -73,7 +73,7 @@ class DecoderScorer:
 
         def packed() -> Iterator[dict[str, np.ndarray]]:
             for batch in checkpoint_data.batches(settings, "decoder", self._data, ops, mesh):
-                codes = batch["codes"] if "codes" in batch else tok.encode(batch["image"])
+                codes = batch["codes"] if "codes" in batch else tok.encode(batch["image"], value_range=(-1, 1))
                 rest = {name: value for name, value in batch.items() if name != "image"}
                 features = decoder.read([str(c) for c in batch.get("caption", [""] * len(codes))])
                 prefix = {} if features is None else dict(zip(FEATURES, features, strict=True))

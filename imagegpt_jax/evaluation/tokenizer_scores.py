@@ -68,7 +68,8 @@ class TokenizerScorer:
 
         def reconstruct(images_BHWC: np.ndarray) -> np.ndarray:
             _, height, width, _ = images_BHWC.shape
-            return tok.decode(tok.encode(images_BHWC), (height // tok.downsample, width // tok.downsample))
+            codes_BL = tok.encode(images_BHWC, value_range=(-1, 1))
+            return tok.decode(codes_BL, (height // tok.downsample, width // tok.downsample))
 
         images = SourceImages(f"{self._path} on {data.spec}", data.source, ops, reconstruct)
         reference = SourceImages(data.spec, data.source, ops)

@@ -96,7 +96,8 @@ def with_options(function: Callable[P, R]) -> Callable[P, R]:
         given = renamed(kwargs)
         for name in given.keys() - signature.parameters.keys():
             names = [name for name in signature.parameters if name != "self"]
-            raise UserError(f"{function.__name__}() has no argument {name!r}.{suggest(name, names)}")
+            call_name = function.__name__.replace("__call__", "pipeline")
+            raise UserError(f"{call_name}() has no argument {name!r}.{suggest(name, names)}")
         return function(*args, **given)  # type: ignore[arg-type]
 
     call.__signature__ = signature  # type: ignore[attr-defined]

@@ -73,6 +73,7 @@ def check(request: GenerationRequest) -> Mode:
         raise UserError("generating needs num_images >= 1 and seed >= 0.")
     if request.shares and len(request.prompts) != 1:
         raise UserError("interpolate needs one prompt to begin with.")
+    request.indices()  # numbers of prompts, classes and pictures that fit each other
     return mode
 
 

@@ -218,8 +218,9 @@ def overviews(request: GenerationRequest, folder: "epath.Path", grid: tuple[int,
         (folder / GIF_FILE).write_bytes(images.gif_bytes(frames))
     if npz:
         buffer = io.BytesIO()
-        arrays: dict[str, Any] = dict(adm_arrays([read(row) for row in rows], [row["class"] for row in rows]))
-        np.savez(buffer, **arrays)
+        labels = [row["class"] for row in rows]
+        classes = {} if None in labels else {"arr_1": np.asarray(labels, np.int64)}
+        np.savez(buffer, arr_0=np.stack([read(row) for row in rows]), **classes)
         (folder / NPZ_FILE).write_bytes(buffer.getvalue())
 
 
@@ -251,10 +252,3 @@ def finish(folder: "epath.Path", output: "epath.Path") -> None:
         folder.rename(output)
     except OSError as e:
         raise UserError(f"--output={output} cannot be written ({e.strerror}).") from e
-
-
-def adm_arrays(images: Sequence[np.ndarray], labels: Sequence[int | None]) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of ADM's evaluation file: arr_0 uint8 [B, H, W, C], and arr_1 int64 [B] where all have a class."""
-    yield "arr_0", np.stack(list(images))
-    if all(label is not None for label in labels):
-        yield "arr_1", np.asarray(labels, np.int64)

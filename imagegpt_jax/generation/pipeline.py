@@ -28,50 +28,6 @@ from imagegpt_jax.sampling.settings import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
-class Entries:
-    """A request as the network reads it.
-
-    Attributes:
-      layout: of the sequences.
-      texts: token ids of each prompt of B entries; one list, or two for an interpolation.
-      labels: class of each entry.
-      features: of a text encoder, for each list of texts; None for a decoder that reads no features.
-      shares: float32 [B], how much of the second prompt is in each entry's logits.
-      negative: token ids of the negative prompts.
-      negative_features: of a text encoder.
-      known: what of pictures stays.
-    """
-
-    layout: Layout
-    texts: list[list[list[int]]]
-    labels: list[int]
-    features: list[Features] | None
-    shares: np.ndarray | None
-    negative: list[list[int]] | None
-    negative_features: Features | None
-    known: modes.Known | None
-
-    def job(self, entries: np.ndarray, sampling: Sampling) -> Job:
-        """The token job of one image for each of `entries`."""
-        shares = None if self.shares is None else self.shares[entries]
-        labels = [self.labels[i] for i in entries]
-        return image_job(
-            self.layout,
-            [([texts[i] for i in entries], labels) for texts in self.texts],
-            sampling,
-            mix=None if shares is None else np.stack([1 - shares, shares], axis=1),
-            negative=None if self.negative is None else [self.negative[i] for i in entries],
-            given=None if self.known is None else self.known.codes[entries],
-            features=None if self.features is None else [_rows(part, entries) for part in self.features],
-            negative_features=None if self.negative_features is None else _rows(self.negative_features, entries),
-        )
-
-
-def _rows(features: Features, rows: np.ndarray) -> Features:
-    return features[0][rows], features[1][rows]
-
-
-@dataclasses.dataclass(frozen=True)
 class Pipeline:
     """A decoder and its image tokenizer, which make images of requests.
 
@@ -152,30 +108,38 @@ class Pipeline:
         Raises:
           UserError: for a request that does not fit the decoder.
         """
-        modes.check(request)
+        if modes.check(request) is modes.MODES["caption"]:
+            raise UserError("captions are no images: ask for them by captions().")
         request = self.resolved(request)
         sampling = Sampling(**request.settings)  # type: ignore[arg-type]
         postprocess, kept = Postprocessor(request.postprocess), request.num_images
         if request.best_of is not None and request.best_of < kept:
             raise UserError(f"best_of={request.best_of} must be at least num_images={kept}: so many are kept.")
         scorer = None if request.best_of is None else scorers.find(request.scorer)
-        source = self.sources(request) if request.images else None
-        entries = self._entries(request, sampling, source, features)
-        sampled = dataclasses.replace(request, num_images=request.best_of or kept)
-        devices = 1 if mesh is None else mesh.size // mesh.shape["tensor"]
-        how = {"batch_size": batch_size, "mesh": mesh, "on_step": on_step}
-        indices = np.asarray(sampled.indices())
+        layout, known, job_of = self._read(request, sampling, features)
+        each = request.best_of or kept
+        indices = np.asarray(dataclasses.replace(request, num_images=each).indices())
+        together = batch_size * (1 if mesh is None else mesh.size // mesh.shape["tensor"])
+        how: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh, "on_step": on_step}
 
         def parts(first: int) -> Iterator[GeneratedImages]:
-            for start in range(first, len(indices), batch_size * devices):
-                numbers = np.arange(start, min(start + batch_size * devices, len(indices)))
-                yield self._sample(sampled, entries, sampling, numbers, indices[numbers], **how)
+            for start in range(first, len(indices), together):
+                numbers = np.arange(start, min(start + together, len(indices)))
+                entries, i_b = numbers // each, indices[numbers]
+                gpt, job = self.decoder.placed(sampling.weights, mesh), job_of(entries)
+                samples = batching.run(gpt, job, sampling, request.seed, sample_indices=i_b, **how)
+                pixels = images_lib.to_uint8(self.tokenizer.decode(samples.tokens, layout.grid))
+                if known is not None and known.source is not None and known.fresh is not None:
+                    pixels = np.where(known.fresh[entries][..., None], pixels, known.source[entries])
+                results = [{"log_likelihood": float(value)} for value in samples.log_likelihood]
+                codes, likelihood = samples.tokens, samples.log_likelihood
+                yield GeneratedImages(request, numbers, i_b, pixels, codes, likelihood, results)
 
         def finished(first: int = 0) -> Iterator[GeneratedImages]:
             if scorer is None:
                 ready = parts(first)
             else:
-                ready = iter([self._best(request, GeneratedImages.join(list(parts(0))), entries, scorer)])
+                ready = iter([self._best(request, GeneratedImages.join(list(parts(0))), layout, scorer)])
             texts, _ = request.entries
             for part in ready:
                 pairs = [postprocess(p, texts[n // kept]) for p, n in zip(part.pixels, part.numbers, strict=True)]
@@ -289,12 +253,15 @@ class Pipeline:
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
-    def _entries(
-        self, request: GenerationRequest, sampling: Sampling, source: np.ndarray | None, features: Features | None
-    ) -> Entries:
-        gpt, mode = self.decoder, modes.MODES[request.mode]
-        prompts, classes = request.entries
-        known = None if mode.known is None or source is None else mode.known(request, self.tokenizer, source)
+    def _read(
+        self, request: GenerationRequest, sampling: Sampling, features: Features | None
+    ) -> tuple[Layout, modes.Known | None, Callable[[np.ndarray], Job]]:
+        """The layout of a request's sequences, what stays of its pictures, and the token job of some of its entries."""
+        gpt, known, source = self.decoder, None, self.sources(request) if request.images else None
+        mode, (prompts, classes) = modes.MODES[request.mode], request.entries
+        if mode.known is not None and source is not None:
+            known = mode.known(request, self.tokenizer, source)
+        layout = layout_of(gpt, request.grid if known is None else known.grid)
         if request.mode == "style_transfer":
             if not any(prompts):
                 prompts = self.captions(GenerationRequest(mode="caption", images=request.images))
@@ -306,46 +273,40 @@ class Pipeline:
             raise UserError(
                 f"there are {len(negative)} negative prompts for {len(prompts)}: give one, or one for each."
             )
+        labels = [NO_LABEL if label is None else gpt.class_index(label) for label in classes]
         groups = [prompts] + [[request.second_prompt] * len(prompts)] * bool(request.shares)
-        layout = layout_of(self.decoder, request.grid if known is None else known.grid)
-        texts = [[gpt.encode_text(text) for text in group] for group in groups]
-        read = [features or gpt.read(groups[0]), *(gpt.read(group) for group in groups[1:])]
-        return Entries(
-            layout=layout,
-            texts=texts,
-            labels=[NO_LABEL if label is None else gpt.class_index(label) for label in classes],
-            features=[part for part in read if part is not None] or None,
-            shares=np.asarray(request.shares, np.float32) if request.shares else None,
-            negative=[gpt.encode_text(text) for text in negative] or None,
-            negative_features=gpt.read(negative) if negative else None,
-            known=known,
-        )
+        ids = [[gpt.encode_text(text) for text in group] for group in groups]
+        away = [gpt.encode_text(text) for text in negative]
+        read = [features or gpt.read(prompts), *(gpt.read(group) for group in groups[1:])]
+        seen = [part for part in read if part is not None]
+        seen_away = gpt.read(negative) if negative else None
+        second_B = np.asarray(request.shares, np.float32)
+        shares_BG = np.stack([1 - second_B, second_B], axis=1) if request.shares else None
 
-    def _sample(
-        self,
-        request: GenerationRequest,
-        entries: Entries,
-        sampling: Sampling,
-        numbers: np.ndarray,
-        indices: np.ndarray,
-        **how: Any,
-    ) -> GeneratedImages:
-        entry, known = numbers // request.num_images, entries.known
-        gpt, job = self.decoder.placed(sampling.weights, how["mesh"]), entries.job(entry, sampling)
-        samples = batching.run(gpt, job, sampling, request.seed, sample_indices=indices, **how)
-        pixels = images_lib.to_uint8(self.tokenizer.decode(samples.tokens, entries.layout.grid))
-        if known is not None and known.source is not None and known.fresh is not None:
-            pixels = np.where(known.fresh[entry][..., None], pixels, known.source[entry])
-        results = [{"log_likelihood": float(value)} for value in samples.log_likelihood]
-        return GeneratedImages(request, numbers, indices, pixels, samples.tokens, samples.log_likelihood, results)
+        def job(entries: np.ndarray) -> Job:
+            def of(values: Sequence[Any]) -> list[Any]:
+                return [values[i] for i in entries]
+
+            return image_job(
+                layout,
+                [(of(group), of(labels)) for group in ids],
+                sampling,
+                mix=None if shares_BG is None else shares_BG[entries],
+                negative=of(away) if away else None,
+                given=None if known is None else known.codes[entries],
+                features=[(values[entries], mask[entries]) for values, mask in seen] or None,
+                negative_features=None if seen_away is None else (seen_away[0][entries], seen_away[1][entries]),
+            )
+
+        return layout, known, job
 
     def _best(
-        self, request: GenerationRequest, every: GeneratedImages, entries: Entries, scorer: scorers.Scorer
+        self, request: GenerationRequest, every: GeneratedImages, layout: Layout, scorer: scorers.Scorer
     ) -> GeneratedImages:
         """The `num_images` of each entry that the scorer finds best, best first."""
         of = request.best_of or 1
         asked = [scorers.Asked(text, label) for text, label in zip(*request.entries, strict=True) for _ in range(of)]
-        candidates = scorers.Candidates(asked, every.pixels, every.codes, every.log_likelihood, entries.layout)
+        candidates = scorers.Candidates(asked, every.pixels, every.codes, every.log_likelihood, layout)
         scores = np.asarray(scorer(self.decoder, candidates), np.float32)
         order = np.argsort(-scores.reshape(-1, of), axis=1, kind="stable")[:, : request.num_images]
         chosen = (order + np.arange(len(order))[:, None] * of).reshape(-1)

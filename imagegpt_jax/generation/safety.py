@@ -19,7 +19,7 @@ from imagegpt_jax.plugins import plug_in
 
 Checker = Callable[[np.ndarray], float]
 WITHHELD = 200  # grey of a picture that is withheld
-FOUND = 0.9  # share of matching bits from which on a picture counts as marked; 0.5 is chance
+MARKED = 0.9  # share of matching bits from which on a picture counts as marked; 0.5 is chance
 
 
 def read_blocklist(path: str) -> list[str]:
@@ -88,5 +88,5 @@ def invisible_watermark(image_HWC: np.ndarray, text: str) -> np.ndarray:
 
 
 def watermark_share(image_HWC: np.ndarray, text: str) -> float:
-    """How much of the text's pattern a picture carries: 1 if all of it, about 0.5 if none; marked from `FOUND` on."""
+    """How much of the text's pattern a picture carries: 1 if all of it, about 0.5 if none; marked from `MARKED` on."""
     return float(np.mean((image_HWC & 1) == _pattern(image_HWC.shape, text)))

@@ -54,6 +54,10 @@ class Decoder(nnx.Module):
             kept[weights, mesh] = leaves, placed
         return placed
 
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.gpt)))
+        return f"Decoder({self.path!r}, step={self.step}, parameters={count:,})"
+
     @property
     def config(self) -> Any:
         """The run's config, an `ml_collections.ConfigDict`."""

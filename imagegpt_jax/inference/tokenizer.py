@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from PIL import Image
 
+from imagegpt_jax import images as images_lib
 from imagegpt_jax import train_state
 from imagegpt_jax.convert import reading
 from imagegpt_jax.errors import UserError
@@ -73,11 +75,18 @@ class Tokenizer:
         per_vector = self.config.quantizer.codes_per_vector
         return height // self.downsample, width // self.downsample * per_vector
 
-    def encode(self, images_BHWC: Images) -> np.ndarray:
+    def __repr__(self) -> str:
+        about = f"step={self.step}, downsample={self.downsample}, num_codes={self.num_codes}"
+        return f"Tokenizer({self.path!r}, {about})"
+
+    def encode(self, images_BHWC: Any, *, value_range: tuple[int, int] | None = None) -> np.ndarray:
         """Images to codes.
 
         Args:
-          images_BHWC: uint8, or float in [-1, 1]; height and width are multiples of `downsample`.
+          images_BHWC: uint8, float in [-1, 1], or one or many of Pillow's pictures; height and width are multiples of
+            `downsample`.
+          value_range: of floats, (-1, 1) or (0, 1). By default they are taken to lie in [-1, 1], and images that might
+            as well lie in [0, 1] are refused.
 
         Returns:
           int32 [B, L], the codes in raster order.
@@ -85,18 +94,27 @@ class Tokenizer:
         Raises:
           UserError: for images of another shape, type or range.
         """
-        images = np.asarray(images_BHWC)
+        images = _array(images_BHWC)
         if images.ndim != 4 or not len(images):
             raise UserError(f"images are [B, H, W, C] with B >= 1, and these have the shape {images.shape}.")
         if images.dtype == np.uint8:
             images = images.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
         elif images.dtype.kind != "f" and images.dtype != jnp.bfloat16:
             raise UserError(f"images are uint8, or float in [-1, 1], and these are {images.dtype}.")
-        elif not (np.min(images) >= -1.001 and np.max(images) <= 1.001):
+        elif value_range not in (None, (-1, 1), (0, 1)):
+            raise UserError(f"value_range={value_range} must be (-1, 1) or (0, 1).")
+        elif not (np.min(images) >= (low := value_range[0] if value_range else -1) - 0.001 and np.max(images) <= 1.001):
             raise UserError(
-                f"float images lie in [-1, 1], and these in [{np.min(images):g}, {np.max(images):g}]: give uint8, or"
+                f"float images lie in [{low}, 1], and these in [{np.min(images):g}, {np.max(images):g}]: give uint8, or"
                 " divide by 127.5 and subtract 1."
             )
+        elif value_range is None and np.min(images) >= 0:
+            raise UserError(
+                "float images of which no value is below 0 may lie in [0, 1] or in [-1, 1]: give uint8, or say"
+                " value_range=(0, 1) or value_range=(-1, 1)."
+            )
+        elif value_range == (0, 1):
+            images = images.astype(np.float32) * 2 - 1
         codes_Bhw = self._in_tiles(self._encode, images.astype(np.float32))
         return codes_Bhw.reshape(len(codes_Bhw), -1)
 
@@ -134,6 +152,14 @@ class Tokenizer:
                 return fn(self._params, jax.device_put(batch, self._sharding))
 
         return padding.map_batches(run, self.tile, inputs)
+
+
+def _array(images: Any) -> np.ndarray:
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, list | tuple):
+        return np.stack([images_lib.read_picture(i) if isinstance(i, Image.Image) else np.asarray(i) for i in images])
+    return np.asarray(images)
 
 
 def fingerprint(config: Any, params: Any) -> str:

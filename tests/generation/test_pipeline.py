@@ -59,8 +59,9 @@ def test_jupyter_shows_a_grid_and_reprs_are_short(pipe):
     results = pipe("dog", num_images=2)
     with Image.open(io.BytesIO(results._repr_png_())) as page:
         assert page.size[0] > 2 * 128
-    assert len(repr(results)) < 500
-    assert "\n" not in repr(results)
+    for shown in (results, pipe, pipe.decoder, pipe.tokenizer):
+        assert len(repr(shown)) < 500
+        assert "\n" not in repr(shown)
 
 
 def test_arguments_stand_in_signatures_and_a_wrong_one_is_told(pipe):

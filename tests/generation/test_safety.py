@@ -40,7 +40,7 @@ def test_the_invisible_watermark_survives_a_png_and_nothing_else_has_it(picture)
     for other in ((picture, "imagegpt_jax"), (marked, "another")):
         assert abs(safety.watermark_share(*other) - 0.5) < 0.05
     shifted = np.roll(marked, 1, axis=0)
-    assert safety.watermark_share(shifted, "imagegpt_jax") < safety.FOUND
+    assert safety.watermark_share(shifted, "imagegpt_jax") < safety.MARKED
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 import imagegpt_jax as ig
 from imagegpt_jax.errors import UserError
@@ -86,6 +87,25 @@ def test_uint8_float_and_jax_arrays_are_the_same_image(tok):
     floats = images.astype(np.float32) / 127.5 - 1
     np.testing.assert_array_equal(tok.encode(images), tok.encode(floats))
     np.testing.assert_array_equal(tok.encode(images), tok.encode(jnp.asarray(floats)))
+
+
+def test_floats_that_may_be_of_either_range_are_told(tok):
+    images = _images(2)
+    zero_to_one = images.astype(np.float32) / 255
+    with pytest.raises(UserError, match=r"value_range=\(0, 1\) or value_range=\(-1, 1\)"):
+        tok.encode(zero_to_one)
+    np.testing.assert_array_equal(tok.encode(zero_to_one, value_range=(0, 1)), tok.encode(images))
+    signed = zero_to_one.astype(np.float32)
+    assert (tok.encode(signed, value_range=(-1, 1)) != tok.encode(images)).any()
+    with pytest.raises(UserError, match="must be .-1, 1. or .0, 1."):
+        tok.encode(zero_to_one, value_range=(0, 255))
+
+
+def test_pictures_of_pillow_are_the_same_images(tok):
+    images = _images(2)
+    pictures = [Image.fromarray(image) for image in images]
+    np.testing.assert_array_equal(tok.encode(pictures), tok.encode(images))
+    np.testing.assert_array_equal(tok.encode(pictures[0]), tok.encode(images[:1]))
 
 
 def test_decoded_images_are_in_range(tok):

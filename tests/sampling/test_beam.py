@@ -36,7 +36,7 @@ def every_caption(gpt):
     end, words = SPACE.eot, range(4)
     captions = [c for n in range(3) for c in itertools.product(words, repeat=n)]
     captions = [(*c, *[end] * (3 - len(c))) for c in captions] + list(itertools.product(words, repeat=3))
-    found = [{} for _ in CODES]
+    likelihoods = [{} for _ in CODES]
     for b, codes_N in enumerate(CODES):
         job = caption_job(LAYOUT, np.tile(codes_N, (len(captions), 1)), HOW)
         prefixes = []
@@ -45,18 +45,18 @@ def every_caption(gpt):
             prefixes.append(run(gpt, part, HOW, batch_size=len(captions)).log_likelihood)
         for c, caption in enumerate(captions):
             length = caption.index(end) + 1 if end in caption else 3
-            found[b][caption] = prefixes[length - 1][c]
-    assert len(found[0]) == len(captions) == 1 + 4 + 16 + 64
-    return found
+            likelihoods[b][caption] = prefixes[length - 1][c]
+    assert len(likelihoods[0]) == len(captions) == 1 + 4 + 16 + 64
+    return likelihoods
 
 
 def test_a_wide_beam_finds_the_best_of_all_captions(gpt, every_caption):
     job = caption_job(LAYOUT, CODES, HOW)
-    found = beam.search(gpt, job, HOW, beams=job.size, end=SPACE.eot, batch_size=2)
+    best = beam.search(gpt, job, HOW, beams=job.size, end=SPACE.eot, batch_size=2)
     for b, scores in enumerate(every_caption):
         ranked = sorted(scores.items(), key=lambda item: -item[1])
-        assert tuple(found.tokens[b, 0].tolist()) == ranked[0][0]
-        np.testing.assert_allclose(found.log_likelihood[b, 0], ranked[0][1], rtol=1e-4)
+        assert tuple(best.tokens[b, 0].tolist()) == ranked[0][0]
+        np.testing.assert_allclose(best.log_likelihood[b, 0], ranked[0][1], rtol=1e-4)
 
 
 def test_every_beam_is_that_of_the_definition(gpt, every_caption):
@@ -73,9 +73,9 @@ def test_every_beam_is_that_of_the_definition(gpt, every_caption):
         for _ in range(3):
             longer = [(*s, v) for s in beams for v in (*range(4), end) if end not in s or v == end]
             beams = sorted(longer, key=lambda s: -mass(s))[:2]
-        found = beam.search(gpt, caption_job(LAYOUT, CODES, HOW), HOW, beams=2, end=end, batch_size=2)
-        assert [tuple(t) for t in found.tokens[b].tolist()] == beams
-        np.testing.assert_allclose(found.log_likelihood[b], [np.log(joint[s]) for s in beams], rtol=1e-4)
+        best = beam.search(gpt, caption_job(LAYOUT, CODES, HOW), HOW, beams=2, end=end, batch_size=2)
+        assert [tuple(t) for t in best.tokens[b].tolist()] == beams
+        np.testing.assert_allclose(best.log_likelihood[b], [np.log(joint[s]) for s in beams], rtol=1e-4)
 
 
 def test_length_penalty_orders_the_final_beams(gpt, every_caption):
@@ -93,10 +93,10 @@ def test_one_beam_is_greedy_with_guidance(gpt):
     how = Sampling(temperature=0.0, cfg_scale=2.0)
     job = image_job(LAYOUT, [([[1], [2, 3]], None)], how)
     greedy = run(gpt, job, how, batch_size=2)
-    found = beam.search(gpt, job, how, beams=1, batch_size=2)
-    np.testing.assert_array_equal(found.tokens[:, 0], greedy.tokens)
-    np.testing.assert_allclose(found.log_likelihood[:, 0], greedy.log_likelihood, rtol=1e-4)
+    best = beam.search(gpt, job, how, beams=1, batch_size=2)
+    np.testing.assert_array_equal(best.tokens[:, 0], greedy.tokens)
+    np.testing.assert_allclose(best.log_likelihood[:, 0], greedy.log_likelihood, rtol=1e-4)
     wide = beam.search(gpt, job, how, beams=6, batch_size=2)
-    assert (wide.log_likelihood[:, 0] >= found.log_likelihood[:, 0] - 1e-4).all()
+    assert (wide.log_likelihood[:, 0] >= best.log_likelihood[:, 0] - 1e-4).all()
     with pytest.raises(UserError, match="beams=7"):
         beam.search(gpt, job, how, beams=7)

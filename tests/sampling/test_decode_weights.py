@@ -54,16 +54,16 @@ def test_likelihoods_in_every_precision():
     gpt = jax.jit(lambda key: jax.tree.map(lambda x: 2 * x, GPT(config, key=key)))(jax.random.key(0))
     before = [np.asarray(x) for x in jax.tree.leaves(gpt)]
     codes_BN = np.random.default_rng(0).integers(0, 30, (8, 6))
-    found = {}
+    likelihoods = {}
     for weights in ("float32", "bfloat16", "int8"):
         how = Sampling(weights=weights)
         job = image_job(LAYOUT, [([[i] for i in range(8)], None)], how, given=codes_BN)
-        found[weights] = run(gpt, job, how, batch_size=8).log_likelihood / 6
+        likelihoods[weights] = run(gpt, job, how, batch_size=8).log_likelihood / 6
     reference = jax.nn.log_softmax(gpt_logits(gpt, LAYOUT.pack([[i] for i in range(8)], None, codes_BN)), axis=-1)
     expected = np.take_along_axis(np.asarray(reference), codes_BN[..., None], -1)[..., 0].mean(1)
-    np.testing.assert_allclose(found["float32"], expected, atol=1e-5)
+    np.testing.assert_allclose(likelihoods["float32"], expected, atol=1e-5)
     for weights, most in (("bfloat16", 0.05), ("int8", 0.05)):
-        difference = np.abs(found[weights] - expected).max()
+        difference = np.abs(likelihoods[weights] - expected).max()
         assert 1e-5 < difference < most, (weights, difference)
     for was, now in zip(before, jax.tree.leaves(gpt), strict=True):
         np.testing.assert_array_equal(was, now)  # the decoder itself is not touched

@@ -10,7 +10,7 @@ import pytest
 from imagegpt_jax.data.packing import Layout, TokenSpace
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt import GPT, GPTConfig, Sequence
-from imagegpt_jax.sampling import engine
+from imagegpt_jax.sampling import engine, settings
 from imagegpt_jax.sampling.batching import run
 from imagegpt_jax.sampling.engine import UNKNOWN, prefill, step
 from imagegpt_jax.sampling.jobs import caption_job, image_job, until_end
@@ -350,6 +350,13 @@ def test_a_server_interleaves_requests():
 def test_settings_out_of_range(kwargs, word):
     with pytest.raises(UserError, match=word):
         Sampling(**kwargs)
+
+
+def test_settings_by_their_old_names():
+    assert settings.read({"together": 2, "top_k": 3}) == Sampling(tokens_per_step=2, top_k=3)
+    assert settings.read({"no_repeat": 2}) == Sampling(no_repeat_ngram_size=2)
+    with pytest.raises(UserError, match="Did you mean 'temperature'"):
+        settings.read({"temprature": 1.0})
 
 
 def test_calls_that_do_not_fit():

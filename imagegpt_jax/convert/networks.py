@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from imagegpt_jax import train_state
@@ -122,11 +121,3 @@ def flat(params: Mapping[Any, Any]) -> Iterable[tuple[str, np.ndarray]]:
                 yield _layer_name(keys, layer), np.asarray(leaf[layer])
         else:
             yield ".".join(map(str, keys)), np.asarray(leaf)
-
-
-def dominant_dtype(params: Mapping[Any, Any]) -> str:
-    """Name of the dtype that most parameters have."""
-    sizes: dict[str, int] = {}
-    for leaf in jax.tree.leaves(params):
-        sizes[jnp.dtype(leaf.dtype).name] = sizes.get(jnp.dtype(leaf.dtype).name, 0) + leaf.size
-    return max(sizes, key=lambda name: sizes[name])

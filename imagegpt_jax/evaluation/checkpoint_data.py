@@ -156,23 +156,11 @@ def kind_of(path: str) -> str:
     """
     from imagegpt_jax import config as config_lib
 
-    name: Any = config_lib.load(path).task
-    if name != "weights":
-        from imagegpt_jax.tasks import interface
+    config_lib.load(path)  # a wrong folder is told before JAX starts
 
-        return interface.find(name).kind
+    from imagegpt_jax.inference import loading
 
-    from imagegpt_jax.convert import formats, reading
-
-    problems: list[str] = []
-    for kind in (formats.TOKENIZER, formats.DECODER):
-        try:
-            reading.describe(path, kind)
-        except errors.UserError as e:
-            problems.append(str(e))
-        else:
-            return kind
-    raise errors.UserError(problems[0])
+    return loading.kind_of(path)
 
 
 def config_of(path: str) -> Any:

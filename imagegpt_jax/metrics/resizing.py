@@ -12,8 +12,6 @@ from PIL import Image
 
 from imagegpt_jax.errors import UserError, suggest
 
-Resized = Float[np.ndarray, "S S 3"] | UInt8[np.ndarray, "H W 3"]
-
 
 def in_network(image_HWC: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "H W 3"]:
     """The image as it is: the network resizes it bilinearly, as TensorFlow 1 did (ADM, torch-fidelity)."""

@@ -25,7 +25,6 @@ from imagegpt_jax.parallel import sharding
 SIZE = 299  # pixels of a side that the network works on
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
 SPATIAL_CHANNELS = 7  # of Mixed_6d.branch1x1, what sFID is computed from (Nash et al. 2021, arXiv:2103.03841)
-NUM_SPATIAL = 17 * 17 * SPATIAL_CHANNELS
 _BATCH_NORM_EPS = 1e-3
 # On CPU Winograd is faster than XLA's convolution where images are large and channels few.
 _WINOGRAD_MIN_SIDE = 30

@@ -6,12 +6,16 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.errors import UserError, at_least, check_ranges, suggest
 from imagegpt_jax.plugins import plug_in
 
 # Every kind of quantizer, and where its `Kind` is; a user's own is named in the same way, as module:name.
 KINDS = {name: f"imagegpt_jax.models.quantizers.{name}:{name.upper()}" for name in ("vq", "ibq", "fsq", "lfq")}
 UPDATES = ("gradient", "ema")
+RANGES = {
+    **dict.fromkeys(("num_codes", "code_dim", "groups", "depth", "chunk_codes"), at_least(1)),
+    "codebook_decay": at_least(0, below=1),
+}
 # Options that only some kinds have, and their values for those that do not.
 NEUTRAL: dict[str, Any] = {
     "depth": 1,
@@ -118,13 +122,11 @@ class QuantizerConfig:
             self.codebook_update in UPDATES,
             f"unknown codebook_update {self.codebook_update!r}.{suggest(self.codebook_update, UPDATES)}",
         )
-        for name in ("num_codes", "code_dim", "groups", "depth", "chunk_codes"):
-            _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        check_ranges(self, RANGES)
         _check(
             self.code_dim % self.groups == 0,
             f"code_dim={self.code_dim} does not divide by groups={self.groups}: change one.",
         )
-        _check(0 <= self.codebook_decay < 1, f"codebook_decay={self.codebook_decay} must be in [0, 1).")
         rules = self.rules
         for name, neutral in NEUTRAL.items():
             value = getattr(self, name)

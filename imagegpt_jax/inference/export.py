@@ -61,19 +61,19 @@ def _to_portable(
         return _from_workdir(source, target, step)
     opened = files.open_source(source)
     options = Options(heads=heads)
-    found, problems = [], []
+    recognised, problems = [], []
     for each in (kind,) if kind else (DECODER, TOKENIZER):
         try:
-            found.append(formats.recognise(opened, each, options))
+            recognised.append(formats.recognise(opened, each, options))
         except formats.Unknown as e:
             problems.append(e)
-    if not found:
+    if not recognised:
         raise problems[0]
-    if len(found) > 1:
-        titles = " and a ".join(formats.FORMATS[f.format].title for f in found)
+    if len(recognised) > 1:
+        titles = " and a ".join(formats.FORMATS[f.format].title for f in recognised)
         raise UserError(f"{source} holds a {titles}: say which with --kind=decoder or --kind=tokenizer.")
-    portable.save_published(found[0], source, target)
-    return formats.FORMATS[found[0].format].title
+    portable.save_published(recognised[0], source, target)
+    return formats.FORMATS[recognised[0].format].title
 
 
 def _from_workdir(source: pathlib.Path, target: pathlib.Path, step: int | None) -> str:

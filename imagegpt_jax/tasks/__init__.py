@@ -1,1 +1,1 @@
-"""One module per training stage; all have the same names, which `imagegpt_jax.training.loop` calls."""
+"""What can be trained: a module or folder per task, with its `TASK` as `tasks/interface.py` says."""

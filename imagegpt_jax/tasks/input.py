@@ -1,4 +1,4 @@
-"""The batches of a stage's data, as its config asks for them, and what its first image looks like."""
+"""The batches of a task's data, as its config asks for them, and what its first image looks like."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +54,7 @@ def batches(
     """The batches of a split: shuffled, augmented and endless for "train", once and in order otherwise.
 
     Args:
-      setup: of the stage, with `config` and `sources`.
+      setup: of the task, with `config` and `sources`.
       split: "train" or "validation".
       batch_size: global rows of a batch.
       position: where in the data to begin.

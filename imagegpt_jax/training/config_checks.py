@@ -1,4 +1,4 @@
-"""What a training's config can have wrong that would else be found only after its workdir is written.
+"""What a training's config can have wrong that would else show only after its workdir is written.
 
 Then the right command would be refused there, as that of another config. Checks read shapes, not arrays: the longest
 takes about a second.

@@ -344,18 +344,16 @@ class _Training:
         self.checkpoints.wait()
         restored = self.checkpoints.restore(begin.state)
         if restored is not None:
-            found = ResumePoint.at(*restored)
+            resumed = ResumePoint.at(*restored)
         else:
             make = functools.partial(self.task.init_state, self.setup)
             state, _ = train_state.init_sharded(make, self.setup.networks, self.mesh, self.config.seed)
-            found = ResumePoint(_load_pretrained(self.task, self.setup, state, self.layout, self.log), 0)
-        found = dataclasses.replace(
-            found, state=dataclasses.replace(found.state, guard=step_guard.reset(found.state.guard))
-        )
-        to = int(found.state.step)
+            resumed = ResumePoint(_load_pretrained(self.task, self.setup, state, self.layout, self.log), 0)
+        state = dataclasses.replace(resumed.state, guard=step_guard.reset(resumed.state.guard))
+        to = int(state.step)
         self.log.write("rollback", step=first + self.config.guard.patience, to=to, skipped_positions=window)
         self.writer.rewind(to)
-        return dataclasses.replace(found, skipped=_with_window(found.skipped, begin.skipped, window))
+        return dataclasses.replace(resumed, state=state, skipped=_with_window(resumed.skipped, begin.skipped, window))
 
 
 def _with_window(*windows: Any) -> tuple[tuple[int, int], ...]:

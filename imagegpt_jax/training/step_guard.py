@@ -81,8 +81,8 @@ def choose(good: jax.Array, new: Tree, old: Tree) -> Tree:
 
 def rollback_from(state: Mapping[str, Mapping[str, Any]]) -> int | None:
     """The first step of the row that tripped the guard; None if it has not tripped. Waits for the state's arrays."""
-    found = [int(phase["tripped"]) for phase in jax.device_get(dict(state)).values()]
-    return next((step for step in found if step >= 0), None)
+    tripped = [int(phase["tripped"]) for phase in jax.device_get(dict(state)).values()]
+    return next((step for step in tripped if step >= 0), None)
 
 
 def skipped(state: Mapping[str, Mapping[str, Any]]) -> int:

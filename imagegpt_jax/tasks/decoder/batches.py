@@ -1,4 +1,4 @@
-"""What the decoder's stage trains on: packed sequences, and where in them the targets of each kind are.
+"""What a decoder trains on: packed sequences, and where in them the targets of each kind are.
 
 Shapes: B batch, L sequence, N image codes, M places of one kind.
 """
@@ -171,7 +171,7 @@ def encode(setup: Setup, params: Mapping[str, train_state.Params], batch: dict[s
     """Puts codes of the batch's images into the sequences, and features of its words beside them.
 
     Args:
-      setup: the stage.
+      setup: static part of the task.
       params: of "tokenizer" and "encoder", as far as the setup has these networks.
       batch: packed sequences.
     """

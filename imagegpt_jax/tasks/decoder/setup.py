@@ -1,4 +1,4 @@
-"""The static part of the decoder's stage: config, token space, networks, text tokenizer and data, checked."""
+"""The static part of the decoder's task: config, token space, networks, text tokenizer and data, checked."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ TRAINING_RANGES = {"data.guidance_dropout": SHARE, "data.image_to_text": SHARE}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """The static part of the stage.
+    """The static part of the task.
 
     Attributes:
       config: the run's config.
@@ -310,7 +310,7 @@ def _check_codes(setup: Setup, split: str, source: Any) -> None:
 def _check_images(setup: Setup, split: str, source: Any) -> None:
     """Raises UserError if the first image of a split does not give the codes of the config's grid.
 
-    Else that would be found in the trace of the first step.
+    Else that would show in the trace of the first step.
     """
     shape, ops = splits.first_shape(setup.config, split, source), splits.ops_key(split)
     if shape is None:

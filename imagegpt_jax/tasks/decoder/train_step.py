@@ -124,7 +124,7 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     """One optimizer step.
 
     Args:
-      setup: the stage.
+      setup: static part of the task.
       phase: "train".
       state: before the step.
       batch: packed sequences, see `data/packing.py`.

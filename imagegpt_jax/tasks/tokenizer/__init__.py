@@ -38,7 +38,7 @@ from imagegpt_jax.training.grad_accumulation import accumulate
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """The static part of the stage: configs, network structures and optimizers, no arrays of a run.
+    """The static part of the task: configs, network structures and optimizers, no arrays of a run.
 
     Attributes:
       config: the run's config.
@@ -136,7 +136,7 @@ def setup(config: Config) -> Setup:
 def _check_images(setup: Setup, split: str, source: Any) -> None:
     """Raises UserError if the first image of a split does not fit the networks that see it.
 
-    Else that would be found in the trace of a step: the discriminator's after `loss.gan_start` steps.
+    Else that would show in the trace of a step: the discriminator's after `loss.gan_start` steps.
     """
     shape = first_shape(setup.config, split, source)
     if shape is None:
@@ -238,7 +238,7 @@ def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax
     """One optimizer step of the generator, and of the discriminator once it takes part.
 
     Args:
-      setup: the stage.
+      setup: static part of the task.
       phase: see `phase`.
       state: before the step.
       batch: {"image": float [B, H, W, C] in [-1, 1]}.

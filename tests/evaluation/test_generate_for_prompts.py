@@ -153,7 +153,7 @@ def test_classes_without_a_file(evaluate, workdirs, tmp_path):
         (["--checkpoint={decoder}", "--sampler=cfg_scale=much"], "write cfg_scale=1.0"),
         (["--checkpoint={decoder}", "--sampler=top_p=3"], "top_p=3.0 must be"),
         (["--checkpoint={decoder}", "--metrics=fid"], "fid needs --reference"),
-        (["--checkpoint={decoder}", "--protocol=geneval", "--scorer=json:loads"], "line 1 of .* is no prompt"),
+        (["--checkpoint={decoder}", "--protocol=geneval", "--scorer=json:loads"], "line 1: not JSON"),
     ],
 )
 def test_mistakes_are_told_before_any_work(evaluate, workdirs, parti, monkeypatch, flags, words):

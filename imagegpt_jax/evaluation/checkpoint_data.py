@@ -170,9 +170,10 @@ def config_of(path: str) -> Any:
       UserError: if these are weights of others, which no run of ours trained.
     """
     from imagegpt_jax import config as config_lib
+    from imagegpt_jax.convert import reading
 
     config: Any = config_lib.load(path)
-    if config.task == "weights":
+    if "data" not in config and reading.is_weights(path):
         raise errors.UserError(
             f"{path} does not say on which data it is scored, since it was not trained here: give a tokenizer's --data"
             " and --ops; pictures of a decoder are drawn and scored by --prompts."

@@ -33,13 +33,13 @@ def test_both_libraries_compute_the_same_pieces(monkeypatch):
         expected = theirs[name](*tensors)
         np.testing.assert_allclose(y, expected.detach(), atol=1e-5)
         gradients = torch.autograd.grad(expected, tensors, torch.ones_like(expected))
-        for found, gradient in zip(back(jnp.ones_like(y)), gradients, strict=True):
-            np.testing.assert_allclose(found, gradient, atol=1e-5)
+        for computed, gradient in zip(back(jnp.ones_like(y)), gradients, strict=True):
+            np.testing.assert_allclose(computed, gradient, atol=1e-5)
 
 
 @pytest.mark.parametrize("workload", ["decoder", "tokenizer"])
 def test_torch_trains_a_network_of_the_same_size(workload):
-    found = {}
+    results = {}
     for script in ("benchmark_jax.py", "benchmark_torch.py"):
         done = subprocess.run(
             [sys.executable, f"tools/benchmarks/{script}", f"--workload={workload}", "--size=test", "--seconds=0"],
@@ -49,8 +49,8 @@ def test_torch_trains_a_network_of_the_same_size(workload):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
-        found[script] = json.loads(done.stdout.splitlines()[-1])
-    ours, torch = found.values()
+        results[script] = json.loads(done.stdout.splitlines()[-1])
+    ours, torch = results.values()
     marks = 2 * 4 * 32 if workload == "decoder" else 0  # rows of the four marks, in two tables
     assert ours["parameters"] - marks == torch["parameters"]
     assert torch["losses"][-1] < torch["losses"][0]

@@ -28,7 +28,7 @@ def steps(time, step, seconds, data=0.0, save=0.0, evaluation=0.0):
 
 
 def test_all_time_is_accounted_for(goodput):
-    found = goodput.shares(
+    shares = goodput.shares(
         [
             event(100.0, "start"),
             event(115.0, "compile", step=1, seconds=5.0),
@@ -40,8 +40,8 @@ def test_all_time_is_accounted_for(goodput):
             steps(220.0, 30, 10.0),
         ]
     )
-    assert sum(found.values()) == pytest.approx(120.0)
-    assert found == pytest.approx(
+    assert sum(shares.values()) == pytest.approx(120.0)
+    assert shares == pytest.approx(
         {
             "steps": 4.0 + 7.5 + 10.0,
             "compile": 5.0,
@@ -57,7 +57,7 @@ def test_all_time_is_accounted_for(goodput):
 
 
 def test_what_a_rollback_undoes_is_lost(goodput):
-    found = goodput.shares(
+    shares = goodput.shares(
         [
             event(0.0, "start"),
             steps(10.0, 10, 10.0),
@@ -66,7 +66,7 @@ def test_what_a_rollback_undoes_is_lost(goodput):
             steps(30.0, 20, 10.0),
         ]
     )
-    assert (found["steps"], found["lost work"]) == (20.0, 10.0)
+    assert (shares["steps"], shares["lost work"]) == (20.0, 10.0)
 
 
 def test_what_saving_costs_is_the_time_it_held_the_steps_up(goodput):
@@ -82,8 +82,8 @@ def test_what_saving_costs_is_the_time_it_held_the_steps_up(goodput):
 
 def test_a_real_run_adds_up(goodput, tmp_path):
     loop.run(tiny.Task(), tiny.make_config(), tmp_path)
-    found = event_log.read(tmp_path)
-    seconds = goodput.shares(found)
-    assert sum(seconds.values()) == pytest.approx(found[-1]["time"] - found[0]["time"], abs=0.05)
+    events = event_log.read(tmp_path)
+    seconds = goodput.shares(events)
+    assert sum(seconds.values()) == pytest.approx(events[-1]["time"] - events[0]["time"], abs=0.05)
     assert seconds["steps"] > 0
     assert seconds["compile"] > 0

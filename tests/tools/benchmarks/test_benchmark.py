@@ -77,14 +77,14 @@ def test_floor_is_the_sum_of_the_fastest_parts(load_tool):
     }
     # Two matrices of 2 x 3 and one of 3 x 1, with five tokens: 2 * 3 * 5 * (12 + 3) FLOPs. Ten numbers an array.
     sizes, others = [(2, 3, 2), (3, 1, 1)], {"attention": ([], 3), "loss": ([], 1)}
-    found = benchmark_floor.floor(readings, 110.0, 5, sizes, others, 10)
-    assert found["products"] == 2 * (2 + 4 + 3) + (10 + 10 + 1)
-    assert found["attention"] == (1000 - 450) / 110
-    assert found["optimizer"] == 7 * 30 * 6 / (3 * 10)
-    assert found["seconds"] == 39 + 5 + 42
-    assert found["pieces"] == {"attention": 3 * 3, "loss": 8}
-    assert found["assembled"] == 39 + 42 + 9 + 8
-    text = benchmark_floor.text("decoder", {"floor": found, "torch": {"seconds": 147}})
+    parts = benchmark_floor.floor(readings, 110.0, 5, sizes, others, 10)
+    assert parts["products"] == 2 * (2 + 4 + 3) + (10 + 10 + 1)
+    assert parts["attention"] == (1000 - 450) / 110
+    assert parts["optimizer"] == 7 * 30 * 6 / (3 * 10)
+    assert parts["seconds"] == 39 + 5 + 42
+    assert parts["pieces"] == {"attention": 3 * 3, "loss": 8}
+    assert parts["assembled"] == 39 + 42 + 9 + 8
+    text = benchmark_floor.text("decoder", {"floor": parts, "torch": {"seconds": 147}})
     assert text == (
         "Floor of the decoder's step: 86.000 s (products 39.000, attention 5.000, optimizer 42.000); PyTorch / that"
         " 1.71. The same products and optimizer, and the fastest of the two libraries' other pieces: 98.000 s"
@@ -130,11 +130,11 @@ def test_both_workloads_of_ours_run(tmp_path):
     output = tmp_path / "benchmark.json"
     done = run("train", "--size=test", "--ours_only", "--seconds=0", "--repeats=1", f"--output={output}")
     assert done.returncode == 0, done.stderr
-    found = json.loads(output.read_text())
-    assert found["versions"].keys() >= {"jax", "jaxlib", "python"}
-    assert found["cores"] >= 1
-    assert list(found["workloads"]) == ["decoder", "tokenizer"]
-    for workload, summary in found["workloads"].items():
+    report = json.loads(output.read_text())
+    assert report["versions"].keys() >= {"jax", "jaxlib", "python"}
+    assert report["cores"] >= 1
+    assert list(report["workloads"]) == ["decoder", "tokenizer"]
+    for workload, summary in report["workloads"].items():
         floor = ["floor"] if workload == "decoder" else []
         assert list(summary) == ["model_flops", "gemm_flops_per_second", "ours", *floor]
         ours = summary["ours"]
@@ -144,13 +144,13 @@ def test_both_workloads_of_ours_run(tmp_path):
         assert len(ours["readings"][0].get("product_seconds", ())) == (12 if floor else 0)
         assert len(ours["readings"][0].get("piece_seconds", ())) == (4 if floor else 0)
     assert "decoder: 0.0 GFLOP a step" in done.stdout
-    parts = found["workloads"]["decoder"]["floor"]
+    parts = report["workloads"]["decoder"]["floor"]
     pieces = parts.pop("pieces")
     assert list(pieces) == ["attention", "norms", "activations", "loss"]
     assert min(*parts.values(), *pieces.values()) > 0
     assert parts["assembled"] == pytest.approx(parts["products"] + parts["optimizer"] + sum(pieces.values()))
     assert parts["seconds"] == pytest.approx(parts["products"] + parts["attention"] + parts["optimizer"])
-    assert ("Other programs are running" in done.stderr) == (found["load_average"] > 0.5)
+    assert ("Other programs are running" in done.stderr) == (report["load_average"] > 0.5)
 
 
 def test_the_full_decoder_is_the_one_that_is_claimed(load_tool):

@@ -59,18 +59,18 @@ def test_our_lines_run(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(output.read_text())
-    assert found["versions"].keys() >= {"jax", "jaxlib", "python"}
-    assert [(r["system"], r["mode"], r["dtype"]) for r in found["rows"]] == [
+    report = json.loads(output.read_text())
+    assert report["versions"].keys() >= {"jax", "jaxlib", "python"}
+    assert [(r["system"], r["mode"], r["dtype"]) for r in report["rows"]] == [
         ("imagegpt_jax", "plain", "float32"),
         ("imagegpt_jax", "plain", "bfloat16"),
         ("imagegpt_jax", "int8", "float32"),
         ("imagegpt_jax", "speculative", "float32"),
         ("bound", "weights and cache read once a step", "float32"),
     ]
-    plain, brain, int8, speculative, bound = found["rows"]
+    plain, brain, int8, speculative, bound = report["rows"]
     assert (plain["steps"], 1 < speculative["steps"] <= 16) == (16, True)
-    assert all(row["tokens_per_second"] > 0 and row["peak_rss_bytes"] > 0 for row in found["rows"])
+    assert all(row["tokens_per_second"] > 0 and row["peak_rss_bytes"] > 0 for row in report["rows"])
     assert plain["tokens_per_second"] < bound["tokens_per_second"]
     # Matrices at four, two and one byte a number.
     assert plain["weights_bytes"] > 1.9 * brain["weights_bytes"]

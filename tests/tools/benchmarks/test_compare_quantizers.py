@@ -61,13 +61,13 @@ def test_controls_tell_alike_from_unlike(tool):
     """Halves of one set are near each other; pictures without any detail are far."""
     base = 255 * np.random.default_rng(1).integers(0, 2, (2000, 2, 1, 3)).astype(np.uint8)
     real = np.kron(base, np.ones((1, 16, 32, 1), np.uint8))
-    found = tool.controls(real[:400], 64 * 400, 512)
-    assert found["mean_color_kid"] > 0.15
-    assert abs(found["halves_kid"]) < 0.1 * found["halves_kid_std"] ** 0.5 < found["mean_color_kid"]
+    controls = tool.controls(real[:400], 64 * 400, 512)
+    assert controls["mean_color_kid"] > 0.15
+    assert abs(controls["halves_kid"]) < 0.1 * controls["halves_kid_std"] ** 0.5 < controls["mean_color_kid"]
     flat = real[:400].mean((1, 2), keepdims=True).astype(np.uint8)
-    assert found["mean_color_psnr"] == pytest.approx(tool.psnr(flat, real[:400]), abs=0.1)
-    assert found["random_usage"] == 1.0
-    assert 8.9 < found["random_entropy_bits"] < 9.0
+    assert controls["mean_color_psnr"] == pytest.approx(tool.psnr(flat, real[:400]), abs=0.1)
+    assert controls["random_usage"] == 1.0
+    assert 8.9 < controls["random_entropy_bits"] < 9.0
 
 
 def report(name, **changes):

@@ -16,9 +16,9 @@ def mutate(load_tool):
 
 
 def test_a_hundred_damaged_checkpoints_and_none_silently_wrong(mutate):
-    found = mutate.campaign(100, seed=1)
-    assert found["unexpected"] == []
-    outcomes = {o: sum(kind.get(o, 0) for kind in found["outcomes"].values()) for o in ("fell back", "refused")}
+    report = mutate.campaign(100, seed=1)
+    assert report["unexpected"] == []
+    outcomes = {o: sum(kind.get(o, 0) for kind in report["outcomes"].values()) for o in ("fell back", "refused")}
     assert sum(outcomes.values()) == 100
     assert min(outcomes.values()) > 0
 

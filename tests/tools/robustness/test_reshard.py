@@ -12,9 +12,9 @@ def test_a_few_pairs_of_meshes(tmp_path):
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "pairs.json").read_text())
-    assert {task: (c["pairs"], c["different"]) for task, c in found.items()} == {
+    results = json.loads((tmp_path / "pairs.json").read_text())
+    assert {task: (c["pairs"], c["different"]) for task, c in results.items()} == {
         "tokenizer": (3, []),
         "decoder": (3, []),
     }
-    assert all(c["meshes"] > 20 for c in found.values())
+    assert all(c["meshes"] > 20 for c in results.values())

@@ -109,8 +109,8 @@ def test_the_answer_is_all_that_was_compiled_with(plan, capsys, tmp_path):
         "set: --config.batch_size=320 --config.accumulate=4 --config.model.remat=none --config.mesh.data=2"
         " --config.mesh.fsdp=8 --config.mesh.tensor=1"
     )
-    found = json.loads(output.read_text())
-    assert {key: found[key] for key in ("topology", "slices", "mesh", "accumulate", "batch_size", "per_device")} == {
+    answer = json.loads(output.read_text())
+    assert {key: answer[key] for key in ("topology", "slices", "mesh", "accumulate", "batch_size", "per_device")} == {
         "topology": "v5e-8",
         "slices": 2,
         "mesh": {"data": 2, "fsdp": 8, "tensor": 1},
@@ -118,11 +118,11 @@ def test_the_answer_is_all_that_was_compiled_with(plan, capsys, tmp_path):
         "batch_size": 320,
         "per_device": 20,
     }
-    assert found["config"]["batch_size"] == 320
-    assert found["config"]["model"]["remat"] == "none"
-    assert found["inputs"] == "tokens"
-    assert found["versions"] == {"jax": "1"}
-    assert (384, 24, "full") in [(t["batch_size"], t["per_device"], t["remat"]) for t in found["tried"]]
+    assert answer["config"]["batch_size"] == 320
+    assert answer["config"]["model"]["remat"] == "none"
+    assert answer["inputs"] == "tokens"
+    assert answer["versions"] == {"jax": "1"}
+    assert (384, 24, "full") in [(t["batch_size"], t["per_device"], t["remat"]) for t in answer["tried"]]
     assert set(tool.efforts) == {-1.0}
 
 

@@ -19,8 +19,8 @@ def test_without_a_pattern_cells_that_are_not_kept_at_these_versions_are_compile
 @pytest.mark.parametrize("versions", [NOW, BEFORE])
 def test_a_pattern_decides_whatever_the_versions_are(scale, versions):
     reports = {name: {"versions": versions} for name in scale.cells()}
-    found = scale.choose("20B v5p-*", reports, NOW)
-    assert found == ["20B v5p-128", "20B v5p-512"]
+    names = scale.choose("20B v5p-*", reports, NOW)
+    assert names == ["20B v5p-128", "20B v5p-512"]
 
 
 def test_a_pattern_that_matches_nothing_is_told_so(scale):

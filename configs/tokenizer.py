@@ -228,6 +228,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "lecam": 0.0,
         "lecam_decay": 0.999,
         "r1": 0.0,
+        "others": "",  # of your own: "0.5*my_package.losses:charbonnier"
     }
 
     # --- Optimizers.

@@ -24,8 +24,8 @@ from absl import flags
 from imagegpt_jax import cli, errors
 
 if TYPE_CHECKING:
+    from imagegpt_jax.data.interface import Source
     from imagegpt_jax.data.shards import ShardWriter
-    from imagegpt_jax.data.sources import Source
     from imagegpt_jax.inference.loading import Tokenizer
 
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Workdir of a trained image tokenizer.", required=True)

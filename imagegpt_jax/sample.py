@@ -215,10 +215,11 @@ def request_of_flags(base: GenerationRequest | None) -> GenerationRequest:
     return request.hashed()
 
 
-def check_trust(postprocess: Postprocessing) -> None:
+def check_trust(request: GenerationRequest) -> None:
     """Raises UserError where a PNG, which must not decide which code is run, names a plug-in that no flag names."""
-    for name in PLUG_INS:
-        value = getattr(postprocess, name)
+    named = {name: getattr(request.postprocess, name) for name in PLUG_INS}
+    named["cfg_schedule"] = str(request.settings.get("cfg_schedule", ""))
+    for name, value in named.items():
         if ":" in value and not flags.FLAGS[name].present:
             raise errors.UserError(
                 f"--from_image={FROM_IMAGE.value} was made with --{name}={value}: give that flag if you trust it."
@@ -240,7 +241,7 @@ def main() -> None:
     """Generates what the flags describe."""
     made_by, base = metadata.read(FROM_IMAGE.value) if FROM_IMAGE.value else ({}, None)
     if base is not None:
-        check_trust(base.postprocess)
+        check_trust(base)
     where_from: tuple[Any, ...] = tuple(
         flag.value if flag.present else made_by.get(flag.name, flag.value) for flag in (DECODER, TOKENIZER, STEP)
     )

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from imagegpt_jax import cli
 from imagegpt_jax.data import text
-from imagegpt_jax.data.sources import Source, open_source
+from imagegpt_jax.data.interface import Source
+from imagegpt_jax.data.sources import open_source
 from imagegpt_jax.errors import UserError
 
 DATA = flags.DEFINE_string("data", None, "Data set with captions, such as emoji:train or folder:/path.", required=True)

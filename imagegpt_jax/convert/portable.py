@@ -13,6 +13,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.palette import PaletteConfig
 from imagegpt_jax.models.vq import VQConfig
 from imagegpt_jax.weight_files import safetensors_file
-from imagegpt_jax.weight_files.tensor import Shape, Tensor
+from imagegpt_jax.weight_files.tensor import Shape, Tensor, tree_leaves
 
 FORMAT = "imagegpt_jax"
 WEIGHTS, ABOUT = "model.safetensors", "config.json"
@@ -36,6 +37,8 @@ _NETWORKS: dict[str, type] = {"gpt": GPTConfig, "palette": PaletteConfig, "vq": 
 # Files of a text tokenizer that `transformers` puts beside weights.
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
                "tokenizer.model", "added_tokens.json")  # fmt: skip
+# Settings of a network and its run that may name code of a user's.
+PLUG_INS = ("kind", "gan_kind", "others", "cfg_schedule")
 _ALL = [core.rule("{name:.+}", "{name}")]
 
 
@@ -87,6 +90,16 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
+def _check_trust(path: pathlib.Path, values: list[Any]) -> None:
+    """Raises UserError where a file, which must not decide which code is run, names a module nobody has imported."""
+    for name, value in tree_leaves({str(i): value for i, value in enumerate(values)}):
+        module, colon, _ = str(value).partition(":")
+        if name.rpartition(".")[2] in PLUG_INS and colon and module not in sys.modules:
+            raise UserError(
+                f"{path} names {value}, code that is not here: if you trust it, import {module} beforehand."
+            )
+
+
 def open_portable(path: pathlib.Path) -> Portable:
     """Opens a portable folder.
 
@@ -94,6 +107,7 @@ def open_portable(path: pathlib.Path) -> Portable:
       UserError: if something in it is missing or damaged.
     """
     about = _read_about(path / ABOUT)
+    _check_trust(path / ABOUT, [about.get("model"), about.get("run")])
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path} has a {ABOUT} of {FORMAT} and no {WEIGHTS}: copy the whole folder.")
     layout = about.get("layout")

@@ -2,14 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from imagegpt_jax.data.interface import Source
 from imagegpt_jax.data.order import quotas
-
-if TYPE_CHECKING:
-    from imagegpt_jax.data.sources import Source
 
 
 class Mixture:
@@ -21,7 +19,7 @@ class Mixture:
       label_names: of all parts, merged by name, so that a class that two parts share is one class.
     """
 
-    def __init__(self, sources: Sequence["Source"], weights: Sequence[float] | None = None):
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None):
         """Mixes sources.
 
         Raises:

@@ -25,11 +25,12 @@ import numpy as np
 
 from imagegpt_jax.data import ops as ops_lib
 from imagegpt_jax.data.images import decode_image, sniff
+from imagegpt_jax.data.interface import Source
 from imagegpt_jax.data.mixture import Mixture
 from imagegpt_jax.data.order import Order, hash_positions
 from imagegpt_jax.data.quarantine import Quarantine
 from imagegpt_jax.data.read_ahead import AHEAD, ReadAhead
-from imagegpt_jax.data.sources import Source, first_record
+from imagegpt_jax.data.sources import first_record
 from imagegpt_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]

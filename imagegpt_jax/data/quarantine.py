@@ -78,7 +78,7 @@ class Quarantine:
         """Reads the records at some positions, each bad one replaced by the next position's that is not.
 
         Args:
-          source: see `sources.Source`.
+          source: see `interface.Source`.
           order: positions -> numbers of records.
           position_B: global positions.
 

@@ -1,53 +1,24 @@
 """`open_source("kind:argument,option=value")`: every data set by one line of text, and what a source is.
 
-    emoji:train                            the built-in set: train, validation, heldout_style or all; res=32,
-                                           styles=noto+twemoji, captions=name or keywords
-    folder:/path                           images with captions or classes (see folder.py)
-    array_record:/path                     a folder made by tools/pack_dataset.py, or a pattern of its files
-    tokens:/path                           token shards made by imagegpt_jax.encode
-    tfds:coco_captions,split=train         a TFDS set prepared as array_record; data_dir=/path
-    0.7*emoji:train + 0.3*folder:/path     a mixture; without weights, in proportion to size
-
-A record is a dict: "id" (str), and as the set has them "image" (encoded bytes), "captions" (list of str), "label"
-(int), "codes" (int32 [length]) with "grid" (rows, columns).
+emoji:train                            the built-in set: train, validation, heldout_style or all; res=32,
+                                       styles=noto+twemoji, captions=name or keywords
+folder:/path                           images with captions or classes (see folder.py)
+array_record:/path                     a folder made by tools/pack_dataset.py, or a pattern of its files
+tokens:/path                           token shards made by imagegpt_jax.encode
+tfds:coco_captions,split=train         a TFDS set prepared as array_record; data_dir=/path
+0.7*emoji:train + 0.3*folder:/path     a mixture; without weights, in proportion to size
+my_package.data:shapes:/path,res=32    a source of your own: `shapes("/path", res=32)` gives an `interface.Source`
 """
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from imagegpt_jax.data.interface import Source
 from imagegpt_jax.data.mixture import Mixture
 from imagegpt_jax.errors import UserError, suggest
-
-
-class Source(Protocol):
-    """Random access to records. Implementations are safe to call from several threads.
-
-    One with an attribute `quarantine`, a `quarantine.Quarantine`, has its bad records replaced by `pipeline.Batches`.
-    """
-
-    @property
-    def name(self) -> str:
-        """The spec that opens it, or nearly so."""
-        ...
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """Names of the labels; may be empty."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the content does."""
-        ...
-
-    def __len__(self) -> int:
-        """Number of records."""
-        ...
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Records by their numbers, in the order asked for."""
-        ...
+from imagegpt_jax.plugins import plug_in
 
 
 def _emoji(split: str, res: int = 32, styles: str = "", captions: str = "name") -> Source:
@@ -82,13 +53,14 @@ def _tfds(name: str, split: str = "", data_dir: str = "") -> Source:
     return TfdsSource(name, split=split, data_dir=data_dir or None)
 
 
-# Kind -> (how it is opened, its options and their types, an example).
-KINDS: dict[str, tuple[Callable[..., Source], dict[str, type], str]] = {
-    "emoji": (_emoji, {"res": int, "styles": str, "captions": str}, "emoji:train"),
-    "folder": (_folder, {}, "folder:/path/to/images"),
-    "array_record": (_array_record, {}, "array_record:/path/to/packed"),
-    "tokens": (_tokens, {}, "tokens:/path/to/token/shards"),
-    "tfds": (_tfds, {"split": str, "data_dir": str}, "tfds:coco_captions,split=train"),
+# Kind -> (how it is opened, an example). The first argument is what stands after the kind; the others are options, and
+# their annotations the types.
+KINDS: dict[str, tuple[Callable[..., Source], str]] = {
+    "emoji": (_emoji, "emoji:train"),
+    "folder": (_folder, "folder:/path/to/images"),
+    "array_record": (_array_record, "array_record:/path/to/packed"),
+    "tokens": (_tokens, "tokens:/path/to/token/shards"),
+    "tfds": (_tfds, "tfds:coco_captions,split=train"),
 }
 
 
@@ -159,17 +131,24 @@ def readable_records(source: Source, indices: Sequence[int]) -> list[dict[str, A
 
 def _open_one(spec: str) -> Source:
     kind, colon, rest = spec.partition(":")
-    examples = ", ".join(example for _, _, example in KINDS.values())
-    if kind not in KINDS:
+    examples = ", ".join(example for _, example in KINDS.values())
+    if kind in KINDS:
+        opener, example = KINDS[kind]
+    else:
         if not colon or "/" in kind:
             near = suggest(kind, KINDS)
             hint = near if near.startswith(" Did") else f" For a folder of images write folder:{spec}."
             raise UserError(f"data {spec!r} does not say what kind it is.{hint} Examples: {examples}.")
-        raise UserError(f"unknown kind of data {kind!r} in {spec!r}.{suggest(kind, KINDS)} Examples: {examples}.")
-    opener, types, example = KINDS[kind]
+        name, _, rest = rest.partition(":")
+        if ("." not in kind and not name.isidentifier()) or suggest(kind, KINDS).startswith(" Did"):
+            raise UserError(f"unknown kind of data {kind!r} in {spec!r}.{suggest(kind, KINDS)} Examples: {examples}.")
+        kind = f"{kind}:{name}"
+        opener, example = plug_in(kind, "data"), f"{kind}:ARGUMENT"
     argument, *options = re.split(r",(?=\w+=)", rest)  # a path may hold commas
     if not argument:
         raise UserError(f"data {spec!r} lacks what comes after {kind}: write for example {example}.")
+    _, *parameters = inspect.signature(opener, eval_str=True).parameters.values()
+    types = {parameter.name: parameter.annotation for parameter in parameters}
     values: dict[str, Any] = {}
     for option in options:
         key, _, text = option.partition("=")
@@ -177,10 +156,13 @@ def _open_one(spec: str) -> Source:
             known = suggest(key, types) if types else f" {kind} takes none."
             raise UserError(f"data {spec!r} has an unknown option {key!r}.{known}")
         try:
-            values[key] = types[key](text)
+            values[key] = text if types[key] is inspect.Parameter.empty else types[key](text)
         except ValueError:
             raise UserError(f"data {spec!r}: {key}={text!r} is not a whole number.") from None
-    return opener(argument, **values)
+    source = opener(argument, **values)
+    if not isinstance(source, Source):
+        raise UserError(f"data {spec!r} opens a {type(source).__name__}, which is no data.interface.Source.")
+    return source
 
 
 def _check(source: Source, what: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagegpt_jax.data.sources import Source
+    from imagegpt_jax.data.interface import Source
 
 
 class Subset:

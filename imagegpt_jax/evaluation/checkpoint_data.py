@@ -14,7 +14,7 @@ from imagegpt_jax import errors
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from imagegpt_jax.data.sources import Source
+    from imagegpt_jax.data.interface import Source
     from imagegpt_jax.metrics.sets import ImageSet
 
 Scores = dict[str, float | int | str]

@@ -1,8 +1,10 @@
 """Losses as pure functions, computed in float32 (or float64) and averaged over the batch unless said otherwise.
 
-Shapes: B batch, L length, V vocabulary, H W pixels, C channels.
+Shapes: B batch, H W pixels, C channels.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imagegpt_jax.models import layers
+from imagegpt_jax.models import logit_laplace as logit_laplace_lib
 
 
 def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -26,8 +29,9 @@ def l2(x: Float[Array, "..."], target: Float[Array, "..."]) -> Float[Array, ""]:
     return jnp.mean(jnp.square(_wide(x) - _wide(target)))
 
 
-# Logit-Laplace: pixels keep this far from 0 and 1, where logits are infinite.
-LAPLACE_MARGIN = 0.1
+# Losses of (reconstructions, images), both [B, H, W, C] in [-1, 1]: the keys of `config.loss` that weigh them. Your own
+# is "module:name" in `config.loss.others`.
+PIXEL_LOSSES = {"l1": l1, "l2": l2}
 
 
 def logit_laplace(
@@ -42,14 +46,9 @@ def logit_laplace(
       log_scale: log b.
       images: in [-1, 1].
     """
-    x = (1 - 2 * LAPLACE_MARGIN) * (_wide(images) + 1) / 2 + LAPLACE_MARGIN
+    x = (1 - 2 * logit_laplace_lib.MARGIN) * (_wide(images) + 1) / 2 + logit_laplace_lib.MARGIN
     distance = jnp.abs(jnp.log(x) - jnp.log1p(-x) - _wide(mean))
     return jnp.mean(distance * jnp.exp(-_wide(log_scale)) + _wide(log_scale) + jnp.log(2 * x * (1 - x)))
-
-
-def logit_laplace_pixels(mean: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The pixels, around [-1, 1], whose logits are `mean`: the inverse of `logit_laplace`'s mapping."""
-    return 2 * (jax.nn.sigmoid(_wide(mean)) - LAPLACE_MARGIN) / (1 - 2 * LAPLACE_MARGIN) - 1
 
 
 def hinge_discriminator(real: Float[Array, "..."], fake: Float[Array, "..."]) -> Float[Array, ""]:
@@ -70,6 +69,28 @@ def nonsaturating_discriminator(real: Float[Array, "..."], fake: Float[Array, ".
 def nonsaturating_generator(fake: Float[Array, "..."]) -> Float[Array, ""]:
     """E[softplus(-D(fake))]: minus log of the probability of being taken for real."""
     return jnp.mean(jax.nn.softplus(-fake))
+
+
+@dataclasses.dataclass(frozen=True)
+class GanLoss:
+    """An adversarial loss.
+
+    Attributes:
+      generator: logits of generated images -> its loss.
+      discriminator: (logits of real images, logits of generated images) -> its loss.
+    """
+
+    generator: Callable[[Float[Array, "..."]], Float[Array, ""]]
+    discriminator: Callable[[Float[Array, "..."], Float[Array, "..."]], Float[Array, ""]]
+
+
+# What `config.loss.gan_kind` names; your own is "module:name" of a `GanLoss`.
+GAN_LOSSES = {
+    "hinge": GanLoss(hinge_generator, hinge_discriminator),
+    "non_saturating": GanLoss(nonsaturating_generator, nonsaturating_discriminator),
+    # As in Open-MAGVIT2 and IBQ.
+    "non_saturating_hinge": GanLoss(nonsaturating_generator, hinge_discriminator),
+}
 
 
 def lecam(

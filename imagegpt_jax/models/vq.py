@@ -15,8 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.losses import basic
-from imagegpt_jax.models import conv, layers, temporal
+from imagegpt_jax.models import conv, layers, logit_laplace, temporal
 from imagegpt_jax.models.quantizers import Quantized, Quantizer, QuantizerConfig
 from imagegpt_jax.parallel import sharding
 
@@ -371,7 +370,7 @@ class VQModel(nnx.Module):
         """What the last layer gives -> images, not clipped to [-1, 1]."""
         if not self.config.logit_laplace:
             return output_BHWC
-        return basic.logit_laplace_pixels(output_BHWC[..., : self.config.image_channels])
+        return logit_laplace.pixels(output_BHWC[..., : self.config.image_channels])
 
     def to_pixels(self, features_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Features -> images, float32 (float64 in float64), not clipped to [-1, 1]."""

@@ -12,8 +12,9 @@ from jaxtyping import Float
 
 from imagegpt_jax.config import to_dataclass
 from imagegpt_jax.errors import UserError, above, at_least, check_ranges, suggest
+from imagegpt_jax.plugins import resolve
+from imagegpt_jax.sampling import guidance
 
-SCHEDULES = ("constant", "interval", "linear", "cosine", "power_cosine")
 UNKNOWN = -1  # a token that is to be sampled, where others are known
 WEIGHTS = ("", "float32", "bfloat16", "int8")
 # Settings as they were called before: in the metadata of pictures, the configs of workdirs and flags.
@@ -43,7 +44,8 @@ class Sampling:
       no_repeat_ngram_size: no n-gram of this many tokens appears twice in what is sampled; 1 = every token at
         most once, 0 = off.
       cfg_scale: classifier-free guidance, logits = none + scale (prompt - none) (arXiv:2207.12598); 1 = off.
-      cfg_schedule: how the scale changes from token to token, see `guidance`.
+      cfg_schedule: how the scale changes from token to token: constant, interval, linear, cosine or power_cosine, or
+        module:name of your own (`sampling/guidance.py`).
       cfg_power: exponent of "power_cosine" (arXiv:2411.00776).
       cfg_start: first share of the tokens at which "interval" guides (arXiv:2404.07724).
       cfg_end: share of the tokens at which "interval" ends.
@@ -71,8 +73,7 @@ class Sampling:
 
     def __post_init__(self):
         check_ranges(self, RANGES)
-        if self.cfg_schedule not in SCHEDULES:
-            raise UserError(f"unknown cfg_schedule {self.cfg_schedule!r}.{suggest(self.cfg_schedule, SCHEDULES)}")
+        resolve(self.cfg_schedule, "cfg_schedule", guidance.SCHEDULES)
         if not 0 <= self.cfg_start <= self.cfg_end <= 1:
             raise UserError(f"cfg_start={self.cfg_start} and cfg_end={self.cfg_end} must rise within 0 to 1.")
         if self.weights not in WEIGHTS:
@@ -91,20 +92,10 @@ class Sampling:
         return self.cfg_scale != 1
 
     def guidance(self, steps: int) -> Float[np.ndarray, " N"]:
-        """The scale at each of `steps` tokens, float32; token i stands at the share t = i / steps.
-
-        "constant": s. "interval": s where cfg_start <= t < cfg_end, else 1. "linear": 1 + (s - 1) t. "power_cosine":
-        1 + (s - 1) (1 - cos(pi t^power)) / 2, as in RAR (arXiv:2411.00776). "cosine": the same with power 1.
-        """
-        t = np.arange(steps, dtype=np.float64) / max(steps, 1)
-        share = {
-            "constant": np.ones(steps),
-            "interval": ((t >= self.cfg_start) & (t < self.cfg_end)).astype(np.float64),
-            "linear": t,
-            "cosine": (1 - np.cos(np.pi * t)) / 2,
-            "power_cosine": (1 - np.cos(np.pi * t**self.cfg_power)) / 2,
-        }[self.cfg_schedule]
-        return (1 + (self.cfg_scale - 1) * share).astype(np.float32)
+        """The scale at each of `steps` tokens, float32."""
+        return guidance.scales(
+            self.cfg_schedule, steps, self.cfg_scale, power=self.cfg_power, start=self.cfg_start, end=self.cfg_end
+        )
 
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from imagegpt_jax import config as config_lib
 from imagegpt_jax import train_state
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.losses import basic
-from imagegpt_jax.models import flops
+from imagegpt_jax.models import flops, logit_laplace
 from imagegpt_jax.tasks import tokenizer
 from imagegpt_jax.training import step_guard
 
@@ -154,7 +154,7 @@ def test_logit_laplace_is_the_likelihood_of_what_the_decoder_gives():
         output = model.output(model.decode_features(quantized.zq))
         assert output.shape == (4, 16, 16, 6)
         nll = basic.logit_laplace(output[..., :3], output[..., 3:], IMAGES)
-        recon = basic.logit_laplace_pixels(output[..., :3])
+        recon = logit_laplace.pixels(output[..., :3])
         return 0.5 * nll + 0.3 * basic.l2(recon, IMAGES) + quantized.loss, (nll, recon)
 
     expected, (nll, recon) = jax.jit(jax.grad(loss, has_aux=True))(made.trainable["generator"])

@@ -96,7 +96,7 @@ def setup(config: Config) -> Setup:
     for split in ("train_ops", "eval_ops"):
         ops.parse(config.data[split])
     loss = config.loss
-    if not (loss.l1 or loss.l2 or loss.logit_laplace or loss.lpips):
+    if not (loss.l1 or loss.l2 or loss.logit_laplace or loss.lpips or loss.others):
         raise UserError(
             "config.loss has no weight for what is given back: l1, l2, logit_laplace and lpips are 0. Set"
             " --config.loss.l2=1, for example."

@@ -12,24 +12,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imagegpt_jax import train_state
-from imagegpt_jax.config import choose
-from imagegpt_jax.errors import at_least, check_ranges
+from imagegpt_jax.errors import UserError, at_least, check_ranges
 from imagegpt_jax.losses import basic
 from imagegpt_jax.models.quantizers import UseSums
+from imagegpt_jax.plugins import plug_in, resolve
 from imagegpt_jax.train_state import Network, TrainState
 from imagegpt_jax.training import train_metrics
 
-# Kind -> (generator's loss of fake logits, discriminator's loss of real and fake logits).
 RANGES = {
     **dict.fromkeys(("l1", "l2", "logit_laplace", "lpips", "gan"), at_least(0, "0 leaves it out")),
     "lecam_decay": at_least(0, below=1),
 }
-GAN_LOSSES = {
-    "hinge": (basic.hinge_generator, basic.hinge_discriminator),
-    "non_saturating": (basic.nonsaturating_generator, basic.nonsaturating_discriminator),
-    # As in Open-MAGVIT2 and IBQ.
-    "non_saturating_hinge": (basic.nonsaturating_generator, basic.hinge_discriminator),
-}
+# Losses that metrics show by these names.
+RESERVED = (*basic.PIXEL_LOSSES, "logit_laplace", "lpips", "commitment", "codebook", "index", "entropy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +39,7 @@ class LossConfig:
       lpips_weights: safetensors file made by `tools/convert_lpips.py`, needed if `lpips` > 0.
       gan: weight of the adversarial loss on the generator.
       gan_kind: "hinge", "non_saturating", or "non_saturating_hinge" (the first for the generator, the second for the
-        discriminator).
+        discriminator); or "module:name" of a `losses.basic.GanLoss` of your own.
       gan_start: step from which the discriminator takes part; negative = never.
       adaptive: scale the adversarial loss by the ratio of gradient norms at the last layer (arXiv:2012.09841, eq. 7).
       discriminator_first: in each step the discriminator is updated before it judges for the generator; else both
@@ -52,6 +47,7 @@ class LossConfig:
       lecam: weight of the LeCam regulariser of the discriminator (arXiv:2104.03310); 0 = off.
       lecam_decay: of its moving averages of the logits.
       r1: weight of the R1 gradient penalty of the discriminator (arXiv:1801.04406), gamma; 0 = off.
+      others: losses of your own, as "WEIGHT*module:name + ...": functions (reconstructions, images) -> mean loss.
     """
 
     l1: float
@@ -67,10 +63,36 @@ class LossConfig:
     lecam_decay: float = 0.999
     r1: float = 0.0
     logit_laplace: float = 0.0
+    others: str = ""
 
     def __post_init__(self):
-        choose("gan_kind", self.gan_kind, GAN_LOSSES)
         check_ranges(self, RANGES, "--config.loss.")
+        if not isinstance(self.gan_loss, basic.GanLoss):
+            raise UserError(f"loss.gan_kind={self.gan_kind} is no losses.basic.GanLoss: make it one.")
+        if min((weight for weight, _ in self.other_losses.values()), default=0) < 0:
+            raise UserError(f"loss.others={self.others!r} has a weight below 0: give weights of at least 0.")
+
+    @property
+    def gan_loss(self) -> basic.GanLoss:
+        """What `gan_kind` names."""
+        return resolve(self.gan_kind, "gan_kind", basic.GAN_LOSSES)
+
+    @property
+    def other_losses(self) -> dict[str, tuple[float, Callable[..., Float[Array, ""]]]]:
+        """Name in the metrics -> (weight, function), of `others`."""
+        losses = {}
+        for term in filter(None, (part.strip() for part in self.others.split(" + "))):
+            weight, _, path = term.partition("*")
+            name = path.rpartition(":")[2]
+            if name in losses or name in RESERVED:
+                raise UserError(f"loss.others has {path}, and another loss is called {name}: rename the function.")
+            try:
+                losses[name] = (float(weight), plug_in(path, "loss"))
+            except ValueError:
+                raise UserError(
+                    f"loss.others={self.others!r} must be WEIGHT*module:name + ..., not {term!r}."
+                ) from None
+        return losses
 
 
 class Logits(NamedTuple):
@@ -153,7 +175,7 @@ def gradients(
 
     def reconstruction_loss(output: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         recon = pixels(output)
-        parts = {"l1": basic.l1(recon, images_BHWC), "l2": basic.l2(recon, images_BHWC)}
+        parts = {name: pixel_loss(recon, images_BHWC) for name, pixel_loss in basic.PIXEL_LOSSES.items()}
         total = loss.l1 * parts["l1"] + loss.l2 * parts["l2"]
         if loss.logit_laplace:
             mean, log_scale = jnp.split(output, 2, axis=-1)
@@ -163,6 +185,9 @@ def gradients(
             perceptual: Any = networks["perceptual"].module(state.frozen["perceptual"])
             parts["lpips"] = perceptual(recon, images_BHWC).mean()
             total = total + loss.lpips * parts["lpips"]
+        for name, (weight, function) in loss.other_losses.items():
+            parts[name] = function(recon, images_BHWC)
+            total = total + weight * parts[name]
         return total, parts
 
     (rec_loss, parts), cotangent = jax.value_and_grad(reconstruction_loss, has_aux=True)(output_BHWC)
@@ -178,9 +203,8 @@ def gradients(
     # --- Adversarial part of the generator's loss.
     if adversarial:
         critic = _critic(networks, state)
-        generator_loss, _ = GAN_LOSSES[loss.gan_kind]
         gan_loss, gan_cotangent = jax.value_and_grad(
-            lambda output: generator_loss(critic(state.trainable["discriminator"], pixels(output)))
+            lambda output: loss.gan_loss.generator(critic(state.trainable["discriminator"], pixels(output)))
         )(output_BHWC)
         weight = jnp.asarray(loss.gan, recon_BHWC.dtype)
         if loss.adaptive:
@@ -220,11 +244,10 @@ def _judge(
 ) -> tuple[train_state.Params, Logits, train_metrics.Totals]:
     """(gradient of the discriminator, its mean logits, metrics); real and fake go through in separate calls."""
     critic, fake_BHWC = _critic(networks, state), jax.lax.stop_gradient(recon_BHWC)
-    _, discriminator_loss = GAN_LOSSES[loss.gan_kind]
 
     def judge(params: train_state.Params) -> tuple[jax.Array, tuple[Logits, train_metrics.Totals]]:
         real, fake = critic(params, images_BHWC), critic(params, fake_BHWC)
-        total = discriminator_loss(real, fake)
+        total = loss.gan_loss.discriminator(real, fake)
         values: train_metrics.Totals = {"gan_discriminator": train_metrics.mean(total)}
         if loss.lecam:
             averages = state.stats["logits"]

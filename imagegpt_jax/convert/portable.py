@@ -38,7 +38,7 @@ _NETWORKS: dict[str, type] = {"gpt": GPTConfig, "palette": PaletteConfig, "vq": 
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
                "tokenizer.model", "added_tokens.json")  # fmt: skip
 # Settings of a network and its run that may name code of a user's.
-PLUG_INS = ("kind", "gan_kind", "others", "cfg_schedule")
+PLUG_INS = ("kind", "gan_kind", "cfg_schedule")
 _ALL = [core.rule("{name:.+}", "{name}")]
 
 
@@ -95,9 +95,7 @@ def _check_trust(path: pathlib.Path, values: list[Any]) -> None:
     for name, value in tree_leaves({str(i): value for i, value in enumerate(values)}):
         module, colon, _ = str(value).partition(":")
         if name.rpartition(".")[2] in PLUG_INS and colon and module not in sys.modules:
-            raise UserError(
-                f"{path} names {value}, code that is not here: if you trust it, import {module} beforehand."
-            )
+            raise UserError(f"{path} names {value}, code that nobody here gave: import {module} first if you trust it.")
 
 
 def open_portable(path: pathlib.Path) -> Portable:

@@ -121,7 +121,7 @@ def test_a_sample_depends_on_its_seed_and_index_alone():
     [
         ({"speculative": 1}, "speculative=1"),
         ({"speculative": 4, "no_repeat_ngram_size": 1}, "no_repeat_ngram_size=1"),
-        ({"speculative": 4, "together": 2}, "exclude"),
+        ({"speculative": 4, "tokens_per_step": 2}, "exclude"),
     ],
 )
 def test_settings_that_exclude_one_another(settings, words):

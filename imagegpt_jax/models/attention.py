@@ -7,7 +7,7 @@ G = N / K queries per key/value head, H head dim.
 import dataclasses
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from imagegpt_jax.models import layers
 from imagegpt_jax.models.flash import flash_attention, resolve
+from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.parallel import manual_collectives, sharding
-
-if TYPE_CHECKING:
-    from imagegpt_jax.models.gpt_config import GPTConfig
 
 # Who attends to whom: a mask, or, where a flash kernel makes its own, the segments.
 Visible = Bool[Array, "B L S"] | Int[Array, "B L"]
@@ -95,7 +93,7 @@ def write(old: jax.Array, new: jax.Array, length: Int[Array, "*B"]) -> jax.Array
     return update(old, new, length) if length.ndim == 0 else jax.vmap(update)(old, new, length)
 
 
-def visible(segments_BL: Int[Array, "B L"], config: "GPTConfig") -> Visible:
+def visible(segments_BL: Int[Array, "B L"], config: GPTConfig) -> Visible:
     """What the attention of whole sequences needs to know of who attends to whom."""
     return causal_mask(segments_BL) if resolve(config) == "xla" else segments_BL
 
@@ -233,7 +231,7 @@ class Attention(nnx.Module):
     copies that cut it apart, and separate ones shard over heads without a reordering.
     """
 
-    def __init__(self, config: "GPTConfig", *, key: jax.Array):
+    def __init__(self, config: GPTConfig, *, key: jax.Array):
         q_key, k_key, v_key, out_key = jax.random.split(key, 4)
         heads, kv_heads = config.heads * config.head_width, config.num_kv_heads * config.head_width
         shared: dict[str, Any] = {

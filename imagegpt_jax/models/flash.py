@@ -7,25 +7,19 @@ Shapes: B batch, L length, N query heads, K key/value heads, H head dim.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from imagegpt_jax.models.gpt_config import CUDNN_DTYPES, CUDNN_HEAD, GPTConfig
 from imagegpt_jax.parallel import manual_collectives, sharding
 
-if TYPE_CHECKING:
-    from imagegpt_jax.models.gpt_config import GPTConfig
-
-IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 # The kernel's tiles are multiples of the TPU's 128 lanes, and at most so long: larger ones do not fit its memory.
 _LANES, _MAX_BLOCK = 128, 1024
-# What cuDNN computes: these dtypes, and heads up to this size (from Hopper on, twice that).
-CUDNN_DTYPES, CUDNN_HEAD = ("bfloat16", "float16"), 128
 
 
-def resolve(config: "GPTConfig") -> str:
+def resolve(config: GPTConfig) -> str:
     """What `config.attention` stands for: "auto" is "splash" on TPU, and "cudnn" on GPU if that computes the dtype and
     the size of heads; elsewhere, and with dropout, "xla"."""
     if config.attention != "auto":

@@ -4,9 +4,11 @@ import dataclasses
 import math
 
 from imagegpt_jax.errors import UserError, at_least, check_ranges, suggest
-from imagegpt_jax.models import flash, layers
+from imagegpt_jax.models import layers
 from imagegpt_jax.models.rope import RopeScaling
 
+# What the flash kernel of cuDNN computes: these dtypes, and heads up to this size (from Hopper on, twice that).
+CUDNN_DTYPES, CUDNN_HEAD = ("bfloat16", "float16"), 128
 CHOICES = {
     "norm": layers.NORMS,
     "mlp": ("swiglu", "gelu"),
@@ -14,7 +16,7 @@ CHOICES = {
     "position": ("rope", "learned"),
     "conditioning": ("prefix", "adaptive_norm"),
     "remat": ("none", "full", "attention", "dots"),
-    "attention": flash.IMPLEMENTATIONS,
+    "attention": ("auto", "xla", "splash", "cudnn"),
 }
 RANGES = {
     **dict.fromkeys(("vocab_size", "width", "depth", "heads", "mlp_width"), at_least(1)),
@@ -151,8 +153,8 @@ class GPTConfig:
             f"attention_dropout={self.attention_dropout} needs attention='xla': flash kernels have no dropout",
         )
         check(
-            self.attention != "cudnn" or (self.dtype in flash.CUDNN_DTYPES and self.head_width <= flash.CUDNN_HEAD),
-            f"attention='cudnn' computes in {' or '.join(flash.CUDNN_DTYPES)} with heads of at most {flash.CUDNN_HEAD},"
+            self.attention != "cudnn" or (self.dtype in CUDNN_DTYPES and self.head_width <= CUDNN_HEAD),
+            f"attention='cudnn' computes in {' or '.join(CUDNN_DTYPES)} with heads of at most {CUDNN_HEAD},"
             f" and dtype is {self.dtype!r} with heads of {self.head_width}: change those, or set attention='auto'",
         )
         check(

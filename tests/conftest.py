@@ -34,15 +34,15 @@ def workdirs(tmp_path_factory):
     `tokenizer`; `decoder`, of captions, over that tokenizer; `classes`, of classes, over an untrained tokenizer.
     """
     root = tmp_path_factory.mktemp("workdirs")
-    found = types.SimpleNamespace(tokenizer=root / "tokenizer", decoder=root / "decoder", classes=root / "classes")
-    _write_run(_config("tokenizer"), found.tokenizer)
+    runs = types.SimpleNamespace(tokenizer=root / "tokenizer", decoder=root / "decoder", classes=root / "classes")
+    _write_run(_config("tokenizer"), runs.tokenizer)
     config = _config("decoder")
-    config.tokenizer = str(found.tokenizer)
-    _write_run(config, found.decoder)
+    config.tokenizer = str(runs.tokenizer)
+    _write_run(config, runs.decoder)
     config = _config("decoder")
     config.data.use_labels, config.data.text_length = True, 1
-    _write_run(config, found.classes)
-    return found
+    _write_run(config, runs.classes)
+    return runs
 
 
 def _config(task):

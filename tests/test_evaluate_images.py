@@ -74,7 +74,7 @@ def evaluate(binary, tmp_path):
 
 
 def values(scores):
-    return {name: found["value"] for name, found in scores.items() if name != "provenance"}
+    return {name: results["value"] for name, results in scores.items() if name != "provenance"}
 
 
 def test_scores_say_what_was_measured(given, first):

@@ -33,33 +33,33 @@ def dotted(node):
 
 
 def findings(source, name="x.py"):
-    found = []
+    results = []
     for node in ast.walk(ast.parse(source)):
         line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             bad = {n.split(".")[0] for n in names} & FORBIDDEN_MODULES
             if bad and name not in RESTRICTED_READERS:
-                found.append(f"{name}:{line} imports {', '.join(bad)}")
+                results.append(f"{name}:{line} imports {', '.join(bad)}")
         if isinstance(node, ast.Call):
             called = dotted(node.func)
             if isinstance(node.func, ast.Attribute) and node.func.attr in ("extractall", "extract"):
-                found.append(f"{name}:{line} unpacks an archive by the names in it")
+                results.append(f"{name}:{line} unpacks an archive by the names in it")
             if called in FORBIDDEN_CALLS:
-                found.append(f"{name}:{line} calls {called}")
+                results.append(f"{name}:{line} calls {called}")
             for keyword in node.keywords:
                 value = getattr(keyword.value, "value", None)
                 if keyword.arg == "shell" and value is not False:
-                    found.append(f"{name}:{line} gives shell=")
+                    results.append(f"{name}:{line} gives shell=")
                 if keyword.arg == "allow_pickle" and value is not False:
-                    found.append(f"{name}:{line} gives allow_pickle=")
-    return found
+                    results.append(f"{name}:{line} gives allow_pickle=")
+    return results
 
 
 def test_no_code_is_run_from_data():
     assert len(SOURCES) > 60
-    found = [f for path in SOURCES for f in findings(path.read_text(), str(path.relative_to(ROOT)))]
-    assert found == []
+    results = [f for path in SOURCES for f in findings(path.read_text(), str(path.relative_to(ROOT)))]
+    assert results == []
 
 
 @pytest.mark.parametrize(

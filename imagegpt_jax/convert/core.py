@@ -181,7 +181,7 @@ def plan(table: Sequence[Rule], names: Iterable[str], wanted: Iterable[str] | No
         unknown or filled twice.
     """
     patterns = [[_pattern(template) for template in line.sources] for line in table]
-    found: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]] = {}
+    groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]] = {}
     unknown, twice = [], []
     for name in names:
         hits = [
@@ -194,9 +194,9 @@ def plan(table: Sequence[Rule], names: Iterable[str], wanted: Iterable[str] | No
             (twice if hits else unknown).append(name)
             continue
         r, s, match = hits[0]
-        found.setdefault((r, tuple(sorted(match.groupdict().items()))), {})[s] = name
+        groups.setdefault((r, tuple(sorted(match.groupdict().items()))), {})[s] = name
     jobs, filled, partial = [], [], []
-    for (r, fields), sources in found.items():
+    for (r, fields), sources in groups.items():
         line = table[r]
         if len(sources) < len(line.sources):
             partial += [_fill(t, dict(fields)) for s, t in enumerate(line.sources) if s not in sources]

@@ -121,8 +121,8 @@ def recognise(source: Source, kind: str, options: Options | None = None) -> Publ
     """
     options = options or Options()
     for entry in FORMATS.values():
-        if entry.kind == kind and (found := entry.read(source, options)) is not None:
-            return found
+        if entry.kind == kind and (loaded := entry.read(source, options)) is not None:
+            return loaded
     other = [f.title for f in FORMATS.values() if f.kind != kind and _is(f, source, options)]
     known = "; ".join(f.title for f in FORMATS.values() if f.kind == kind)
     holds = f"holds a {other[0]}" if other else f"is of the model_type {source.config.get('model_type')!r}"

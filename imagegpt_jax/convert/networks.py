@@ -39,13 +39,13 @@ def _leaves(net: train_state.Network) -> dict[tuple[Any, ...], jax.ShapeDtypeStr
 
 def shapes(net: train_state.Network) -> dict[str, Shape]:
     """Shape of every array by its name, all layers of one parameter after each other."""
-    found: dict[str, Shape] = {}
+    by_name: dict[str, Shape] = {}
     for path, leaf in _leaves(net).items():
         if path[0] == _STACKED:
-            found.update({_layer_name(path, i): leaf.shape[1:] for i in range(leaf.shape[0])})
+            by_name.update({_layer_name(path, i): leaf.shape[1:] for i in range(leaf.shape[0])})
         else:
-            found[".".join(map(str, path))] = leaf.shape
-    return found
+            by_name[".".join(map(str, path))] = leaf.shape
+    return by_name
 
 
 def _layer_name(path: tuple[Any, ...], layer: int) -> str:

@@ -91,10 +91,10 @@ def _tokenizer(
     """Reads a tokenizer of `transformers`; `parse` makes a config of its own and of whether there is a decoder."""
 
     def read(source: Source, options: Options) -> Published | None:
-        found = _inside(source, model_type, "vqmodel")
-        if found is None:
+        inside = _inside(source, model_type, "vqmodel")
+        if inside is None:
             return None
-        about, tensors, prefix = found
+        about, tensors, prefix = inside
         config = parse(about, "decoder.conv_in.weight" in tensors)
         return Published(name, config, table(config), tensors, about=about, prefix=prefix)
 

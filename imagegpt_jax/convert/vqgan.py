@@ -232,8 +232,8 @@ def infer_config(tensors: Mapping[str, Tensor], style: Style) -> VQConfig:
 
     def count(template: str) -> int:
         pattern = re.compile(re.escape(template).replace(r"\{n\}", r"(\d+)") + r"\..+")
-        found = {int(match[1]) for name in tensors if (match := pattern.fullmatch(name))}
-        return len(found)
+        numbers = {int(match[1]) for name in tensors if (match := pattern.fullmatch(name))}
+        return len(numbers)
 
     def level(half: str, template: str, i: int) -> str:
         return f"{half}.{template.replace('{i}', str(i))}"

@@ -52,9 +52,9 @@ class FolderSource:
         sizes = dict(_walk(self.root))
         self._files = sorted(f for f in sizes if f.lower().endswith(EXTENSIONS))
         if not self._files:
-            found = f"{len(sizes)} files, the first is {min(sizes)}" if sizes else "nothing"
+            contents = f"{len(sizes)} files, the first is {min(sizes)}" if sizes else "nothing"
             raise UserError(
-                f"{self.root} holds no image ({found}): put images there ({', '.join(EXTENSIONS)}), or give another"
+                f"{self.root} holds no image ({contents}): put images there ({', '.join(EXTENSIONS)}), or give another"
                 " path."
             )
         self._captions: dict[str, list[str]] = {}

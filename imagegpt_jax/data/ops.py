@@ -225,10 +225,10 @@ def random_resized_crop(
         # If none does, the largest window of an allowed ratio, as torchvision does.
         h_all = tf.minimum(hw[0], tf.maximum(tf.round(hw[1] / math.exp(low)), 1))
         w_all = tf.minimum(hw[1], tf.maximum(tf.round(hw[0] * math.exp(high)), 1))
-        found = tf.reduce_any(fits)
-        h, w = tf.where(found, h[i], h_all), tf.where(found, w[i], w_all)
-        y = tf.where(found, tf.floor(u[2, i] * (hw[0] - h + 1)), tf.floor((hw[0] - h) / 2))
-        x = tf.where(found, tf.floor(u[3, i] * (hw[1] - w + 1)), tf.floor((hw[1] - w) / 2))
+        any_fits = tf.reduce_any(fits)
+        h, w = tf.where(any_fits, h[i], h_all), tf.where(any_fits, w[i], w_all)
+        y = tf.where(any_fits, tf.floor(u[2, i] * (hw[0] - h + 1)), tf.floor((hw[0] - h) / 2))
+        x = tf.where(any_fits, tf.floor(u[3, i] * (hw[1] - w + 1)), tf.floor((hw[1] - w) / 2))
         y, x = tf.minimum(y, hw[0] - h), tf.minimum(x, hw[1] - w)
         return tuple(tf.cast(v, tf.int32) for v in (y, x, h, w))  # type: ignore[return-value]
 

@@ -28,8 +28,8 @@ from imagegpt_jax.data.images import decode_image, sniff
 from imagegpt_jax.data.interface import Source
 from imagegpt_jax.data.mixture import Mixture
 from imagegpt_jax.data.order import Order, hash_positions
+from imagegpt_jax.data.prefetch import AHEAD, Prefetch
 from imagegpt_jax.data.quarantine import Quarantine
-from imagegpt_jax.data.read_ahead import AHEAD, ReadAhead
 from imagegpt_jax.data.sources import first_record
 from imagegpt_jax.errors import UserError
 
@@ -125,7 +125,7 @@ class Batches:
             columns=wanted,
             host_fn=host_fn,
         )
-        self._ahead: ReadAhead | None = None
+        self._prefetch: Prefetch | None = None
 
     def __iter__(self) -> "Batches":
         return self
@@ -136,10 +136,10 @@ class Batches:
         Raises:
           UserError: for an image that cannot be read, naming it.
         """
-        if self._ahead is None:
-            self._ahead = ReadAhead(self._reader.batches)
-            weakref.finalize(self, self._ahead.stop)
-        batch = self._ahead.get()
+        if self._prefetch is None:
+            self._prefetch = Prefetch(self._reader.batches)
+            weakref.finalize(self, self._prefetch.stop)
+        batch = self._prefetch.get()
         self._given += 1
         self.position = position_after(self._start, self._given - 1, self._batch_size, self._skipped) + self._batch_size
         if self._end is not None:
@@ -148,8 +148,8 @@ class Batches:
 
     def close(self) -> None:
         """Stops reading ahead; done as well when the iterator is no longer referenced."""
-        if self._ahead is not None:
-            self._ahead.stop()
+        if self._prefetch is not None:
+            self._prefetch.stop()
 
 
 def position_after(start: int, batches: int, batch_size: int, skipped: Sequence[tuple[int, int]] = ()) -> int:
@@ -305,15 +305,15 @@ class _Reader:
         if self.quarantine is None or number in self.failed:
             return False
         tf = ops_lib.import_tf()
-        found = False
+        any_bad = False
         records, index_B, _ = self._records(number)
         for record, index in zip(records, index_B.tolist(), strict=True):
             try:
                 process(record["image"], tf.constant(sniff(record["image"])), tf.zeros(2, tf.int64))
             except (tf.errors.OpError, ValueError) as e:  # outside a graph, what Pillow says comes as it is
                 self.quarantine.add(index, str(record["id"]), f"cannot be processed ({_reason(e)})")
-                found = True
-        return found
+                any_bad = True
+        return any_bad
 
     def _fetch(self, graph: int, number: np.int64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Encoded images, formats and int64 [B, 2] seeds of a batch; the rest of it is kept for `batches`."""

@@ -96,8 +96,8 @@ class Quarantine:
         own_B = np.ones(len(position_B), bool)
         while len(left):
             index_B[left] = order(position_B[left])
-            found = self._read(source, index_B[left].tolist())
-            for row, record in zip(left.tolist(), found, strict=True):
+            fetched = self._read(source, index_B[left].tolist())
+            for row, record in zip(left.tolist(), fetched, strict=True):
                 records[row] = record
             left = np.array([row for row in left.tolist() if records[row] is None], np.int64)
             own_B[left] = False

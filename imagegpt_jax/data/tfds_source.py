@@ -62,8 +62,8 @@ class TfdsExamples:
         features = dict(builder.info.features.items())
 
         def first(kind: Any, *preferred: str) -> str | None:
-            found = [n for n, f in features.items() if isinstance(f, kind)]
-            return next((n for n in preferred if n in found), found[0] if found else None)
+            names = [n for n, f in features.items() if isinstance(f, kind)]
+            return next((n for n in preferred if n in names), names[0] if names else None)
 
         image = first(tfds.features.Image, "image")
         if image is None:

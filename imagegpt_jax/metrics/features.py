@@ -65,7 +65,7 @@ def digest(image_HWC: np.ndarray) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest(), np.uint8)
 
 
-def _read_ahead(images: ImageSet, numbers: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
+def _prefetch(images: ImageSet, numbers: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
     """Images by number, `batch_size` of them prefetched."""
     with (
         concurrent.futures.ThreadPoolExecutor(1) as ahead,
@@ -117,7 +117,7 @@ def extract(
         for start in range(jax.process_index() * rows, count, turn)
         for number in range(start, min(start + rows, count))
     ]
-    source = _read_ahead(images, mine, batch_size)
+    source = _prefetch(images, mine, batch_size)
 
     def dispatch(start: int) -> tuple[np.ndarray, dict[tuple[str, str], jax.Array]]:
         first = start + jax.process_index() * rows

@@ -70,11 +70,11 @@ def _count(jaxpr: Any) -> float:
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
-    found = []
+    jaxprs = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, core.ClosedJaxpr):
-                found.append(item.jaxpr)
+                jaxprs.append(item.jaxpr)
             elif isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found
+                jaxprs.append(item)
+    return jaxprs

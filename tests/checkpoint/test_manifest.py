@@ -99,13 +99,13 @@ def test_every_bit_of_a_manifest_counts(workdir):
 def test_shares_cover_all_files(workdir):
     folder = epath.Path(workdir) / "checkpoints" / "2"
     flip(path(workdir, "state/small"))
-    found = []
+    shares = []
     for share in range(3):
         try:
             manifest_lib.check(folder, (share, 3))
         except Damaged:
-            found.append(share)
-    assert len(found) == 1
+            shares.append(share)
+    assert len(shares) == 1
 
 
 @pytest.mark.parametrize(

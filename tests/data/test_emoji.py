@@ -64,12 +64,12 @@ def test_counts(split):
 
 def test_splits_divide_the_set_and_validation_shares_no_concept():
     by_split = {s: EmojiSource(s).pictures for s in ("train", "validation", "heldout_style")}
-    ids = [p.id for found in by_split.values() for p in found]
+    ids = [p.id for chosen in by_split.values() for p in chosen]
     assert len(set(ids)) == len(ids)
     assert set(ids) == {p.id for p in pictures()}
-    concepts = {s: {p.concept for p in found} for s, found in by_split.items()}
-    names = {s: {p.name for p in found} for s, found in by_split.items()}
-    groups = {s: {catalog.split_group(p.codepoints) for p in found} for s, found in by_split.items()}
+    concepts = {s: {p.concept for p in chosen} for s, chosen in by_split.items()}
+    names = {s: {p.name for p in chosen} for s, chosen in by_split.items()}
+    groups = {s: {catalog.split_group(p.codepoints) for p in chosen} for s, chosen in by_split.items()}
     for seen in (concepts, names, groups):
         assert not seen["validation"] & (seen["train"] | seen["heldout_style"])
     assert 0.04 < len(concepts["validation"]) / len({p.concept for p in pictures()}) < 0.06
@@ -126,8 +126,8 @@ def test_styles_agree_on_names_and_categories():
 
 def test_records(few):
     source = EmojiSource("all", res=20)
-    found = source.__getitems__([4, 0])
-    assert [r["id"] for r in found] == [source.pictures[4].id, source.pictures[0].id]
+    records = source.__getitems__([4, 0])
+    assert [r["id"] for r in records] == [source.pictures[4].id, source.pictures[0].id]
     medal = source.__getitems__([0])[0]
     image = medal.pop("image")
     assert medal == {
@@ -222,8 +222,8 @@ def test_pictures_are_fitted_on_white():
 def test_renders_in_order_and_says_when_a_process_fails():
     colors = [f"#0000{i:02x}" for i in range(0, 250, 10)]
     svg = '<svg xmlns="http://www.w3.org/2000/svg" width="2" height="2"><rect width="2" height="2" fill="{}"/></svg>'
-    found = [pixels(png)[0, 0, 2] for png in render.render([svg.format(c) for c in colors])]
-    assert found == list(range(0, 250, 10))
+    values = [pixels(png)[0, 0, 2] for png in render.render([svg.format(c) for c in colors])]
+    assert values == list(range(0, 250, 10))
     with pytest.raises(RuntimeError, match="ended early"):
         list(render.render([svg.format("red"), "<svg", svg.format("red")]))
 
@@ -252,18 +252,18 @@ def test_the_cache_of_another_renderer_is_not_used(few, count_drawings, monkeypa
 
 
 def test_two_at_once(few):
-    found = [None] * 4
+    results = [None] * 4
 
     def read(i):
-        found[i] = EmojiSource("all", res=8).__getitems__(range(3 * FEW))
+        results[i] = EmojiSource("all", res=8).__getitems__(range(3 * FEW))
 
     threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert len(found[0]) == 3 * FEW
-    assert all(f == found[0] for f in found)
+    assert len(results[0]) == 3 * FEW
+    assert all(f == results[0] for f in results)
     assert len(list(few.iterdir())) == 3
 
 

@@ -113,9 +113,9 @@ def opened(folder, max_share=0.5, accept=(), report=None):
 
 def read(source, batches=20, **settings):
     stream = Batches(source, ops=OPS, batch_size=8, **settings)
-    found = [next(stream) for _ in range(batches)]
+    results = [next(stream) for _ in range(batches)]
     stream.close()
-    return found
+    return results
 
 
 def test_every_kind_is_listed_once_with_its_reason(folder):

@@ -363,9 +363,9 @@ def tfds_folder(tmp_path_factory):
 def test_tfds_captions(tfds_folder):
     source = open_source(f"tfds:captioned,split=train,data_dir={tfds_folder}", require="captions")
     assert len(source) == 6
-    found = {tuple(r["captions"]): r for r in records(source)}
-    assert tuple(f"picture 5, caption {j} é" for j in range(3)) in found
-    assert all(r["image"][:2] == b"\xff\xd8" and set(r) == {"id", "image", "captions"} for r in found.values())
+    results = {tuple(r["captions"]): r for r in records(source)}
+    assert tuple(f"picture 5, caption {j} é" for j in range(3)) in results
+    assert all(r["image"][:2] == b"\xff\xd8" and set(r) == {"id", "image", "captions"} for r in results.values())
     assert len(open_source(f"tfds:captioned,split=train[:2],data_dir={tfds_folder}")) == 2
     assert source.fingerprint != open_source(f"tfds:captioned,split=val,data_dir={tfds_folder}").fingerprint
     with pytest.raises(UserError, match=r"has no split 'vall'. Did you mean 'val'"):

@@ -30,8 +30,8 @@ spec.loader.exec_module(browser_tool)
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    with browser_tool.launched(tmp_path_factory.mktemp("profile")) as found:
-        yield found
+    with browser_tool.launched(tmp_path_factory.mktemp("profile")) as results:
+        yield results
 
 
 def folder(path, count, colour, side=24):
@@ -45,13 +45,13 @@ def folder(path, count, colour, side=24):
 
 
 def scores(cfg, fid, protocol="torch_fidelity"):
-    found = {"value": fid, "n": 9, "interval": [fid - 1, fid + 1], "interval_of": "bootstrap of 5, 95%"}
+    results = {"value": fid, "n": 9, "interval": [fid - 1, fid + 1], "interval_of": "bootstrap of 5, 95%"}
     about = {
         "protocol": {"name": protocol},
         "sampler": {"cfg_scale": cfg},
         "warnings": [{"name": "few_samples", "text": "only <9> images"}],
     }
-    return {"fid": found, "provenance": about}
+    return {"fid": results, "provenance": about}
 
 
 def test_a_report_in_a_browser(browser, tmp_path):
@@ -118,9 +118,9 @@ def test_curves_of_nothing_and_of_one_value():
 def test_sweeps_of_two_protocols_or_without_guidance(tmp_path):
     protocol = protocols.find("torch_fidelity")
     for name, cfg, of in (("a", 2.0, "torch_fidelity"), ("b", 1.0, "clean_fid"), ("c", None, "torch_fidelity")):
-        found = scores(cfg, 2.0)
-        found["provenance"]["protocol"] = protocols.find(of).facts()
-        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+        results = scores(cfg, 2.0)
+        results["provenance"]["protocol"] = protocols.find(of).facts()
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
     assert report.guided(str(tmp_path / "a.json"), protocol)["fid"]["value"] == 2.0
     for other, words in (("b", "another protocol"), ("c", "does not say at which cfg_scale")):
         with pytest.raises(UserError, match=words):
@@ -259,12 +259,12 @@ def test_votes_of_other_pictures_are_refused(study, tmp_path):
 
 def test_win_rate_counts_ties_as_halves():
     votes = [human.Vote(i, "x", "ann", c, {}, "A", "") for i, c in enumerate(["A", "A", "tie", "B"])]
-    found = human.results(votes)
-    assert found["win_rate_A"]["value"] == 2.5 / 4
-    low, high = found["win_rate_A"]["interval"]
+    results = human.results(votes)
+    assert results["win_rate_A"]["value"] == 2.5 / 4
+    low, high = results["win_rate_A"]["interval"]
     assert 0 < low < 2.5 / 4 < high < 1
     assert human.table(human.results([])) == "no votes yet"
-    assert "win_rate_A     0.625" in human.table(found)
+    assert "win_rate_A     0.625" in human.table(results)
 
 
 def test_the_binary_serves_until_it_is_stopped(tmp_path):

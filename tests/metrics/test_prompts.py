@@ -51,15 +51,15 @@ def test_geneval(tmp_path):
         {"tag": "counting", "include": [{"class": "apple", "count": 2}], "prompt": "two apples"},
     ]
     (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = prompts.geneval(tmp_path / "g.jsonl")
-    assert [row["prompt"] for row in found] == ["an apple", "a sky", "two apples"]
+    results = prompts.geneval(tmp_path / "g.jsonl")
+    assert [row["prompt"] for row in results] == ["an apple", "a sky", "two apples"]
     levels = [200, 10, 10, 10, 200, 200]  # two images of each
-    right = [red(np.full((4, 4, 3), level, np.uint8), found[i // 2]) for i, level in enumerate(levels)]
-    score, shares = prompts.geneval_score(right, found)
+    right = [red(np.full((4, 4, 3), level, np.uint8), results[i // 2]) for i, level in enumerate(levels)]
+    score, shares = prompts.geneval_score(right, results)
     assert shares == {"counting": 1.0, "single_object": 0.75}
     assert score == 0.875
     with pytest.raises(UserError, match="4 images do not divide among 3 prompts"):
-        prompts.geneval_score(right[:4], found)
+        prompts.geneval_score(right[:4], results)
     (tmp_path / "g.jsonl").write_text('{"tag": "x"}\n')
     with pytest.raises(UserError, match="line 1 of"):
         prompts.geneval(tmp_path / "g.jsonl")

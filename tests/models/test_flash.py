@@ -104,10 +104,10 @@ def test_the_gradient_of_attention_is_that_of_its_definition(dtype, tolerance, r
 
     (_, y), grads = run(lambda q, k, v: attention.attend(q, k, v, mask, dropout=rate, key=keys))
     (_, expected_y), expected = run(lambda q, k, v: naive(q, k, v, mask, rate, keys))
-    for found, wanted in zip((y, *grads), (expected_y, *expected), strict=True):
-        assert found.dtype == wanted.dtype
+    for results, wanted in zip((y, *grads), (expected_y, *expected), strict=True):
+        assert results.dtype == wanted.dtype
         wanted = np.asarray(wanted, np.float32)
-        np.testing.assert_allclose(np.asarray(found, np.float32), wanted, atol=tolerance * np.abs(wanted).max())
+        np.testing.assert_allclose(np.asarray(results, np.float32), wanted, atol=tolerance * np.abs(wanted).max())
     assert not np.any(grads[0][0, 5])
 
 

@@ -104,5 +104,5 @@ def test_a_decoder_s_step_counts_the_images_that_it_encodes():
     batch = decoder.abstract_batch(tokens, 5)
     encoding = 2 * 16 * (9 * (48 * 16 + 7 * 16 * 16) + 16 * 8 + 8 * 64)
     photos = batch | {"image": jax.ShapeDtypeStruct((5, 16, 16, 3), jnp.float32)}
-    found = decoder.step_flops(images, "train", photos) - decoder.step_flops(tokens, "train", batch)
-    assert found == 5 * encoding
+    results = decoder.step_flops(images, "train", photos) - decoder.step_flops(tokens, "train", batch)
+    assert results == 5 * encoding

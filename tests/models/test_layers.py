@@ -35,10 +35,10 @@ def test_linear_has_the_gradient_of_the_product(dtype):
 
     dx_BLD, d_linear = gradients(lambda x_BLD, linear: linear(x_BLD), linear)
     ours = dx_BLD, d_linear.weight[...]
-    for found, expected in zip(ours, gradients(plain, linear.weight[...]), strict=True):
-        assert found.dtype == expected.dtype
+    for results, expected in zip(ours, gradients(plain, linear.weight[...]), strict=True):
+        assert results.dtype == expected.dtype
         close = (1e-6 if dtype == "float32" else 0.02) * float(jnp.abs(expected).max())
-        np.testing.assert_allclose(found, expected, atol=close)
+        np.testing.assert_allclose(results, expected, atol=close)
 
 
 def test_on_cpu_no_gradient_contracts_two_first_dimensions():

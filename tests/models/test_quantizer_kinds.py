@@ -40,7 +40,7 @@ def normal(i, *shape):
 
 def make(config, seed=0):
     quantizer = Quantizer(config, key=jax.random.key(seed))
-    if config.has_table:
+    if config.has_codebook:
         quantizer.embedding[...] = normal(seed + 1, config.num_ids, config.group_dim)
     return quantizer
 

@@ -93,15 +93,15 @@ def main():
 
     if args.processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{args.port}", args.processes, args.process)
-    found = {}
+    results = {}
     for dtype in ("float32", "float64"):
-        found[dtype] = {}
+        results[dtype] = {}
         with jax.enable_x64(dtype == "float64"):
             for mesh in args.meshes:
                 shape = dict(zip(("data", "fsdp", "tensor"), map(int, mesh.split(",")), strict=True))
-                found[dtype][mesh] = curve(args.task, dtype, shape)
+                results[dtype][mesh] = curve(args.task, dtype, shape)
     if args.process == 0:
-        args.out.write_text(json.dumps(found))
+        args.out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -258,11 +258,11 @@ def test_factored_moments_are_cut_along_the_dimensions_that_they_have():
     tree = {"row": {"w": array(4, 8)}, "column": {"w": array(4, 16)}, "none": {"w": array(1)}, "count": array()}
     tree["roots"] = {"w": {"rows": array(4, 1, 1, 512, 512), "few": array(8, 8)}}
     mesh = jax.sharding.AbstractMesh((1, 4, 2, 1), sharding.MESH_AXES)
-    found = sharding.tree_specs(tree, params, specs, mesh)
-    assert found["roots"]["w"] == {"rows": P(None, None, None, None, ("fsdp", "fsdp_minor")), "few": P()}
-    assert found["row"]["w"] == P(None, "fsdp")
-    assert found["column"]["w"] == P(None, "tensor")
-    assert found["none"]["w"] == found["count"] == P()
+    results = sharding.tree_specs(tree, params, specs, mesh)
+    assert results["roots"]["w"] == {"rows": P(None, None, None, None, ("fsdp", "fsdp_minor")), "few": P()}
+    assert results["row"]["w"] == P(None, "fsdp")
+    assert results["column"]["w"] == P(None, "tensor")
+    assert results["none"]["w"] == results["count"] == P()
 
 
 @pytest.mark.parametrize("tensor", [1, 4])

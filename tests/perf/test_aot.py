@@ -284,12 +284,12 @@ def compiled(arg, topology, names, **changes):
 
 
 def test_sampling_s_time_is_that_of_what_it_reads_and_writes():
-    found = compiled("size=B", V5E_8, ("prefill", "decode"), **{"model.depth": 1, "batch_size": 32})
-    seconds = {name: report["roofline_estimate_seconds"]["hbm"] for name, report in found.items()}
+    results = compiled("size=B", V5E_8, ("prefill", "decode"), **{"model.depth": 1, "batch_size": 32})
+    seconds = {name: report["roofline_estimate_seconds"]["hbm"] for name, report in results.items()}
     rate = V5E_8.chip.hbm_bandwidth
-    assert seconds["decode"] == pytest.approx(found["decode"]["bytes_accessed"] / rate, abs=1e-6)
-    prefill = found["prefill"]
-    assert prefill["argument_bytes"] >= found["decode"]["weights_bytes"]  # the table that scores included
+    assert seconds["decode"] == pytest.approx(results["decode"]["bytes_accessed"] / rate, abs=1e-6)
+    prefill = results["prefill"]
+    assert prefill["argument_bytes"] >= results["decode"]["weights_bytes"]  # the table that scores included
     assert prefill["argument_bytes"] / rate < seconds["prefill"] < 2 * prefill["argument_bytes"] / rate
 
 

@@ -134,12 +134,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._json({"bucket": "bucket", "hierarchicalNamespace": {"enabled": False}})
             elif url.path.startswith("/upload/storage/v1/b/bucket/o"):
                 self._upload(query, body)
-            elif found := re.fullmatch(r"/storage/v1/b/bucket/o/([^/]+)/rewriteTo/b/bucket/o/([^/]+)", url.path):
-                self._copy(*map(urllib.parse.unquote, found.groups()))
+            elif results := re.fullmatch(r"/storage/v1/b/bucket/o/([^/]+)/rewriteTo/b/bucket/o/([^/]+)", url.path):
+                self._copy(*map(urllib.parse.unquote, results.groups()))
             elif url.path == "/storage/v1/b/bucket/o":
                 self._list(query)
-            elif found := re.fullmatch(r"/storage/v1/b/bucket/o/([^/]+)", url.path):
-                self._object(urllib.parse.unquote(found.group(1)), query)
+            elif results := re.fullmatch(r"/storage/v1/b/bucket/o/([^/]+)", url.path):
+                self._object(urllib.parse.unquote(results.group(1)), query)
             elif url.path.startswith("/bucket/"):
                 self._object(urllib.parse.unquote(url.path[len("/bucket/") :]), {"alt": "media"})
             else:

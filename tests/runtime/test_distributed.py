@@ -54,7 +54,7 @@ def lines(workdir):
 
 def processes_of(workdir):
     """Number -> id of the processes of a run, by what /proc says of their commands and environments."""
-    found = {}
+    results = {}
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().split(b"\0")
@@ -64,8 +64,8 @@ def processes_of(workdir):
         wanted = {f"--workdir={workdir}".encode(), b"imagegpt_jax.train"} <= set(command) and b"bash" not in command
         number = next((int(v[15:]) for v in variables if v.startswith(b"JAX_PROCESS_ID=")), None)
         if wanted and number is not None:
-            found[number] = int(folder.name)
-    return found
+            results[number] = int(folder.name)
+    return results
 
 
 def stand_in(tmp_path, body):

@@ -151,9 +151,9 @@ def test_the_kind_of_a_file_is_told_by_its_first_bytes_where_its_name_does_not(t
     for size in (3, 40):  # maps of msgpack begin in two ways
         tree = {"params": {f"{i}": {"kernel": np.full(2, i)} for i in range(size)}}
         (tmp_path / "flax_checkpoint_7").write_bytes(serialization.msgpack_serialize(tree))
-        found = files.open_source(tmp_path / "flax_checkpoint_7").tensors
-        assert set(found) == {f"{i}.kernel" for i in range(size)}
-        np.testing.assert_array_equal(found["2.kernel"].read(), [2, 2])
+        results = files.open_source(tmp_path / "flax_checkpoint_7").tensors
+        assert set(results) == {f"{i}.kernel" for i in range(size)}
+        np.testing.assert_array_equal(results["2.kernel"].read(), [2, 2])
     (tmp_path / "notes").write_text("weights of tomorrow")
     with pytest.raises(UserError, match="notes is not a known kind of file: weights end in"):
         files.open_source(tmp_path / "notes")

@@ -68,11 +68,11 @@ def file(tmp_path):
 
 
 def test_tensors_and_views_of_them(file):
-    found = torch_file.tensors(torch_file.read(file))
-    assert found.keys() == {"a.weight", "a.turned", "b.count"}
-    np.testing.assert_array_equal(found["a.weight"].read(), np.arange(12, dtype=np.float32).reshape(3, 4))
-    np.testing.assert_array_equal(found["a.turned"].read(), [[2, 6, 10], [3, 7, 11]])
-    assert found["b.count"].read() == 3
+    results = torch_file.tensors(torch_file.read(file))
+    assert results.keys() == {"a.weight", "a.turned", "b.count"}
+    np.testing.assert_array_equal(results["a.weight"].read(), np.arange(12, dtype=np.float32).reshape(3, 4))
+    np.testing.assert_array_equal(results["a.turned"].read(), [[2, 6, 10], [3, 7, 11]])
+    assert results["b.count"].read() == 3
 
 
 def test_names_that_are_not_allowed(tmp_path):

@@ -69,7 +69,7 @@ def categories() -> tuple[str, ...]:
 def pictures() -> tuple[Picture, ...]:
     """Returns the whole set, ordered by concept, then style."""
     index = _index()
-    found = []
+    chosen = []
     for style in STYLES:
         for row, (concept, slug, width, height) in enumerate(index["pictures"][style]["rows"]):
             concept_id, name, codepoints, category, keywords = index["concepts"][concept]
@@ -85,8 +85,8 @@ def pictures() -> tuple[Picture, ...]:
                 height=height,
                 row=row,
             )
-            found.append((concept, STYLES.index(style), picture))
-    return tuple(p for _, _, p in sorted(found, key=lambda f: f[:2]))
+            chosen.append((concept, STYLES.index(style), picture))
+    return tuple(p for _, _, p in sorted(chosen, key=lambda f: f[:2]))
 
 
 def drawings(style: str) -> list[str]:

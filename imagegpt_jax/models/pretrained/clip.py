@@ -88,11 +88,11 @@ class CLIP(nnx.Module):
           UserError: if the file is missing, damaged, or its arrays are not exactly those of CLIP.
         """
         # Older files keep the numbers of positions beside their embeddings.
-        found = {name: a for name, a in weights.read(path).items() if not name.endswith(".position_ids")}
-        shapes = {name: array.shape for name, array in found.items()}
+        kept = {name: a for name, a in weights.read(path).items() if not name.endswith(".position_ids")}
+        shapes = {name: array.shape for name, array in kept.items()}
         model = nnx.eval_shape(lambda: cls(shapes, key=jax.random.key(0)))
         towers = {_IMAGE: model.image_tower, _TEXT: model.text_tower}
-        vit.fill(model, _TABLE, towers, _NAMES, found, str(path), "CLIP")
+        vit.fill(model, _TABLE, towers, _NAMES, kept, str(path), "CLIP")
         return model
 
     def embed_images(self, images_BHWC: Float[Array, "B size size 3"]) -> Float[Array, "B E"]:

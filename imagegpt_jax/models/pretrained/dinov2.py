@@ -71,10 +71,10 @@ class DINOv2(nnx.Module):
         Raises:
           UserError: if the file is missing, damaged, or its arrays are not exactly those of DINOv2.
         """
-        found = {name: array for name, array in weights.read(path).items() if name not in _UNUSED}
-        shapes = {name: array.shape for name, array in found.items()}
+        kept = {name: array for name, array in weights.read(path).items() if name not in _UNUSED}
+        shapes = {name: array.shape for name, array in kept.items()}
         model = nnx.eval_shape(lambda: cls(shapes, key=jax.random.key(0)))
-        vit.fill(model, _TABLE, {_LAYERS: model.tower}, _NAMES, found, str(path), "DINOv2")
+        vit.fill(model, _TABLE, {_LAYERS: model.tower}, _NAMES, kept, str(path), "DINOv2")
         return model
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:

@@ -318,13 +318,13 @@ class Inception(nnx.Module):
             height, width, c_in, c_out = unit.kernel.shape
             expected[f"{name}.conv.weight"] = (c_out, c_in, height, width)
             expected |= {f"{name}.bn.{part}": (c_out,) for part in ("weight", "bias", "running_mean", "running_var")}
-        found = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
-        weights.check(found, expected, source, "the FID Inception-v3")
+        kept = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
+        weights.check(kept, expected, source, "the FID Inception-v3")
         for name, unit in self.units():
-            kernel, bias = weights.fold_batch_norm(found, f"{name}.conv.weight", f"{name}.bn", _BATCH_NORM_EPS)
+            kernel, bias = weights.fold_batch_norm(kept, f"{name}.conv.weight", f"{name}.bn", _BATCH_NORM_EPS)
             unit.kernel.set_value(jnp.asarray(kernel))
             unit.bias.set_value(jnp.asarray(bias))
-        self.head.set_value(jnp.asarray(found["fc.weight"].T, jnp.float32))
+        self.head.set_value(jnp.asarray(kept["fc.weight"].T, jnp.float32))
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Features:
         """Features of images in [0, 255]; sides other than 299 are resized as the graph does."""

@@ -50,10 +50,10 @@ def _names() -> dict[str, str]:
         | _chain("tower_1", "branch3x3dbl", 2)
         | dict(zip(_MIXED, ("branch3x3_2a", "branch3x3_2b", "branch3x3dbl_3a", "branch3x3dbl_3b"), strict=True)),
     ]
-    found = {_numbered("conv", i): name for i, name in enumerate(_STEM)}
+    names = {_numbered("conv", i): name for i, name in enumerate(_STEM)}
     for i, (block, kind) in enumerate(zip(_BLOCKS, (0, 0, 0, 1, 2, 2, 2, 2, 3, 4, 4), strict=True)):
-        found |= {f"{_numbered('mixed', i)}_{theirs}": f"{block}.{ours}" for theirs, ours in kinds[kind].items()}
-    return found
+        names |= {f"{_numbered('mixed', i)}_{theirs}": f"{block}.{ours}" for theirs, ours in kinds[kind].items()}
+    return names
 
 
 def is_torchscript(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -63,18 +63,18 @@ def is_torchscript(arrays: Mapping[str, np.ndarray]) -> bool:
 
 def renamed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays of NVIDIA's file under the names of the PyTorch state dict; what is not known keeps its name."""
-    names, found = _names(), {}
+    names, state_dict = _names(), {}
     for name, array in arrays.items():
         layer, _, part = name.removeprefix("layers.").rpartition(".")
         ours = names.get(layer.replace(".", "_"))
         if name.startswith("output."):
-            found[name.replace("output.", "fc.")] = array
+            state_dict[name.replace("output.", "fc.")] = array
         elif ours is None:
-            found[name] = array
+            state_dict[name] = array
         elif array.ndim == 4:
-            found[f"{ours}.conv.weight"] = array
+            state_dict[f"{ours}.conv.weight"] = array
         else:
             norm = "running_mean" if "mean" in part else "running_var" if "var" in part else "bias"
-            found[f"{ours}.bn.{norm}"] = array
-            found.setdefault(f"{ours}.bn.weight", np.ones_like(array))
-    return found
+            state_dict[f"{ours}.bn.{norm}"] = array
+            state_dict.setdefault(f"{ours}.bn.weight", np.ones_like(array))
+    return state_dict

@@ -117,16 +117,16 @@ class Transformer(nnx.Module):
         """Name -> shape of the arrays that a file holds for these blocks."""
         layers, width = self.norm1_scale.shape
         hidden = self.fc1_bias.shape[1]
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for i in range(layers):
             linear = dict.fromkeys((*names.qkv, names.out), (width, width))
             linear |= {names.mlp[0]: (hidden, width), names.mlp[1]: (width, hidden)}
             for name, shape in linear.items():
-                found |= {f"{prefix}{i}.{name}.weight": shape, f"{prefix}{i}.{name}.bias": shape[:1]}
+                shapes |= {f"{prefix}{i}.{name}.weight": shape, f"{prefix}{i}.{name}.bias": shape[:1]}
             for name in names.norms:
-                found |= {f"{prefix}{i}.{name}.weight": (width,), f"{prefix}{i}.{name}.bias": (width,)}
-            found |= {f"{prefix}{i}.{name}": (width,) for name in names.scales}
-        return found
+                shapes |= {f"{prefix}{i}.{name}.weight": (width,), f"{prefix}{i}.{name}.bias": (width,)}
+            shapes |= {f"{prefix}{i}.{name}": (width,) for name in names.scales}
+        return shapes
 
     def set_arrays(self, arrays: Mapping[str, np.ndarray], prefix: str, names: Names) -> None:
         """Fills the blocks from arrays that have been checked."""
@@ -135,8 +135,8 @@ class Transformer(nnx.Module):
         def put(param: nnx.Param, parts: Sequence[str]) -> None:
             rows = []
             for i in range(layers):
-                found = [np.asarray(arrays[f"{prefix}{i}.{part}"], np.float32) for part in parts]
-                rows.append(np.concatenate([part.T if part.ndim == 2 else part for part in found], axis=-1))
+                pieces = [np.asarray(arrays[f"{prefix}{i}.{part}"], np.float32) for part in parts]
+                rows.append(np.concatenate([part.T if part.ndim == 2 else part for part in pieces], axis=-1))
             param.set_value(jnp.asarray(np.stack(rows)))
 
         linear = {"qkv": names.qkv, "out": (names.out,), "fc1": names.mlp[:1], "fc2": names.mlp[1:]}
@@ -231,5 +231,5 @@ def patches(images_BHWC: Float[Array, "B H W C"], kernel: Float[Array, "P P C D"
 
 def count_layers(names: Sequence[str], prefix: str) -> int:
     """How many layers the names of a file speak of."""
-    found = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
-    return len({number for number in found if number.isdecimal()})
+    numbers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+    return len({number for number in numbers if number.isdecimal()})

@@ -75,10 +75,10 @@ def fetch(file: File, flag: str) -> epath.Path:
     return path
 
 
-def _check_hash(found: str, file: File, where: str) -> None:
-    if found != file.sha256:
+def _check_hash(digest: str, file: File, where: str) -> None:
+    if digest != file.sha256:
         raise UserError(
-            f"{where} has the SHA-256 {found} instead of {file.sha256}: it is damaged or another file; delete it and"
+            f"{where} has the SHA-256 {digest} instead of {file.sha256}: it is damaged or another file; delete it and"
             " fetch it again."
         )
 

@@ -135,7 +135,7 @@ class QuantizerConfig:
                 f"kind={self.kind!r} has no {name}: set {name}={neutral!r} (it is {value!r}).",
             )
         _check(
-            not self.has_table or self.num_codes <= self.chunk_codes or self.num_codes % self.chunk_codes == 0,
+            not self.has_codebook or self.num_codes <= self.chunk_codes or self.num_codes % self.chunk_codes == 0,
             f"chunk_codes={self.chunk_codes} does not divide num_codes={self.num_codes}: use a divisor.",
         )
         if rules.check:
@@ -149,7 +149,7 @@ class QuantizerConfig:
         return kind
 
     @property
-    def has_table(self) -> bool:
+    def has_codebook(self) -> bool:
         """Whether there is a learned codebook."""
         return self.rules.init is not None
 

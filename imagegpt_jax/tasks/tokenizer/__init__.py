@@ -180,7 +180,7 @@ def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStr
 
 def check_mesh(setup: Setup, mesh: Mesh) -> None:
     """Raises UserError if the networks cannot be sharded over the mesh: it names the numbers and what would do."""
-    if setup.model.quantizer.has_table:
+    if setup.model.quantizer.has_codebook:
         sharding.check_divides({"model.quantizer.num_codes": setup.model.quantizer.num_codes}, "tensor", mesh)
     train_state.check_layout(setup.networks, mesh)
 

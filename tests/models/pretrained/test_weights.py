@@ -19,11 +19,11 @@ def file(tmp_path, monkeypatch):
 
 
 def test_a_file_is_fetched_once(file, tmp_path):
-    found = weights.fetch(file, "--x=FILE")
-    assert found.read_bytes() == b"some weights"
-    assert [path.name for path in found.parent.iterdir()] == ["w.pth"]
+    results = weights.fetch(file, "--x=FILE")
+    assert results.read_bytes() == b"some weights"
+    assert [path.name for path in results.parent.iterdir()] == ["w.pth"]
     (tmp_path / "source").unlink()
-    assert weights.fetch(file, "--x=FILE") == found
+    assert weights.fetch(file, "--x=FILE") == results
 
 
 def test_what_is_not_the_file_is_refused(file, tmp_path):

@@ -27,7 +27,7 @@ def test_features_and_logits(both, pictures):
     with torch.no_grad():
         pool, logits = theirs(images)
     hook.remove()
-    found = jax.jit(ours.apply)(ours.params, pictures[[0, 40]])
+    results = jax.jit(ours.apply)(ours.params, pictures[[0, 40]])
     expected = {
         "pool": pool.numpy(),
         "logits": logits.numpy(),
@@ -35,7 +35,7 @@ def test_features_and_logits(both, pictures):
     }
     for name, value in expected.items():
         assert value.std() > 0.01, name
-        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(results[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(40, 52), (299, 299), (400, 310)])

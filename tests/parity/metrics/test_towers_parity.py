@@ -157,12 +157,12 @@ class Reference(nn.Module):
         return self.run("_conv_head", x).mean((2, 3))
 
     def arrays(self):
-        found = {}
+        results = {}
         for conv, norm in self.names.items():
             layer, batch = self.units[conv.replace(".", "/")]
-            found[f"{conv}.weight"] = layer.weight.detach()
-            found |= {f"{norm}.{name}": value.detach() for name, value in batch.state_dict().items()}
-        return found | {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
+            results[f"{conv}.weight"] = layer.weight.detach()
+            results |= {f"{norm}.{name}": value.detach() for name, value in batch.state_dict().items()}
+        return results | {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -9,7 +9,7 @@ from typing import Any
 AHEAD = 2
 
 
-class ReadAhead:
+class Prefetch:
     """Runs an iterator in a thread, up to `AHEAD` items ahead; its exceptions come out of `get`."""
 
     def __init__(self, make: Callable[[], Iterator[Any]]):

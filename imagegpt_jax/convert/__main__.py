@@ -32,11 +32,11 @@ def main() -> None:
     """Parses the command line and converts."""
     arguments = _arguments()
     logs.quiet()
-    from imagegpt_jax.convert import matrix
+    from imagegpt_jax.convert import formats
     from imagegpt_jax.inference import export
 
     if arguments.source is None:
-        print(matrix.text())
+        print(formats.table())
         return
     try:
         done = export.convert(
@@ -53,7 +53,7 @@ def main() -> None:
         cli.fail("stopped by a signal before the end.", 130)
     else:
         print(done, file=sys.stderr)
-        print(matrix.text())
+        print(formats.table())
 
 
 if __name__ == "__main__":

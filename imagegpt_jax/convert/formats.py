@@ -273,3 +273,13 @@ FORMATS: dict[str, Format] = {
         lambda config, about: llamagen.as_published(config),
     ),
 }
+
+
+def table() -> str:
+    """What is read and written, for a terminal."""
+    rows = [
+        ("layout (--to)", "what", "reads"),
+        *((name, f"{f.kind}: {f.title}", f.files) for name, f in FORMATS.items()),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in rows).replace("`", "")

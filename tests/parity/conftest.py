@@ -6,16 +6,18 @@ import sys
 
 import pytest
 
-# So that tests can import the references beside them.
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# So that tests can import the references beside them, and the page's tool.
+sys.path[:0] = [str(pathlib.Path(__file__).parent), str(ROOT / "tools" / "docs")]
 PAGE, KEPT, MEMORY = (ROOT / "docs" / name for name in ("weights.md", "weights.json", "import_memory.json"))
 _SHOWN = {}
 
 
 @pytest.fixture
 def shows(request):
-    """Call it with a layout and the keys of `matrix.CHECKS` that the test shows; counts only if the test passes."""
+    """Call it with a layout and the keys of `weights_page.CHECKS` that the test shows; counts only if the test
+    passes.
+    """
     noted = []
 
     def note(layout, *checks):
@@ -38,11 +40,12 @@ def pytest_sessionfinish(session, exitstatus):
     """Writes the page if the whole matrix was run and nothing failed."""
     if exitstatus or not _SHOWN:
         return
-    from imagegpt_jax.convert import matrix
+    import weights_page
+
     from imagegpt_jax.convert.formats import FORMATS
 
     if set(_SHOWN) != set(FORMATS):
         return
-    shown = {name: [key for key in matrix.CHECKS if key in _SHOWN[name]] for name in FORMATS}
+    shown = {name: [key for key in weights_page.CHECKS if key in _SHOWN[name]] for name in FORMATS}
     KEPT.write_text(json.dumps(shown, indent=1) + "\n")
-    PAGE.write_text(matrix.page(shown, json.loads(MEMORY.read_text())))
+    PAGE.write_text(weights_page.page(shown, json.loads(MEMORY.read_text())))

@@ -3,19 +3,19 @@
 import json
 import pathlib
 
-from imagegpt_jax.convert import matrix
 from imagegpt_jax.convert.formats import FORMATS
 
-DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
+DOCS = pathlib.Path(__file__).resolve().parents[3] / "docs"
 
 
 def read(name):
     return json.loads((DOCS / name).read_text())
 
 
-def test_the_page_is_up_to_date():
+def test_the_page_is_up_to_date(load_tool):
     """If this fails: `make parity` writes it."""
-    assert (DOCS / "weights.md").read_text() == matrix.page(read("weights.json"), read("import_memory.json"))
+    page = load_tool("docs/weights_page.py").page
+    assert (DOCS / "weights.md").read_text() == page(read("weights.json"), read("import_memory.json"))
 
 
 def test_every_layout_is_compared_with_its_reference_and_written_back():
@@ -26,9 +26,10 @@ def test_every_layout_is_compared_with_its_reference_and_written_back():
         assert ("codes" if entry.kind == "tokenizer" else "logits") in shown[name], name
 
 
-def test_a_check_that_no_test_made_is_not_on_the_page():
+def test_a_check_that_no_test_made_is_not_on_the_page(load_tool):
+    page = load_tool("docs/weights_page.py").page
     shown = {**read("weights.json"), "llama": ["bits"]}
-    before, after = (matrix.page(s, read("import_memory.json")) for s in (read("weights.json"), shown))
+    before, after = (page(s, read("import_memory.json")) for s in (read("weights.json"), shown))
     row = next(line for line in after.splitlines() if line.startswith("| `llama`"))
     assert row.count("✓") == 1
     assert before.count("✓") > after.count("✓")

@@ -1,13 +1,13 @@
-"""The matrix of what is read and written, as text and as the page docs/weights.md.
+"""The page docs/weights.md: the matrix of what is read and written.
 
-The tests write the page: what a test has shown of a layout stands in its row (`CHECKS`), and what none has, does not.
+The parity tests write the page: what a test has shown of a layout stands in its row (`CHECKS`), and what none has,
+does not.
 """
 
 from collections.abc import Iterable, Mapping
 
 from imagegpt_jax.convert.formats import FORMATS, TOKENIZER
 
-_HEADER = ("layout (--to)", "what", "reads", "writes")
 # What a test can have shown, in the order of the page.
 CHECKS = {
     "codes": "codes identical",
@@ -58,18 +58,6 @@ Good to know:
 - A language model without its head (`GPT2Model`) is read if the head is tied to its embedding.
 
 {memory}"""
-
-
-def rows() -> list[tuple[str, str, str, str]]:
-    """One row for each published layout."""
-    return [(name, f"{f.kind}: {f.title}", f.files, f.writes) for name, f in FORMATS.items()]
-
-
-def text() -> str:
-    """The matrix for a terminal."""
-    table = [_HEADER, *rows()]
-    widths = [max(len(row[i]) for row in table) for i in range(2)]
-    return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in table).replace("`", "")
 
 
 def page(shown: Mapping[str, Iterable[str]], memory: Mapping[str, Mapping[str, float]]) -> str:

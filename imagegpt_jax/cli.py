@@ -55,8 +55,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if "config" in flags.FLAGS and not isinstance(flags.FLAGS.config, ConfigDict):
             flags.FLAGS.config.to_dict()  # a config that could not be made stands for its error until it is used
         return rest
-    except UserError as e:
-        fail(e, EXIT_USAGE)
     except flags.UnrecognizedFlagError as e:
         known = {n for n in flags.FLAGS if not n.startswith(("test_", "only_check", "pdb", "profile", "run_with"))}
         fail(f"unknown flag --{e.flagname}.{suggest(e.flagname, known)} See --help.", EXIT_USAGE)
@@ -66,11 +64,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         words = " ".join(str(e.args[0] if e.args else e).split())
         fail(f"the config has no such key: {words}", EXIT_USAGE)
     except OSError as e:
-        fail(
-            f"the config could not be read: {str(e.__cause__ or e).replace('Failed loading config file', '')}",
-            EXIT_USAGE,
-        )
-    except (ValueError, TypeError) as e:
+        why = str(e.__cause__ or e).replace("Failed loading config file", "")
+        fail(f"the config could not be read: {why}", EXIT_USAGE)
+    except (UserError, ValueError, TypeError) as e:
         fail(e, EXIT_USAGE)
     raise AssertionError("unreachable")
 
@@ -83,6 +79,12 @@ def _expand_home() -> None:
             flag.value = os.path.expanduser(flag.value)
         elif isinstance(flag.value, list):
             flag.value = [os.path.expanduser(v) if str(v).startswith("~/") else v for v in flag.value]
+
+
+def _check_buckets() -> None:
+    """`filesystem.check` of all that the program is told: flags, the config, and variables of TFDS and JAX."""
+    told = [v.to_dict() if hasattr(v, "to_dict") else v for v in flags.FLAGS.flag_values_dict().values()]
+    filesystem.check(told, [os.environ.get(name, "") for name in ("TFDS_DATA_DIR", "JAX_COMPILATION_CACHE_DIR")])
 
 
 def prepare_cache() -> None:
@@ -106,10 +108,6 @@ def prepare_cache() -> None:
         )
 
 
-def _terminate(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def run(main: Callable[[], None], *, joins: bool = False) -> None:
     """Runs a binary: parses flags, calls `main`, exits 0, or non-zero with one sentence.
 
@@ -118,7 +116,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
       joins: whether it runs in many processes. One that fails before it has joined the others then still tells them.
     """
     logs.quiet()
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
 
     def checked(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -128,7 +126,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
 
         try:
             prepare_cache()
-            filesystem.check_flags()
+            _check_buckets()
             main()
         except UserError as e:
             if joins:

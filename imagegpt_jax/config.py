@@ -25,16 +25,7 @@ T = TypeVar("T")
 Config: TypeAlias = Any
 
 # Keys that change what is shown or kept, or only the order of sums: they may differ when a run is continued.
-HARMLESS = (
-    "mesh",
-    "topology",
-    "log_every",
-    "eval_every",
-    "eval_samples",
-    "eval_features",
-    "sampling",
-    "checkpoint",
-)
+_HARMLESS = {"mesh", "topology", "log_every", "eval_every", "eval_samples", "eval_features", "sampling", "checkpoint"}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> Config:
@@ -97,12 +88,8 @@ def to_dataclass(cls: type[T], mapping: Mapping[str, Any] | ConfigDict) -> T:
         if key not in fields:
             raise UserError(f"{cls.__name__} has no key {key!r}.{suggest(key, fields)}")
         values[key] = _convert(hints[key], value)
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := [name for name in fields if name in required - values.keys()]:
         raise UserError(f"{cls.__name__} needs the keys {', '.join(missing)}.")
     return cls(**values)
 
@@ -139,7 +126,7 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {a.get(key, '(absent)')!r} -> {b.get(key, '(absent)')!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key, ...) != b.get(key, ...) and key.split(".")[0] not in HARMLESS
+        if a.get(key, ...) != b.get(key, ...) and key.split(".")[0] not in _HARMLESS
     ]
 
 
@@ -175,7 +162,7 @@ def check_workdir(config: Config, workdir: epath.PathLike, *, allow_changes: boo
                 " with the new one."
             )
         return changes
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no workdir of a run: choose another --workdir, or an empty folder.")
     return []
 

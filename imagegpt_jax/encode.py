@@ -11,7 +11,6 @@ writes a part of the shards, and the result does not depend on how many there ar
       --config.tokenizer=runs/tokenizer --config.data.train=tokens:runs/tokens/train
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -196,11 +195,8 @@ def encode() -> None:
     try:
         write(tok, source, ops, writer, mine, SEED.value)
     except errors.UserError:
-        # What a person has to change, changes the data set: a beginning without any shard is of no use.
-        if count == 1 and not any(map(writer.is_finished, mine)):
-            (folder / shards_lib.PLAN).unlink()
-            with contextlib.suppress(OSError):  # the folder may hold other things
-                folder.rmdir()
+        if count == 1:  # what a person has to change, changes the data set: a beginning without any shard is of no use
+            writer.abandon(keep_finished=True)
         raise
     distributed.barrier()  # all shards are written
 

@@ -8,10 +8,11 @@ the position in the data, the config and the versions. A step whose manifest doe
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from imagegpt_jax.checkpoint.folders import finished as steps
 from imagegpt_jax.checkpoint.manifest import Damaged, Manifest
 
 if TYPE_CHECKING:
-    from imagegpt_jax.checkpoint.reading import choose_step, load_params, steps
+    from imagegpt_jax.checkpoint.reading import choose_step, load_params
     from imagegpt_jax.checkpoint.saving import Checkpoints
 
 __all__ = ["Checkpoints", "Damaged", "Manifest", "choose_step", "load_params", "steps"]

@@ -19,7 +19,7 @@ from imagegpt_jax.checkpoint.manifest import Damaged
 from imagegpt_jax.runtime import filesystem, logs
 
 
-def ls(workdir: epath.Path) -> int:
+def ls(workdir: epath.Path) -> None:
     """Prints a line for each step; the manifests are read, the files are not."""
     now = time.time()
     for step in folders.numbered(workdir):
@@ -32,14 +32,12 @@ def ls(workdir: epath.Path) -> int:
         size = sum(size for size, _ in manifest.files.values())
         hours = (now - manifest.time) / 3600
         scores = "  ".join(f"{name} {value:.4g}" for name, value in sorted(manifest.metrics.items()))
-        print(
-            f"{step:>10}  {size / 1e6:>10.1f} MB  {hours:>8.1f} h ago  position {manifest.position}  {scores}".rstrip()
-        )
-    return 0
+        line = f"{step:>10}  {size / 1e6:>10.1f} MB  {hours:>8.1f} h ago  position {manifest.position}  {scores}"
+        print(line.rstrip())
 
 
 def verify(workdir: epath.Path) -> int:
-    """Reads every byte of every step."""
+    """Reads every byte of every step; returns the exit status."""
     status = 0
     for step in folders.numbered(workdir):
         folder = folders.root(workdir) / str(step)
@@ -60,14 +58,8 @@ def verify(workdir: epath.Path) -> int:
     return status
 
 
-def repair(workdir: epath.Path) -> int:
+def repair(workdir: epath.Path) -> None:
     """Leaves only steps that verify; not while the run trains."""
-    with filesystem.writing(folders.root(workdir)):
-        _repair(workdir)
-    return 0
-
-
-def _repair(workdir: epath.Path) -> None:
     for step in folders.numbered(workdir):
         folder = folders.root(workdir) / str(step)
         if folders.is_unfinished(folder):
@@ -81,7 +73,7 @@ def _repair(workdir: epath.Path) -> None:
             print(f"{step:>10}  damaged: {e}; moved to {folders.set_aside(workdir, step)}")
 
 
-def diff(workdir: epath.Path, chosen: list[int]) -> int:
+def diff(workdir: epath.Path, chosen: list[int]) -> None:
     """Compares two steps, the last two by default."""
     have = folders.finished(workdir)
     if not chosen and len(have) < 2:
@@ -93,7 +85,6 @@ def diff(workdir: epath.Path, chosen: list[int]) -> int:
         raise errors.UserError("give two steps to compare, or none for the last two.")
     a, b = chosen or have[-2:]
     print("\n".join(comparing.compare(workdir, a, b)))
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,11 +106,17 @@ def main(argv: list[str] | None = None) -> int:
         if not folders.root(workdir).is_dir():
             raise errors.UserError(f"{workdir} holds no checkpoints: give the --workdir of a training run.")
         if args.command == "diff":
-            return diff(workdir, args.steps)
-        if not folders.numbered(workdir):
+            diff(workdir, args.steps)
+        elif not folders.numbered(workdir):
             print(f"{workdir} holds no checkpoint yet")
-            return 0
-        return {"ls": ls, "verify": verify, "repair": repair}[args.command](workdir)
+        elif args.command == "verify":
+            return verify(workdir)
+        elif args.command == "ls":
+            ls(workdir)
+        else:
+            with filesystem.writing(folders.root(workdir)):
+                repair(workdir)
+        return 0
     except Exception as e:
         if filesystem.is_refusal(e):
             cli.fail(

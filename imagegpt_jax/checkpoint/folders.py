@@ -6,8 +6,9 @@ W/checkpoints/<step>/manifest.json       written last
 W/checkpoints/damaged/<step>[-n]/        steps that did not verify, set aside
 """
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -24,8 +25,7 @@ _DELETED = f"{manifest_lib.NAME}.deleted"
 def root(workdir: epath.PathLike) -> epath.Path:
     """The folder of a run's checkpoints."""
     folder = epath.Path(workdir).expanduser()
-    is_local = "://" not in os.fspath(folder)
-    return (folder.resolve() if is_local else folder) / "checkpoints"
+    return (folder if "://" in os.fspath(folder) else folder.resolve()) / "checkpoints"
 
 
 def numbered(workdir: epath.PathLike) -> list[int]:
@@ -50,10 +50,8 @@ def readable(workdir: epath.PathLike) -> dict[int, Manifest]:
     """The steps whose manifests are as they were written, ascending; their files are not read."""
     manifests = {}
     for step in finished(workdir):
-        try:
+        with contextlib.suppress(Damaged):
             manifests[step] = manifest_lib.read(root(workdir) / str(step))
-        except Damaged:
-            continue
     return manifests
 
 
@@ -115,12 +113,8 @@ def to_delete(steps: Sequence[Manifest], *, keep: int, keep_every_hours: float, 
             if last is None or manifest.time - last >= 3600 * keep_every_hours:
                 last = manifest.time
                 stay.add(manifest.step)
-    if best:
-        stay |= _best(steps, best)
-    return [manifest.step for manifest in steps if manifest.step not in stay]
-
-
-def _best(steps: Iterable[Manifest], name: str) -> set[int]:
-    sign, name = (-1.0, name[1:]) if name.startswith("-") else (1.0, name)
+    sign, name = (-1.0 if best.startswith("-") else 1.0), best.removeprefix("-")
     scored = [(sign * manifest.metrics[name], -manifest.step) for manifest in steps if name in manifest.metrics]
-    return {-max(scored)[1]} if scored else set()
+    if scored:
+        stay.add(-max(scored)[1])
+    return [manifest.step for manifest in steps if manifest.step not in stay]

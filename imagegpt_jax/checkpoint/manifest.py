@@ -193,9 +193,9 @@ def check(folder: epath.Path, share: tuple[int, int] = (0, 1)) -> Manifest:
       UserError: if one cannot be read for a reason that is not its own.
     """
     manifest = read(folder)
-    if manifest.step != (int(folder.name) if folder.name.isdigit() else manifest.step):
+    if folder.name.isdigit() and manifest.step != int(folder.name):
         raise Damaged(f"{folder} holds step {manifest.step}")
     # By size, so that the shares are about even.
-    names = sorted(manifest.files, key=lambda name: (-manifest.files[name][0], name))[share[0] :: share[1]]
-    verify(folder, manifest, names)
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name][0], name))
+    verify(folder, manifest, by_size[share[0] :: share[1]])
     return manifest

@@ -1,4 +1,4 @@
-"""Reading finished checkpoints: which steps there are, and the parameters of one network."""
+"""Reading finished checkpoints: the newest that verifies, and the parameters of one network."""
 
 import sys
 from typing import Any
@@ -13,11 +13,6 @@ from imagegpt_jax.errors import UserError
 from imagegpt_jax.train_state import Params, TrainState, join
 
 
-def steps(workdir: epath.PathLike) -> list[int]:
-    """The steps that a workdir has finished checkpoints of, ascending."""
-    return folders.finished(workdir)
-
-
 def choose_step(workdir: epath.PathLike, step: int | None = None) -> int:
     """The newest step that verifies, or `step` if it does; every file is read.
 
@@ -26,7 +21,7 @@ def choose_step(workdir: epath.PathLike, step: int | None = None) -> int:
     Raises:
       UserError: if there is no such checkpoint, or it is damaged.
     """
-    have = steps(workdir)
+    have = folders.finished(workdir)
     if not have:
         raise UserError(f"{workdir} holds no checkpoint yet: let its training run write one first.")
     if step is not None and step not in have:
@@ -35,12 +30,11 @@ def choose_step(workdir: epath.PathLike, step: int | None = None) -> int:
     for candidate in reversed(have) if step is None else [step]:
         try:
             manifest_lib.check(folders.root(workdir) / str(candidate))
+            return candidate
         except Damaged as e:
             problem = problem or e
             if step is None:
                 print(f"warning: the checkpoint of step {candidate} is damaged ({e}).", file=sys.stderr)
-            continue
-        return candidate
     raise UserError(
         f"the checkpoint of step {have[-1] if step is None else step} is damaged ({problem}):"
         f" {'choose another --step' if step is not None and len(have) > 1 else 'bring back a copy of it'}."

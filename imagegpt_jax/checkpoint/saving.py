@@ -24,10 +24,6 @@ from imagegpt_jax.train_state import TrainState
 _LIBRARIES = ("imagegpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
-
-
 class Checkpoints:
     """The checkpoints of one workdir, for the training loop.
 
@@ -83,7 +79,7 @@ class Checkpoints:
             metrics=dict(metrics or {}),
             evaluated=evaluated,
             config=config_lib.to_dict(self._config),
-            versions=_versions(),
+            versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
         )
         try:
             if distributed.is_main_process():
@@ -113,17 +109,13 @@ class Checkpoints:
                     blocking_seconds=blocked,
                     background_seconds=time.perf_counter() - started,
                 )
-                self._delete_old()
+                policy, kept = self._config.checkpoint, list(folders.readable(self._workdir).values())
+                for step in folders.to_delete(
+                    kept, keep=policy.keep, keep_every_hours=policy.keep_every_hours, best=policy.keep_best
+                ):
+                    folders.delete(self._workdir, step)
         except BaseException as e:  # raised where the loop looks after it
             self._error = self._failed(manifest.step, e)
-
-    def _delete_old(self) -> None:
-        policy = self._config.checkpoint
-        kept = list(folders.readable(self._workdir).values())
-        for step in folders.to_delete(
-            kept, keep=policy.keep, keep_every_hours=policy.keep_every_hours, best=policy.keep_best
-        ):
-            folders.delete(self._workdir, step)
 
     def _failed(self, step: int, error: BaseException) -> Exception:
         if isinstance(error, UserError) or (isinstance(error, Exception) and distributed.is_loss_of_peer(error)):
@@ -218,9 +210,8 @@ class Checkpoints:
             return trees.read(folder, state, partial=False)
         except ValueError as e:
             if not (different := _different(trees.stored(folder), state)):
-                raise UserError(
-                    f"{folder} cannot be read ({filesystem.reason(e)}): start the same command again."
-                ) from e
+                why = filesystem.reason(e)
+                raise UserError(f"{folder} cannot be read ({why}): start the same command again.") from e
             raise UserError(
                 f"the checkpoint {folder} is of other networks than this config's"
                 f" ({'; '.join(different[:4])}{f'; and {len(different) - 4} more' if len(different) > 4 else ''}):"

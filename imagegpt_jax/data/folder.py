@@ -6,11 +6,12 @@
     sidecars   `cat.txt` beside `cat.jpg`; every line that is not empty is one caption.
     classes    every image is inside a sub-folder, and the first folder's name is the class.
 
-The first that fits is taken; what was found is in `FolderSource.convention` and in `describe()`.
+The first that fits is taken; it is in `FolderSource.convention` and in `describe()`.
 """
 
 import hashlib
 import json
+import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -169,7 +170,7 @@ class FolderSource:
                 where = f"{file}, line {line}"
                 if not isinstance(row.get("file_name"), str):
                     raise UserError(f"{where} has no file_name: each row names its image in file_name.")
-                image = _normal(below + row["file_name"])
+                image = posixpath.normpath(below + row["file_name"].replace("\\", "/")).lstrip("/")
                 if image not in files:
                     raise UserError(
                         f"{where} names {row['file_name']!r}, which is no image below {self.root / below}: correct"
@@ -196,13 +197,3 @@ def _walk(root: epath.Path, below: str = "") -> Iterator[tuple[str, int]]:
             yield from _walk(entry, f"{below}{entry.name}/")
         else:
             yield below + entry.name, entry.stat().length
-
-
-def _normal(path: str) -> str:
-    parts: list[str] = []
-    for part in path.replace("\\", "/").split("/"):
-        if part == ".." and parts:
-            parts.pop()
-        elif part not in (".", ""):
-            parts.append(part)
-    return "/".join(parts)

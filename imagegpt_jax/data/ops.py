@@ -11,7 +11,6 @@ A crop directly after `decode` decodes only the part of a JPEG that is kept; the
 
 import ast
 import dataclasses
-import functools
 import inspect
 import math
 import re
@@ -313,7 +312,8 @@ def build(ops: list[Op]) -> Callable[[Any, Any, Any], Any]:
             return seed_2 + import_tf().constant([0, i], "int64")
 
         if fused:
-            image = decode_and_crop(data, image_format, functools.partial(_call, made[1], seed(1)))
+            crop_seed = seed(1)
+            image = decode_and_crop(data, image_format, lambda shape: made[1](shape, crop_seed))
             image = _after_crop(image, ops[1])
         else:
             image = decode_any(data, image_format)
@@ -327,10 +327,6 @@ def build(ops: list[Op]) -> Callable[[Any, Any, Any], Any]:
 
     # Plain tf calls need no AutoGraph, which warns about every lambda whose source it cannot find.
     return lambda *args: import_tf().autograph.experimental.do_not_convert(apply)(*args)
-
-
-def _call(window: WindowFn, seed: Any, shape: Any) -> Window:
-    return window(shape, seed)
 
 
 def _after_crop(image: Any, op: Op) -> Any:

@@ -9,6 +9,7 @@ looks at every bit of its seed however small N is.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -81,7 +82,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
     if any(w <= 0 for w in exact):
         raise UserError(f"the weights of a mixture are positive, not {', '.join(f'{w:g}' for w in weights)}.")
     share = [w / sum(exact) for w in exact]
-    period = functools.reduce(lambda a, b: a * b.denominator // np.gcd(a, b.denominator), share, 1)
+    period = math.lcm(*(s.denominator for s in share))
     if period <= MAX_PERIOD:
         return [int(s * period) for s in share]
     if min(share) * MAX_PERIOD < 1:

@@ -14,6 +14,7 @@ in parallel: decode and ops -> batch. What is not an image goes around TensorFlo
 loads it. A thread of ours runs ahead of the consumer and calls `host_fn`.
 """
 
+import dataclasses
 import functools
 import os
 import re
@@ -95,9 +96,7 @@ class Batches:
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} should be 1 or more.")
-        row_B = (
-            np.arange(batch_size)[rows if isinstance(rows, slice) else np.asarray(rows)] if rows is not None else None
-        )
+        every_B = np.arange(batch_size)
         has = _columns(source)
         wanted = tuple(columns) if columns is not None else has
         for name in wanted:
@@ -107,23 +106,20 @@ class Batches:
                 raise UserError(f"{source.name} has no {name}, only {', '.join(has)}: choose another data set.")
         parts, weights = (source.sources, source.weights) if isinstance(source, Mixture) else ([source], None)
         order = Order([len(s) for s in parts], weights, seed=seed, shuffle=shuffle)
-        self.position = position
-        self._start, self._given, self._skipped = position, 0, tuple(skipped)
-        self._end = None if epochs is None else epochs * len(source)
-        self._batch_size = batch_size
+        self.position, self._given = position, 0
         self._reader = _Reader(
             source=source,
             order=order,
             ops=ops_lib.parse(ops) if "image" in wanted else [],
-            row_B=np.arange(batch_size) if row_B is None else row_B,
+            row_B=every_B if rows is None else every_B[rows if isinstance(rows, slice) else np.asarray(rows)],
             batch_size=batch_size,
             seed=seed,
             start=position,
-            skipped=self._skipped,
-            end=self._end,
+            skipped=tuple(skipped),
+            end=None if epochs is None else epochs * len(source),
             shuffle=shuffle,
             columns=wanted,
-            host_fn=host_fn,
+            host_fn=host_fn or (lambda batch: batch),
         )
         self._prefetch: Prefetch | None = None
 
@@ -140,10 +136,10 @@ class Batches:
             self._prefetch = Prefetch(self._reader.batches)
             weakref.finalize(self, self._prefetch.stop)
         batch = self._prefetch.get()
+        self.position = self._reader.first_position(self._given) + self._reader.batch_size
+        if self._reader.end is not None:
+            self.position = min(self.position, self._reader.end)
         self._given += 1
-        self.position = position_after(self._start, self._given - 1, self._batch_size, self._skipped) + self._batch_size
-        if self._end is not None:
-            self.position = min(self.position, self._end)
         return batch
 
     def close(self) -> None:
@@ -180,32 +176,33 @@ def _columns(source: Source) -> tuple[str, ...]:
     return tuple(n for n, key in COLUMNS.items() if key in (every if n in ("image", "codes") else some))
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class _Reader:
     """Makes the batches. Apart from `Batches`, so that the thread that reads ahead does not keep that one alive."""
 
-    def __init__(self, **settings: Any):
-        self.source: Source = settings["source"]
-        self.order: Order = settings["order"]
-        self.ops: list[ops_lib.Op] = settings["ops"]
-        self.row_B: np.ndarray = settings["row_B"]
-        self.batch_size: int = settings["batch_size"]
-        self.seed: int = settings["seed"]
-        self.start: int = settings["start"]
-        self.skipped: tuple[tuple[int, int], ...] = settings["skipped"]
-        self.end: int | None = settings["end"]
-        self.columns: tuple[str, ...] = settings["columns"]
-        self.host_fn: Callable[[Batch], Any] | None = settings["host_fn"]
-        self.shuffle: bool = settings["shuffle"]
+    source: Source
+    order: Order
+    ops: list[ops_lib.Op]
+    row_B: np.ndarray
+    batch_size: int
+    seed: int
+    start: int
+    skipped: tuple[tuple[int, int], ...]
+    end: int | None
+    columns: tuple[str, ...]
+    host_fn: Callable[[Batch], Any]
+    shuffle: bool
+
+    def __post_init__(self):
         self.quarantine: Quarantine | None = getattr(self.source, "quarantine", None)
         self.failed: dict[int, Exception] = {}
         self.fetched: dict[tuple[int, int], Batch] = {}  # what goes around TensorFlow, by graph and number of the batch
         self.graphs = 0
 
     def batches(self) -> Iterator[Any]:
-        host_fn = self.host_fn or (lambda batch: batch)
         if "image" not in self.columns:
             for number in self._numbers():
-                yield host_fn(self._batch(number, *self._records(number)))
+                yield self.host_fn(self._batch(number, *self._records(number)))
             return
         # A change of range is the same for every pixel: done last, on whole batches, it costs least.
         *process, last = self.ops
@@ -213,16 +210,20 @@ class _Reader:
         for images_BHWC, batch in self._images(process if ranged else self.ops):
             if ranged:
                 images_BHWC = ops_lib.value_range_numpy(images_BHWC, **last.arguments)
-            yield host_fn({"image": images_BHWC, **batch})
+            yield self.host_fn({"image": images_BHWC, **batch})
 
     def _numbers(self) -> range:
         """Numbers of the batches, counted from the start of this iterator."""
         left = 2**62 if self.end is None else max(0, self.end - self.start)
         return range(-(-left // self.batch_size))
 
+    def first_position(self, number: int) -> int:
+        """Global position of the first row of a batch."""
+        return position_after(self.start, number, self.batch_size, self.skipped)
+
     def _positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Global positions of the rows of a batch, and which of them count."""
-        position_B = position_after(self.start, number, self.batch_size, self.skipped) + self.row_B
+        position_B = self.first_position(number) + self.row_B
         return position_B, np.ones(position_B.shape, bool) if self.end is None else position_B < self.end
 
     def _records(self, number: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:

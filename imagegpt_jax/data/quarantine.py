@@ -1,4 +1,4 @@
-"""Bad records: found out, listed once with the reason, and replaced by the record of the next position.
+"""Bad records: detected, listed once with the reason, and replaced by the record of the next position.
 
 Whether a record is bad follows from its bytes and the ops alone, so every run, host and resumption replaces the same
 ones. Refused are, besides what cannot be read or decoded, pictures that are probably not what they seem: of four colour
@@ -10,6 +10,7 @@ Shape suffixes: B rows of a batch on this host.
 """
 
 import collections
+import contextlib
 import functools
 import io
 import json
@@ -43,6 +44,7 @@ _EXTENSIONS = {
     "BMP": (".bmp", ".dib"),
     "TIFF": (".tif", ".tiff"),
 }
+_TRAITS = {"cmyk": "four colour channels (CMYK)", "16-bit": "16 bits per channel", "animated": "an animation"}
 _KNOWN_EXTENSIONS = {extension for group in _EXTENSIONS.values() for extension in group}
 
 
@@ -59,10 +61,7 @@ class Quarantine:
     """
 
     def __init__(
-        self,
-        max_share: float = 0.1,
-        accept: Collection[str] = (),
-        report: Callable[[str, str], None] | None = None,
+        self, max_share: float = 0.1, accept: Collection[str] = (), report: Callable[[str, str], None] | None = None
     ):
         for kind in accept:
             if kind not in KINDS:
@@ -150,7 +149,7 @@ class Quarantine:
 
 
 class Report:
-    """`quarantine.jsonl` of a workdir: one line {"source", "id", "reason"} for each bad record, whichever run found it.
+    """`quarantine.jsonl` of a workdir: one line {"source", "id", "reason"} for each bad record, whichever run met it.
 
     Args:
       workdir: the run's folder.
@@ -164,11 +163,9 @@ class Report:
         self._listed: set[tuple[str, str]] = set()
         for path in folder.glob("quarantine*.jsonl"):
             for line in path.read_bytes().decode("utf-8", "replace").splitlines():
-                try:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill: will be listed again
                     fields = json.loads(line)
                     self._listed.add((fields["source"], fields["id"]))
-                except (ValueError, KeyError, TypeError):
-                    continue  # cut off by a kill; found and listed again
 
     def __call__(self, source: str, name: str, reason: str) -> None:
         """Lists a record, unless it is."""
@@ -210,14 +207,10 @@ def _refuse_image(data: bytes, name: str, accept: Collection[str]) -> str | None
         return f"not a sound image: {' '.join(str(e).split()) or type(e).__name__}"
     if width * height > MAX_PIXELS:
         return f"a decompression bomb: {width} x {height} pixels, at most {MAX_PIXELS}"
-    if "truncated" in traits:
+    if traits.get("truncated"):
         return f"a truncated image: the end of its {form} is missing"
-    for kind, words in (
-        ("cmyk", "four colour channels (CMYK)"),
-        ("16-bit", "16 bits per channel"),
-        ("animated", "an animation"),
-    ):
-        if kind in traits and kind not in accept:
+    for kind, words in _TRAITS.items():
+        if traits.get(kind) and kind not in accept:
             return words
     if "thin" not in accept and (min(width, height) < 2 or max(width, height) > _LONGEST * min(width, height)):
         return f"a thin image: {width} x {height} pixels"
@@ -227,22 +220,19 @@ def _refuse_image(data: bytes, name: str, accept: Collection[str]) -> str | None
     return None
 
 
-def _header(data: bytes) -> tuple[str, int, int, set[str]]:
+def _header(data: bytes) -> tuple[str, int, int, dict[str, bool]]:
     """(format, width, height, traits), without decoding; of PNG and JPEG without Pillow, which takes longer."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         width, height, depth = struct.unpack(">IIB", data[16:25])
-        traits = {"16-bit"} if depth == 16 else set()
-        traits |= {"animated"} if b"acTL" in data[33:1024] else set()
-        return "PNG", width, height, traits | (set() if b"IEND" in data[-64:] else {"truncated"})
+        traits = {"16-bit": depth == 16, "animated": b"acTL" in data[33:1024], "truncated": b"IEND" not in data[-64:]}
+        return "PNG", width, height, traits
     if data[:3] == b"\xff\xd8\xff":
         height, width, channels, depth = _jpeg_frame(data)
-        traits = {"cmyk"} if channels == 4 else set()
-        traits |= {"16-bit"} if depth > 8 else set()
-        return "JPEG", width, height, traits | (set() if data.rfind(b"\xff\xd9") > 0 else {"truncated"})
+        traits = {"cmyk": channels == 4, "16-bit": depth > 8, "truncated": data.rfind(b"\xff\xd9") <= 0}
+        return "JPEG", width, height, traits
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        traits = {"animated"} if getattr(image, "n_frames", 1) > 1 else set()
-        traits |= {"cmyk"} if image.mode == "CMYK" else set()
-        traits |= {"16-bit"} if image.mode.startswith(("I", "F")) else set()
+        traits = {"cmyk": image.mode == "CMYK", "16-bit": image.mode.startswith(("I", "F"))}
+        traits["animated"] = getattr(image, "n_frames", 1) > 1
         return str(image.format), image.width, image.height, traits
 
 
@@ -259,9 +249,8 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int, int]:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             depth, height, width, channels = struct.unpack(">BHHB", data[place + 4 : place + 10])
             return height, width, channels, depth
-        place += (
-            2 if marker == 0x01 or 0xD0 <= marker <= 0xD8 else 2 + struct.unpack(">H", data[place + 2 : place + 4])[0]
-        )
+        alone = marker == 0x01 or 0xD0 <= marker <= 0xD8  # without a length and data
+        place += 2 if alone else 2 + struct.unpack(">H", data[place + 2 : place + 4])[0]
     raise ValueError("a JPEG without a picture")
 
 

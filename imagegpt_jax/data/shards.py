@@ -34,6 +34,7 @@ SIDECAR = "dataset.json"
 PLAN = "plan.json"
 SUFFIX = ".array_record"
 FORMAT = "imagegpt_jax/1"
+_SPECS = {"images": "array_record", "tokens": "tokens"}  # kind -> how `sources.open_source` calls it
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
@@ -221,7 +222,7 @@ class ShardSource:
           UserError: if there is no such folder or file, packing was not finished, a shard is missing or not an
             ArrayRecord file, or the data set is of another kind.
         """
-        spec = {"images": "array_record", "tokens": "tokens"}[kind]
+        spec = _SPECS[kind]
         folder = epath.Path(pattern).expanduser()
         self.info: dict[str, Any] = {}
         if folder.is_dir():
@@ -266,20 +267,16 @@ class ShardSource:
         for shard, places in by_shard.items():
             try:
                 data = self._reader(shard).read([within for _, within in places])
+                for (place, _), record in zip(places, data, strict=True):
+                    out[place] = decode_record(record)
             except RuntimeError as e:  # checksums do not match
                 raise UserError(f"{self.paths[shard]} is damaged ({e}): copy or pack it again.") from e
-            for (place, _), record in zip(places, data, strict=True):
-                out[place] = self._decode(record, shard)
+            except (ValueError, TypeError, KeyError, msgpack.UnpackException) as e:
+                raise UserError(
+                    f"{self.paths[shard]} holds a record that is not in this package's format: pack the data with"
+                    " tools/pack_dataset.py (a prepared TFDS set is opened with tfds:NAME)."
+                ) from e
         return out
-
-    def _decode(self, data: bytes, shard: int) -> dict[str, Any]:
-        try:
-            return decode_record(data)
-        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as e:
-            raise UserError(
-                f"{self.paths[shard]} holds a record that is not in this package's format: pack the data with"
-                " tools/pack_dataset.py (a prepared TFDS set is opened with tfds:NAME)."
-            ) from e
 
     def _reader(self, shard: int) -> Any:
         with self._lock:
@@ -303,8 +300,7 @@ def _read_info(folder: epath.Path, kind: str) -> dict[str, Any]:
     if info.get("format") != FORMAT:
         raise UserError(f"{folder / SIDECAR} has format {info.get('format')!r}, expected {FORMAT!r}: pack it again.")
     if info["kind"] != kind:
-        right = {"images": "array_record", "tokens": "tokens"}[info["kind"]]
-        raise UserError(f"{folder} holds {info['kind']}, not {kind}: write {right}:{folder}.")
+        raise UserError(f"{folder} holds {info['kind']}, not {kind}: write {_SPECS[info['kind']]}:{folder}.")
     return info
 
 

@@ -63,7 +63,7 @@ class TfdsExamples:
 
         def first(kind: Any, *preferred: str) -> str | None:
             names = [n for n, f in features.items() if isinstance(f, kind)]
-            return next((n for n in preferred if n in names), names[0] if names else None)
+            return next((n for n in (*preferred, *names) if n in names), None)
 
         image = first(tfds.features.Image, "image")
         if image is None:

@@ -14,7 +14,6 @@ from imagegpt_jax.errors import UserError
 from imagegpt_jax.runtime import malloc
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-_START_SECONDS = 300
 # What variables of launchers begin with. TPU slices are known by their chips: JAX sets TPU_ variables on any machine.
 _LAUNCHERS = (ADDRESS, COUNT, INDEX, "SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_INDEX")
 # Variables of launchers that start many processes, by which a launch that JAX does not recognise is noticed.
@@ -51,10 +50,10 @@ def find() -> Cluster | None:
     Raises:
       UserError: if the environment says that there are others, and not where.
     """
-    address, count, index = os.environ.get(ADDRESS) or None, number(COUNT), number(INDEX)
+    told: Any = (os.environ.get(ADDRESS) or None, number(COUNT), number(INDEX))
+    (address, count, index), local = told, None
     if count == 1:
         return None
-    local: Any = None
     if None in (address, count, index):
         given = [name for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)]
         address, count, index, local = _detect(address, count, index)
@@ -67,9 +66,6 @@ def find() -> Cluster | None:
                 f"{why}, and where the other processes are is not known: set {ADDRESS}=host:port, {COUNT} and"
                 f" {INDEX}, or {COUNT}=1 to run alone."
             )
-    assert address is not None
-    assert count is not None
-    assert index is not None
     if count == 1:
         return None
     if os.environ.get("JAX_LOCAL_DEVICE_IDS") or re.fullmatch(
@@ -86,7 +82,7 @@ def find() -> Cluster | None:
 
 def _detect(address: str | None, count: int | None, index: int | None) -> tuple[Any, Any, Any, Any]:
     """JAX's own detection of a cluster, for what is not given."""
-    from jax._src.clusters import ClusterEnv  # the public `jax.distributed.initialize` does not say what it found
+    from jax._src.clusters import ClusterEnv  # the public `jax.distributed.initialize` does not say what it detects
 
     try:
         with warnings.catch_warnings():
@@ -125,7 +121,7 @@ def number(name: str) -> int | None:
 
 def start_seconds() -> int:
     """How long to wait for all processes at the start."""
-    return number("IMAGEGPT_JAX_START_SECONDS") or _START_SECONDS
+    return number("IMAGEGPT_JAX_START_SECONDS") or 300
 
 
 def first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from imagegpt_jax.errors import EXIT_FAILURE, UserError
 from imagegpt_jax.runtime import event_log, exit_report, malloc
 from imagegpt_jax.runtime.cluster import INDEX, Cluster, find, first_line, may_have_others, start_seconds
 from imagegpt_jax.runtime.group import DAY_MS, KEY, Group
-from imagegpt_jax.runtime.watchdog import EXIT_HANG, Watchdog, check_settings, silence_seconds
+from imagegpt_jax.runtime.watchdog import EXIT_HANG, Watchdog, silence_seconds, stall_seconds
 
 _SHUTDOWN_SECONDS = 300
 # What a collective says when a peer is gone: a consequence, of which the cause may yet arrive.
@@ -57,11 +57,11 @@ def initialize(preemptible: bool = False, patience: float = math.inf) -> None:
       patience: seconds to wait for the others, where IMAGEGPT_JAX_START_SECONDS are more.
 
     Raises:
-      UserError: if the others are not found in time.
+      UserError: if the others do not come in time, or a setting is not a number.
     """
     global _group
     malloc.keep()
-    check_settings()
+    silence, _ = silence_seconds(), stall_seconds()  # what is no number is told before a thread reads it
     cluster = find()
     if cluster is None or _group is not None:
         return
@@ -71,7 +71,7 @@ def initialize(preemptible: bool = False, patience: float = math.inf) -> None:
     import jax
     from jax._src import distributed  # the key-value store of the coordinator has no public name
 
-    seconds, silence = min(start_seconds(), patience), silence_seconds()
+    seconds = min(start_seconds(), patience)
     # With it JAX takes SIGTERM for itself, as the notice of a preemption that somebody has to ask about.
     jax.config.update("jax_enable_preemption_service", preemptible)
     started = time.monotonic()
@@ -251,10 +251,9 @@ def _hangs_alone(problem: str) -> None:
 
 def progress(step: int) -> None:
     """Notes that the main thread has come to a step."""
-    if _group is not None:
-        _group.progress(step)
-    elif _alone is not None:
-        _alone.progress(step)
+    watchdog = _alone if _group is None else _group.watchdog
+    if watchdog is not None:
+        watchdog.progress(step)
 
 
 # ------------------------------------------------------------------------------------------------------------ agreeing

@@ -5,6 +5,7 @@ evaluation, restore, save, verify, save_failed, damaged, skip, rollback, quarant
 `tools/goodput.py` computes from them where the time of a run went.
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -46,10 +47,8 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     path = epath.Path(workdir) / NAME
     events = []
     for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and {"time", "event"} <= event.keys():
-            events.append(event)
+            if isinstance(event, dict) and {"time", "event"} <= event.keys():
+                events.append(event)
     return events

@@ -17,8 +17,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
 from imagegpt_jax.errors import UserError
 
 # How long a bucket may take to answer: reading credentials and one listing take less than two seconds. The program is
@@ -27,8 +25,6 @@ _LONGEST, _SHORTEST, _ALL = 4.0, 2.0, 6.0
 _STARTED = time.monotonic()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATH = re.compile(r"gs://[^\s,'\"+]+")
-# Variables by which libraries are told of folders: TFDS and JAX.
-_FOLDERS = ("TFDS_DATA_DIR", "JAX_COMPILATION_CACHE_DIR")
 _CHECK = (
     "check the bucket's name, the network, and the credentials (`gcloud auth application-default login`, or the service"
     " account of the machine)."
@@ -66,34 +62,17 @@ def check(*values: Any) -> None:
         _probe(path)
 
 
-def check_flags() -> None:
-    """`check` of everything that the program was told by its flags, its config, and the libraries' variables.
-
-    Raises:
-      UserError: as `check` does.
-    """
-    values = flags.FLAGS.flag_values_dict().values()
-    told = [value.to_dict() if hasattr(value, "to_dict") else value for value in values]
-    check(told, [os.environ.get(name, "") for name in _FOLDERS])
-
-
 def check_client(workdir: str) -> None:
     """Checks that checkpoints can be written into a workdir as far as packages go.
 
     Raises:
       UserError: if it is on `gs://` and Google's client is missing.
     """
-    if workdir.startswith("gs://"):
-        for module in ("google.cloud.storage", "google.cloud.storage_control_v2"):
-            if not _is_installed(module):
-                raise UserError(f"checkpoints on {workdir} need Google's client: pip install 'imagegpt_jax[gcs]'.")
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a package above it
-        return False
+    modules = ("google.cloud.storage", "google.cloud.storage_control_v2") if workdir.startswith("gs://") else ()
+    with contextlib.suppress(ModuleNotFoundError):  # of a package above it
+        if all(map(importlib.util.find_spec, modules)):
+            return
+    raise UserError(f"checkpoints on {workdir} need Google's client: pip install 'imagegpt_jax[gcs]'.")
 
 
 def _probe(path: str) -> None:

@@ -1,7 +1,4 @@
-"""The processes of a run, once they have found each other: they meet, exchange values, and tell why one of them fails.
-
-All goes through the key-value store of JAX's coordinator, which is in process 0.
-"""
+"""What the processes of a run do together, by the key-value store of JAX's coordinator, which is in process 0."""
 
 import contextlib
 import json
@@ -24,14 +21,14 @@ _POLL_SECONDS = 1.0
 
 
 class Group:
-    """The processes of a run, once they have found each other."""
+    """The processes of a run, once they are connected: barriers, values exchanged, and why one of them fails."""
 
     def __init__(self, cluster: Cluster, client: Any):
         self.cluster, self.client = cluster, client
         self.name = f"process {cluster.index} of {cluster.count} on {socket.gethostname()}"
         self._ended = threading.Event()
         self._meetings = 0
-        self._dog = Watchdog(self._hangs, _Signs(client, cluster.index), cluster.count)
+        self.watchdog = Watchdog(self._hangs, _Signs(client, cluster.index), cluster.count)
         threading.Thread(target=self._watch, daemon=True, name="watch for failures").start()
 
     def barrier(self) -> None:
@@ -92,11 +89,7 @@ class Group:
     def stop_watching(self) -> None:
         """From here on, what other processes do does not end this one."""
         self._ended.set()
-        self._dog.stop()
-
-    def progress(self, step: int) -> None:
-        """Notes that the main thread has come to a step."""
-        self._dog.progress(step)
+        self.watchdog.stop()
 
     def _hangs(self, problem: str) -> None:
         exit_report.hang(self.name, self.cluster.index, problem)

@@ -29,18 +29,9 @@ def silence_seconds() -> int:
     return number("IMAGEGPT_JAX_HEARTBEAT_SECONDS") or 40
 
 
-def _stall_seconds() -> int:
+def stall_seconds() -> int:
+    """How long a run may take for a step."""
     return number("IMAGEGPT_JAX_STALL_SECONDS") or 3600
-
-
-def check_settings() -> None:
-    """Checks the settings, before a thread reads them.
-
-    Raises:
-      UserError: if one is not a number.
-    """
-    silence_seconds()
-    _stall_seconds()
 
 
 class Watchdog:
@@ -100,7 +91,7 @@ class Watchdog:
                 return
 
     def _problem(self, now: float, before: float) -> str | None:
-        silence, stall = silence_seconds(), _stall_seconds()
+        silence, stall = silence_seconds(), stall_seconds()
         if now - before > silence:
             return f"this process was itself stopped for {now - before:.0f} s"
         if self._signs is not None:

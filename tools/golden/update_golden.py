@@ -2,9 +2,13 @@
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 from absl import app
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scale"))
+import topologies
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "specs.json"
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -16,7 +20,6 @@ def specs() -> dict[str, Any]:
 
     from imagegpt_jax.config import sibling
     from imagegpt_jax.parallel import sharding
-    from imagegpt_jax.runtime import hardware
     from imagegpt_jax.tasks import decoder, tokenizer
 
     pinned: dict[str, Any] = {}
@@ -28,7 +31,7 @@ def specs() -> dict[str, Any]:
         presets |= {recipe: f"recipe={recipe}" for recipe in recipes if not recipe.startswith("llamagen")}
         for preset, arg in presets.items():
             config = module.get_config(arg)
-            count = hardware.parse_topology(config.topology).chips if config.topology else 8
+            count = topologies.parse_topology(config.topology).chips if config.topology else 8
             sizes = sharding.mesh_shape(config.mesh, count)
             minor = sharding.minor_sizes(sizes["fsdp"])[0]
             shape = (sizes["data"], sizes["fsdp"] // minor, minor, sizes["tensor"])

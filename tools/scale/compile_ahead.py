@@ -17,6 +17,7 @@ import pathlib
 import sys
 from typing import Any
 
+import topologies
 from absl import flags
 
 from imagegpt_jax import cli, errors
@@ -95,7 +96,7 @@ def main() -> None:
     """
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device, and must not take one
     from imagegpt_jax.perf import aot
-    from imagegpt_jax.runtime import filesystem, hardware
+    from imagegpt_jax.runtime import filesystem
     from imagegpt_jax.tasks import interface
     from imagegpt_jax.training.steps import compiler_options
 
@@ -104,7 +105,7 @@ def main() -> None:
         raise errors.UserError(
             "this config is not written for a TPU slice: give --topology, such as --topology=v5e-16."
         )
-    topology = hardware.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
+    topology = topologies.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
     plan = aot.Plan(aot.fit(config, topology, BATCH_SIZE.value), topology)
     known = {program.name: program for program in plan.programs()}
     for name in PROGRAMS.value:

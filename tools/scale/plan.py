@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import plan_search
+import topologies
 from absl import flags
 
 from imagegpt_jax import cli, errors
@@ -158,7 +159,7 @@ def main() -> None:
     """Plans what the flags describe."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     from imagegpt_jax.perf import aot
-    from imagegpt_jax.runtime import filesystem, hardware
+    from imagegpt_jax.runtime import filesystem
     from imagegpt_jax.tasks import interface
 
     perf = interface.find(CONFIG.value.task).perf
@@ -167,7 +168,7 @@ def main() -> None:
         raise errors.UserError(
             "this config is not written for a TPU slice: give --topology, such as --topology=v5e-16."
         )
-    topology = hardware.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
+    topology = topologies.parse_topology(TOPOLOGY.value or config.topology, SLICES.value)
     search = Search(aot.fit(config, topology), topology, SHARE.value, EFFORT.value)
     if OUTPUT.value:
         # What cannot be written is told now, not after minutes of compiling.

@@ -46,15 +46,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> Config:
 
 
 def _as_type(key: str, text: str, kind: type) -> Any:
-    if kind is bool:
-        if text.lower() in ("true", "false", "1", "0"):
-            return text.lower() in ("true", "1")
-    else:
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    raise UserError(f"config argument {key}={text!r} is not a {kind.__name__}.")
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise UserError(f"config argument {key}={text!r} is not a {kind.__name__}.") from None
 
 
 def choose(what: str, name: str, table: Mapping[str, T]) -> T:

@@ -80,22 +80,13 @@ def records(
 
     kept = Kept(source)
     batches = Batches(
-        kept,
-        ops=ops,
-        batch_size=tok.tile,
-        seed=seed,
-        position=start,
-        shuffle=False,
-        epochs=1,
-        columns=("image",),
+        kept, ops=ops, batch_size=tok.tile, seed=seed, position=start, shuffle=False, epochs=1, columns=("image",)
     )
     try:
         for batch in batches:
-            height, width = batch["image"].shape[1:3]
-            grid = tok.grid(height, width)
-            for position, codes_L in zip(
-                batch["position"].tolist(), tok.encode(batch["image"], value_range=(-1, 1)), strict=True
-            ):
+            grid = tok.grid(*batch["image"].shape[1:3])
+            codes_BL = tok.encode(batch["image"], value_range=(-1, 1))
+            for position, codes_L in zip(batch["position"].tolist(), codes_BL, strict=True):
                 if position >= stop:
                     return
                 yield {**kept.take(position), "codes": codes_L, "grid": grid}

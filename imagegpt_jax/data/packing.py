@@ -181,24 +181,22 @@ class Layout:
         """
         if orders_BN is not None and not self.target_positions:
             raise UserError("codes in any order need target_positions: nothing else tells which one comes next.")
-        codes_BN = np.asarray(codes_BN)
-        batch = codes_BN.shape[0]
-        codes_BN = self._check_codes(codes_BN)
-        prefixes = self._prefixes(texts, labels, batch)
-        directions = np.zeros(batch, np.int8) if directions_B is None else np.asarray(directions_B)
+        codes_BN = self._check_codes(np.asarray(codes_BN))
+        batch = len(codes_BN)
+        directions = np.full(batch, TEXT_TO_IMAGE) if directions_B is None else np.asarray(directions_B)
         drops = np.zeros(batch, bool) if drops_B is None else np.asarray(drops_B, bool)
+        prefixes = self._prefixes(texts, labels, drops & (directions == TEXT_TO_IMAGE))
 
         out = self._empty(batch, self.length)
-        out["targets"] = np.full((batch, self.length), self.space.pad, np.int32)
-        out["kind"] = np.full((batch, self.length), NONE, np.int8)
+        out["targets"] = np.full_like(out["tokens"], self.space.pad)
+        out["kind"] = np.full(out["tokens"].shape, NONE, np.int8)
         image_ids = codes_BN + self.space.image_start
         first, count, side = self.text_length, self.num_codes, max(self.grid)
         offsets_N3, raster_N = self.image_offsets(), np.arange(count)
         for b, prefix in enumerate(prefixes):
             row = {k: v[b] for k, v in out.items() if k != "condition"}
             if directions[b] == TEXT_TO_IMAGE:
-                prefix = prefix[:0] if drops[b] else prefix
-                self._put_prefix(row, prefix)
+                self._put_prefix(out, b, prefix)
                 order_N = raster_N if orders_BN is None else orders_BN[b]
                 row["tokens"][first + 1 :] = [*image_ids[b][order_N], self.space.eoi]
                 row["segments"][first + 1 :] = SEGMENT
@@ -211,8 +209,6 @@ class Layout:
                     row["kind"][: len(prefix)] = TEXT
                     if len(prefix) == 1 and prefix[0] >= self.space.class_start:
                         row["kind"][0] = NONE  # after a class alone <boi> is certain
-                if not drops[b] and len(prefix) and prefix[0] >= self.space.class_start:
-                    out["condition"][b] = prefix[0]
             else:
                 end = count + 2 + len(prefix)
                 row["tokens"][:end] = [self.space.boi, *image_ids[b], self.space.eoi, *prefix]
@@ -242,11 +238,8 @@ class Layout:
         batch = len(texts) if texts is not None else len(labels)  # type: ignore[arg-type]
         drops = np.zeros(batch, bool) if drops_B is None else np.asarray(drops_B, bool)
         out = self._empty(batch, self.prompt_length)
-        for b, prefix in enumerate(self._prefixes(texts, labels, batch)):
-            prefix = prefix[:0] if drops[b] else prefix
-            self._put_prefix({k: v[b] for k, v in out.items() if k != "condition"}, prefix)
-            if len(prefix) and prefix[0] >= self.space.class_start:
-                out["condition"][b] = prefix[0]
+        for b, prefix in enumerate(self._prefixes(texts, labels, drops)):
+            self._put_prefix(out, b, prefix)
         return self._with_target_positions(out)
 
     def caption_prompt(self, codes_BN: np.ndarray) -> dict[str, np.ndarray]:
@@ -282,20 +275,21 @@ class Layout:
                 out["target_positions"][b, real] = np.concatenate([positions[1:], positions[-1:] + 1])
         return out
 
-    def _put_prefix(self, row: dict[str, np.ndarray], prefix: np.ndarray) -> None:
-        """Writes class, text and <boi> into one row of text -> image."""
+    def _put_prefix(self, out: dict[str, np.ndarray], b: int, prefix: np.ndarray) -> None:
+        """Writes class, text and <boi> into row `b` of text -> image."""
         n = len(prefix)
-        row["tokens"][:n] = prefix
-        row["tokens"][self.text_length] = self.space.boi
-        row["positions"][:n] = np.arange(n)[:, None]
-        row["positions"][self.text_length] = n
-        row["segments"][:n] = SEGMENT
-        row["segments"][self.text_length] = SEGMENT
+        region = [*range(n), self.text_length]
+        out["tokens"][b, region] = [*prefix, self.space.boi]
+        out["positions"][b, region] = np.arange(n + 1)[:, None]
+        out["segments"][b, region] = SEGMENT
+        if n and prefix[0] >= self.space.class_start:
+            out["condition"][b] = prefix[0]
 
     def _prefixes(
-        self, texts: Sequence[Sequence[int]] | None, labels: Sequence[int] | np.ndarray | None, batch: int
+        self, texts: Sequence[Sequence[int]] | None, labels: Sequence[int] | np.ndarray | None, drops_B: np.ndarray
     ) -> list[np.ndarray]:
-        """Class and text tokens of each row, cut to the text region and checked."""
+        """Class and text tokens of each row, cut to the text region and checked; none where they are dropped."""
+        batch = len(drops_B)
         for name, values in (("texts", texts), ("labels", labels)):
             if values is not None and len(values) != batch:
                 raise UserError(f"packing got {len(values)} {name} for a batch of {batch}.")
@@ -312,7 +306,7 @@ class Layout:
                 if not 0 <= label < self.space.num_classes:
                     raise UserError(f"class {label} is not one of the token space's {self.space.num_classes} classes.")
                 text = np.concatenate([np.array([self.space.class_start + label], np.int32), text])[: self.text_length]
-            prefixes.append(text)
+            prefixes.append(text[:0] if drops_B[b] else text)
         return prefixes
 
     def _check_codes(self, codes_BN: np.ndarray) -> np.ndarray:

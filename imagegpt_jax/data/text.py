@@ -77,13 +77,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> TextTokenizer:
     if not texts:
         raise UserError("there are no captions to train a text tokenizer on: give data with captions.")
     tokenizer = tokenizers.Tokenizer(models.BPE())
+    single_spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            normalizers.Lowercase(),
-            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            normalizers.Strip(),
-        ]
+        [normalizers.NFKC(), normalizers.Lowercase(), single_spaces, normalizers.Strip()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()

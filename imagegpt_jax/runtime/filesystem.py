@@ -7,6 +7,7 @@ Orbax, which writes the checkpoints, asks Google's own client besides (`pip inst
 import contextlib
 import errno
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from imagegpt_jax.errors import UserError
@@ -32,20 +33,10 @@ _CHECK = (
 
 
 def paths(*values: Any) -> list[str]:
-    """The `gs://` paths in strings, however deep in mappings and sequences: one of each bucket, in their order."""
+    """The `gs://` paths in strings, however deep in dicts, lists and tuples: one of each bucket, in their order."""
     by_bucket: dict[str, str] = {}
-
-    def walk(value: Any) -> None:
-        if isinstance(value, str):
-            for path in _PATH.findall(value):
-                by_bucket.setdefault(path.split("/")[2], path)
-        elif isinstance(value, Mapping):
-            walk(list(value.values()))
-        elif isinstance(value, Sequence):
-            for item in value:
-                walk(item)
-
-    walk(values)
+    for path in _PATH.findall(json.dumps(values, skipkeys=True, default=lambda _: None, ensure_ascii=False)):
+        by_bucket.setdefault(path.split("/")[2], path)
     return list(by_bucket.values())
 
 

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from etils import epath
+
 from imagegpt_jax.runtime.cluster import first_line, number
 
 EXIT_HANG = 76
@@ -118,8 +120,6 @@ def write_stacks(workdir: str | None, name: str) -> str:
         if workdir is None:
             print(text, file=sys.stderr)
             return "above"
-        from etils import epath
-
         folder = epath.Path(workdir) / "stacks"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.txt").write_text(text)

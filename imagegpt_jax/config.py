@@ -126,12 +126,7 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def check_workdir(config: Config, workdir: epath.PathLike, *, allow_changes: bool = False) -> list[str]:
-    """Checks that a workdir is new, or holds a run of this config.
-
-    Args:
-      config: the config to train with.
-      workdir: the folder.
-      allow_changes: whether a run may go on with another config.
+    """Checks that a workdir is new, or holds a run of this config; with `allow_changes` of any config.
 
     Returns:
       what differs from the config that the workdir's run had, one "key: old -> new" each.

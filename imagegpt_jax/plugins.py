@@ -31,12 +31,7 @@ def resolve(name: str, what: str, table: Mapping[str, T]) -> T:
 
 
 def plug_in(name: str, what: str, known: Iterable[str] = ()) -> Any:
-    """Returns the user's object that "module:name" names.
-
-    Args:
-      name: the module and the name in it.
-      what: what is named, for the error.
-      known: names that the caller knows besides, to suggest one of them.
+    """Returns the user's object that "module:name" names; `what` it is and `known` names to suggest are for errors.
 
     Raises:
       UserError: if it does not exist.

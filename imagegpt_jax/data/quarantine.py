@@ -74,12 +74,7 @@ class Quarantine:
     def fetch(
         self, source: Any, order: Callable[[np.ndarray], np.ndarray], position_B: np.ndarray
     ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-        """Reads the records at some positions, each bad one replaced by the next position's that is not.
-
-        Args:
-          source: see `interface.Source`.
-          order: positions -> numbers of records.
-          position_B: global positions.
+        """Reads the records at global positions, each bad one replaced by the next position's that is not.
 
         Returns:
           (records, their numbers [B], which of them stand at their own position [B])

@@ -82,12 +82,6 @@ class ShardWriter:
 
     Every shard appears whole or not at all (written under another name, then renamed), with a small JSON file beside it
     that says it is complete. `finish` gathers those into `dataset.json`.
-
-        writer = ShardWriter(folder, "train", shard_ranges(len(source), 4096), kind="images", made_from=fingerprint)
-        for i, (start, stop) in enumerate(writer.ranges):
-            if not writer.is_finished(i):
-                writer.write(i, records(start, stop))
-        writer.finish(label_names=names)
     """
 
     def __init__(

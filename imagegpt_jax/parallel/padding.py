@@ -10,15 +10,7 @@ import numpy as np
 
 
 def padded_batches(total: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Cuts rows into batches of a fixed size.
-
-    Args:
-      total: number of rows.
-      size: rows of a batch.
-
-    Returns:
-      an iterator over (the rows a batch is of, the index of each of its `size` rows).
-    """
+    """Cuts `total` rows into batches of `size`; yields (the rows a batch is of, the index of each of its rows)."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total)), np.minimum(np.arange(start, start + size), total - 1)
 

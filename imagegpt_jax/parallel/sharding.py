@@ -262,12 +262,6 @@ def tree_specs(tree: Any, params: Any, param_specs: Any, mesh: Any) -> Any:
 
     A leaf with some of the parameter's dimensions, such as a factored second moment, is sharded along those; a large
     one that `fsdp` does not shard there, or that is like no parameter, such as a preconditioner, along its last one.
-
-    Args:
-      tree: abstract tree, such as an optimizer state.
-      params: abstract parameters.
-      param_specs: tree of their PartitionSpecs.
-      mesh: the mesh.
     """
     specs = jax.tree.leaves(param_specs, is_leaf=lambda x: isinstance(x, P))
     by_path = {

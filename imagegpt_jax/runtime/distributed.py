@@ -1,12 +1,8 @@
 """One program in many processes: they find each other, agree before anything is written, and fail together.
 
 In a process that runs alone (`runtime.cluster.find`), functions here do nothing, but that `initialize` settles how
-memory is handed out (`runtime/malloc.py`). `jax.distributed` lets a process whose peer failed wait in a collective, or
-ends it by an abort that names no cause; so the one that fails leaves the cause with the coordinator, where the others
-look for it.
-
-IMAGEGPT_JAX_START_SECONDS is how long to wait for all processes at the start; `runtime/watchdog.py` has further
-settings.
+memory is handed out. `jax.distributed` lets a process whose peer failed wait in a collective, or aborts it without a
+cause; so the one that fails leaves the cause with the coordinator, where the others look for it.
 """
 
 import contextlib
@@ -226,12 +222,7 @@ def _wait_for_cause(group: Group) -> str | None:
 
 @contextlib.contextmanager
 def watched(workdir: epath.PathLike, log: event_log.Log) -> Iterator[None]:
-    """Around a training: a hang is written into its folder; a process that runs alone is watched as well.
-
-    Args:
-      workdir: gets `stacks/`.
-      log: gets an event "hang".
-    """
+    """Around a training: a hang leaves `stacks/` in the workdir and an event "hang"; one process is watched, too."""
     global _alone
     with exit_report.kept_in(workdir, log):
         if _group is None:
@@ -297,10 +288,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def assert_equal(**facts: Any) -> None:
-    """Waits for all processes, and checks that they work on the same thing.
-
-    Args:
-      facts: name -> value that JSON can write, the same everywhere.
+    """Waits for all processes, and checks that the facts, which JSON can write, are the same everywhere.
 
     Raises:
       UserError: if a value of this process differs from process 0's.

@@ -21,12 +21,7 @@ _log: event_log.Log | None = None
 
 @contextlib.contextmanager
 def kept_in(workdir: epath.PathLike, log: event_log.Log) -> Iterator[None]:
-    """Around a training, whose folder gets the notes.
-
-    Args:
-      workdir: gets `stacks/`.
-      log: gets events.
-    """
+    """Around a training, whose workdir gets `stacks/`, and whose log gets events."""
     global _workdir, _log
     _workdir, _log = os.fspath(workdir), log
     try:
@@ -51,13 +46,7 @@ def note(event: str, **facts: Any) -> None:
 
 
 def hang(who: str, process: int, problem: str) -> None:
-    """Tells that a process ends because it hangs: its stacks, the sentence, and an event "hang".
-
-    Args:
-      who: begins the sentence.
-      process: its number.
-      problem: what the watchdog says.
-    """
+    """Tells that a process ends because it hangs: its stacks, a sentence that begins with `who`, an event "hang"."""
     stacks: list[str] = []
     _try(lambda: stacks.append(write_stacks(_workdir, f"process-{process}")))
     say(f"{who} ends, because {problem}{f'; what it did: {stacks[0]}' if any(stacks) else ''}.")

@@ -41,10 +41,7 @@ def paths(*values: Any) -> list[str]:
 
 
 def check(*values: Any) -> None:
-    """Checks that the buckets of all `gs://` paths in `values` are there and answer.
-
-    Args:
-      values: flags and configs, see `paths`.
+    """Checks that the buckets of all `gs://` paths in `values` (see `paths`) are there and answer.
 
     Raises:
       UserError: if one is not there, or does not answer within seconds.

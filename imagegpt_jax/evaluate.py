@@ -27,10 +27,10 @@ from absl import flags
 from etils import epath
 
 from imagegpt_jax import cli, errors
-from imagegpt_jax.evaluation import checkpoint_data, checkpoints, image_sets
-from imagegpt_jax.metrics import protocols
+from imagegpt_jax.evaluation import checkpoint_data, checkpoints, generate_for_prompts, human, image_sets
+from imagegpt_jax.metrics import protocols, provenance, sets
 from imagegpt_jax.metrics.metric import Options
-from imagegpt_jax.runtime import filesystem
+from imagegpt_jax.runtime import distributed, filesystem
 
 FLAGS = flags.FLAGS
 CHECKPOINT = flags.DEFINE_multi_string(
@@ -146,7 +146,7 @@ def main() -> None:
     if PROMPTS.value and not CHECKPOINT.value:
         raise errors.UserError("--prompts are drawn by a decoder: give --checkpoint=WORKDIR.")
     if COMPARE.value:
-        compare()
+        print(provenance.compare(COMPARE.value))
         return
     if not OUTPUT.value:
         raise errors.UserError("--output is missing: name the JSON file to write, such as --output=metrics.json.")
@@ -161,21 +161,14 @@ def main() -> None:
     elif CHECKPOINT.value:
         score_checkpoints()
     else:
-        score_images()
-
-
-def compare() -> None:
-    """Prints what two files of scores differ in."""
-    from imagegpt_jax.metrics import provenance
-
-    print(provenance.compare(COMPARE.value))
+        request = request_of(IMAGES.value)
+        opened = image_sets.open_sets(request)
+        with distributed.distributed_context():
+            write_scores(request, opened)
 
 
 def ask_people() -> None:
     """Serves the page until it is stopped, then says what the votes come to."""
-    from imagegpt_jax.evaluation import human
-    from imagegpt_jax.metrics import sets
-
     if not IMAGES.value or not AGAINST.value:
         raise errors.UserError("--human needs two runs' samples: --images=A --against=B --output=votes.jsonl.")
     study = human.Study(sets.open_images(IMAGES.value), sets.open_images(AGAINST.value), OUTPUT.value or "", SEED.value)
@@ -196,8 +189,6 @@ def flag_values(of: type) -> dict[str, Any]:
 
 def settings_of(paths: Sequence[str]) -> checkpoint_data.Settings:
     """What the flags ask to be computed of checkpoints."""
-    from imagegpt_jax.evaluation import generate_for_prompts
-
     values = flag_values(checkpoint_data.Settings) | {
         "checkpoints": paths,
         "samples_per_prompt": SAMPLES_PER_PROMPT.value or 0,
@@ -210,8 +201,6 @@ def settings_of(paths: Sequence[str]) -> checkpoint_data.Settings:
 
 def score_checkpoints() -> None:
     """Scores what --checkpoint names."""
-    from imagegpt_jax.runtime import distributed
-
     settings = settings_of(CHECKPOINT.value or [])
     for path in settings.checkpoints:  # a wrong folder is reported before JAX starts
         checkpoint_data.kind_of(path)
@@ -219,21 +208,8 @@ def score_checkpoints() -> None:
         checkpoints.score(settings)
 
 
-def score_images() -> None:
-    """Scores what --images names."""
-    from imagegpt_jax.runtime import distributed
-
-    request = request_of(IMAGES.value)
-    opened = image_sets.open_sets(request)
-    with distributed.distributed_context():
-        write_scores(request, opened)
-
-
 def score_prompts() -> None:
     """Draws pictures of --prompts by the decoder that --checkpoint names, and scores them."""
-    from imagegpt_jax.evaluation import generate_for_prompts
-    from imagegpt_jax.runtime import distributed
-
     paths = CHECKPOINT.value or []
     if len(paths) != 1 or checkpoint_data.kind_of(paths[0]) != "decoder":
         raise errors.UserError(
@@ -267,8 +243,6 @@ def request_of(images: str, captions: str = "") -> image_sets.Request:
 
 def write_scores(request: image_sets.Request, opened: image_sets.Opened) -> None:
     """Computes, and in the first process writes and prints."""
-    from imagegpt_jax.runtime import distributed
-
     scores = image_sets.run(request, opened)
     if distributed.is_main_process():
         filesystem.write_whole(OUTPUT.value or "", json.dumps(scores, indent=1) + "\n")

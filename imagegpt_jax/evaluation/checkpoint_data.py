@@ -100,15 +100,9 @@ class Page:
 
 
 def batches(settings: Settings, name: str, data: Data, ops: str, mesh: "Mesh", **columns: Any) -> Iterable[Any]:
-    """One pass over the data in order, with a progress bar, in batches of which every device has whole parts of `ROWS`.
+    """One pass over the data in order, in batches of which every device has whole parts of `ROWS`.
 
-    Args:
-      settings: with the size of a batch.
-      name: beside the bar.
-      data: to pass over.
-      ops: what is done to the images.
-      mesh: devices.
-      **columns: `columns` of `pipeline.Batches`.
+    `name` stands beside the progress bar; `columns` are those of `pipeline.Batches`.
     """
     from tqdm import tqdm
 

@@ -4,7 +4,7 @@ Shapes: P prompts, S samples of a prompt, N samples, H W C image.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from imagegpt_jax.data.subset import Subset
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.evaluation import checkpoint_data
 from imagegpt_jax.evaluation.checkpoint_data import Data, Page, Scores, Settings, source_of
-from imagegpt_jax.evaluation.set_scores import score_sets
+from imagegpt_jax.evaluation.image_sets import score_sets
 from imagegpt_jax.generation.pipeline import Pipeline
 from imagegpt_jax.generation.request import GenerationRequest
 from imagegpt_jax.inference import loading
@@ -129,21 +129,18 @@ class DecoderScorer:
         references_PHWC = images.to_uint8(next(iter(read))["image"])
         read.close()
         prompts = [decoder.setup.labels[r["label"]] if use_labels else r["captions"][0] for r in records]
-        request = GenerationRequest(
-            mode="class_conditional" if use_labels else "text_to_image",
-            prompts=() if use_labels else tuple(prompts),
-            classes=tuple(record["label"] for record in records) if use_labels else (),
-            settings=settings.sampler,
-            seed=settings.seed,
-            num_images=each,
-        )
+        wanted: dict[str, Any] = {"settings": settings.sampler, "seed": settings.seed, "num_images": each}
+        if use_labels:
+            wanted |= {"mode": "class_conditional", "classes": tuple(record["label"] for record in records)}
+        else:
+            wanted["prompts"] = tuple(prompts)
         sampling = decoder.sampling(**settings.sampler)
 
         def draw(params: Mapping[str, Any]) -> np.ndarray:
             del params  # the decoder has them
             drawn = []
             with tqdm(total=len(records) * each, desc="generation", unit="image", mininterval=1.0) as bar:
-                for part in Pipeline(decoder, tok).prepare(request)(0):
+                for part in Pipeline(decoder, tok).prepare(GenerationRequest(**wanted))(0):
                     drawn.append(part.pixels)
                     bar.update(len(part))
             return np.concatenate(drawn)
@@ -163,11 +160,8 @@ class DecoderScorer:
         if settings.metrics:
             scores |= self._score_set(config, samples_NHWC, references_PHWC)
         of_prompt = samples_NHWC.reshape(len(records), each, *samples_NHWC.shape[1:])
-        rows = [
-            images.Tile(prompt, [reference, *samples])
-            for prompt, reference, samples in zip(prompts, references_PHWC, of_prompt, strict=True)
-        ]
-        page.pictures["generations"] = images.grid(rows[:SHOWN_PROMPTS])
+        shown = list(zip(prompts, references_PHWC, of_prompt, strict=True))[:SHOWN_PROMPTS]
+        page.pictures["generations"] = images.grid([images.Tile(p, [real, *samples]) for p, real, samples in shown])
         if settings.report:
             training = source_of(config.data.train)
             trained_on = sources.open_source(training, require="image")
@@ -197,14 +191,11 @@ def _by_class(config: Any) -> bool:
 
 def _distinct(data: Data, settings: Settings, use_labels: bool) -> Subset:
     """Records that show different things: their concept where the set knows it, else their class or caption."""
+    source = data.source
 
-    def shown(record: dict[str, Any]) -> Any:
-        return record["label"] if use_labels else record.get("concept", record["captions"][0])
+    def shown(numbers: Sequence[int]) -> list[Any]:
+        records = source.__getitems__(numbers)
+        return [r["label"] if use_labels else r.get("concept", r["captions"][0]) for r in records]
 
-    chosen = retrieval.choose_distinct(
-        lambda numbers: [shown(record) for record in data.source.__getitems__(numbers)],
-        len(data.source),
-        settings.generation_prompts,
-        settings.seed,
-    )
-    return Subset(data.source, chosen.tolist())
+    chosen = retrieval.choose_distinct(shown, len(source), settings.generation_prompts, settings.seed)
+    return Subset(source, chosen.tolist())

@@ -5,6 +5,7 @@ was cut short. Picture i depends on the seed and i alone, so any number of proce
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -68,11 +69,7 @@ def _per_prompt(settings: Settings) -> int:
 
 
 def draw(settings: Settings, rows: Sequence[Row]) -> None:
-    """Draws the pictures that are not yet in the folder, together with the other processes.
-
-    Args:
-      settings: the decoder, its prompts and `samples_dir`.
-      rows: from `read_rows`.
+    """Draws the pictures of `read_rows` that are not yet in `samples_dir`, together with the other processes.
 
     Raises:
       UserError: if the decoder cannot draw these, or the folder holds other pictures.
@@ -91,15 +88,15 @@ def draw(settings: Settings, rows: Sequence[Row]) -> None:
             raise UserError(f"{path} was not trained on classes: give a file of prompts.")
         names = decoder.setup.labels or [""] * count
         rows = [{"text": names[number], "class": number} for number in range(count)]
-    total = min(settings.num_images or len(rows) * each, len(rows) * each)
+    asked = [row for row in rows for _ in range(each)]
     if settings.prompts == CLASSES:  # class after class, so that each split of ADM's Inception Score holds all of them
-        asked = [rows[i % len(rows)] for i in range(total)]
-    else:
-        asked = [rows[i // each] for i in range(total)]
+        asked = [*rows] * each
+    asked = asked[: settings.num_images or None]
     about = {"seed": settings.seed, "sampler": dataclasses.asdict(sampling), **output.about(decoder, tok)}
     folder = epath.Path(settings.samples_dir)
     if distributed.is_main_process():
-        _begin(folder, {**about, "pictures": total, "prompts": _digest(asked)})
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        _begin(folder, {**about, "pictures": len(asked), "prompts": digest})
         lines = [json.dumps({**row, "file_name": file_name(i)}) for i, row in enumerate(asked)]
         filesystem.write_whole(folder / CAPTIONS, "\n".join(lines) + "\n")
     distributed.barrier()
@@ -112,19 +109,12 @@ def file_name(number: int) -> str:
     return f"{number:06d}.png"
 
 
-def _digest(rows: Sequence[Row]) -> str:
-    import hashlib
-
-    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
-
-
 def _begin(folder: epath.Path, plan: Mapping[str, Any]) -> None:
-    """Makes the folder, or finds that it holds pictures of the same plan."""
+    """Makes the folder, or checks that it holds pictures of the same plan."""
     if folder.exists() and any(folder.iterdir()):
         held = json.loads((folder / PLAN).read_text()) if (folder / PLAN).exists() else {}
-        held = {
-            name: renamed(value) if name == "sampler" else value for name, value in held.items() if name != "finish"
-        }
+        held.pop("finish", None)  # which plans had before
+        held |= {"sampler": renamed(held["sampler"])} if "sampler" in held else {}
         if held != json.loads(json.dumps(plan)):
             differ = sorted(name for name in plan.keys() | held.keys() if plan.get(name) != held.get(name))
             raise UserError(
@@ -144,26 +134,19 @@ def _draw(pipeline: "Pipeline", asked: Sequence[Row], about: Mapping[str, Any], 
     from imagegpt_jax.generation.request import GenerationRequest
     from imagegpt_jax.sampling.batching import BATCH_SIZE
 
-    held = {path.name for path in folder.iterdir()}
-    turn = BATCH_SIZE * len(jax.local_devices())
-    mine = [
-        i
-        for i in range(len(asked))
-        if i // turn % jax.process_count() == jax.process_index() and file_name(i) not in held
-    ]
+    held, turn = {path.name for path in folder.iterdir()}, BATCH_SIZE * len(jax.local_devices())
+    mine = [i for i in range(len(asked)) if i // turn % jax.process_count() == jax.process_index()]
+    mine = [i for i in mine if file_name(i) not in held]
     if not mine:
         return
     by_class = "class" in asked[0]
-    request = GenerationRequest(
-        mode="class_conditional" if by_class else "text_to_image",
-        prompts=() if by_class else tuple(asked[i]["text"] for i in mine),
-        classes=tuple(asked[i]["class"] for i in mine) if by_class else (),
-        settings=about["sampler"],
-        seed=about["seed"],
-        sample_indices=tuple(mine),
-    )
+    wanted = {"sample_indices": tuple(mine), "settings": about["sampler"], "seed": about["seed"]}
+    if by_class:
+        wanted |= {"mode": "class_conditional", "classes": tuple(asked[i]["class"] for i in mine)}
+    else:
+        wanted["prompts"] = tuple(asked[i]["text"] for i in mine)
     with tqdm(desc="draw", unit="image", total=len(mine), mininterval=1.0) as bar:
-        for part in pipeline.prepare(request, mesh=output.local_mesh())(0):
+        for part in pipeline.prepare(GenerationRequest(**wanted), mesh=output.local_mesh())(0):
             for i, pixels, metadata in zip(part.sample_indices, part.pixels, part.metadata, strict=True):
                 text = "" if by_class else asked[i]["text"]
                 row = {"index": int(i), "prompt": text, "class": asked[i].get("class"), **about, **metadata}

@@ -98,38 +98,32 @@ def _frame(low: tuple[float, float], high: tuple[float, float], x_name: str, y_n
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name: str, y_name: str) -> str:
-    """A line chart as SVG.
-
-    Args:
-      series: name -> (x values, y values); what is not finite is left out.
-      x_name: label of the horizontal axis.
-      y_name: label of the vertical axis.
-    """
-    points = {
+    """A line chart as SVG of series, name -> (x values, y values), without what is not finite."""
+    lines = {
         name: [(x, y) for x, y in zip(*pair, strict=True) if math.isfinite(x) and math.isfinite(y)]
         for name, pair in series.items()
     }
-    every = [point for line in points.values() for point in line]
+    every = [point for line in lines.values() for point in line]
     if not every:
         return '<p class="note">nothing to draw</p>'
     low, high = np.min(every, axis=0), np.max(every, axis=0)
     high = np.where(high > low, high, low + (np.abs(low) * 0.1 + 1e-9))
     scale = np.array([_WIDTH - _LEFT - 12, _HEIGHT - _BOTTOM - 14]) / (high - low)
     marks = []
-    for i, (name, line) in enumerate(points.items()):
+    for i, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         places = [
-            f"{_LEFT + (x - low[0]) * scale[0]:.1f},{_HEIGHT - _BOTTOM - (y - low[1]) * scale[1]:.1f}" for x, y in line
+            (f"{_LEFT + (x - low[0]) * scale[0]:.1f}", f"{_HEIGHT - _BOTTOM - (y - low[1]) * scale[1]:.1f}")
+            for x, y in line
         ]
-        marks.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        points = " ".join(map(",".join, places))
+        marks.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         if len(line) <= 30:
-            marks += [
-                f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="2.6" fill="{colour}"/>' for p in places
-            ]
-        marks.append(
-            f'<text x="{_WIDTH - 18}" y="{22 + 14 * i}" text-anchor="end" style="fill:{colour}">{_escape(name)}'
+            marks += [f'<circle cx="{x}" cy="{y}" r="2.6" fill="{colour}"/>' for x, y in places]
+        label = (
+            f'<text x="{_WIDTH - 18}" y="{22 + 14 * i}" text-anchor="end" style="fill:{colour}">{_escape(name)}</text>'
         )
-        marks.append("</text>")
+        marks.append(label)
     return _frame((low[0], low[1]), (high[0], high[1]), x_name, y_name, "".join(marks))
 
 
@@ -138,12 +132,11 @@ def histogram(counts: Sequence[int] | np.ndarray, x_name: str, y_name: str) -> s
     counts = np.asarray(counts, np.float64)
     bars = [float(part.mean()) for part in np.array_split(counts, min(len(counts), 320))]
     top = max([*bars, 1e-9])
-    width = (_WIDTH - _LEFT - 12) / len(bars)
+    width, heights = (_WIDTH - _LEFT - 12) / len(bars), [h / top * (_HEIGHT - _BOTTOM - 14) for h in bars]
     marks = "".join(
         f'<rect x="{_LEFT + i * width:.2f}" width="{max(width - 0.3, 0.4):.2f}"'
-        f' y="{_HEIGHT - _BOTTOM - h / top * (_HEIGHT - _BOTTOM - 14):.1f}"'
-        f' height="{h / top * (_HEIGHT - _BOTTOM - 14):.1f}" fill="{_COLOURS[0]}"/>'
-        for i, h in enumerate(bars)
+        f' y="{_HEIGHT - _BOTTOM - h:.1f}" height="{h:.1f}" fill="{_COLOURS[0]}"/>'
+        for i, h in enumerate(heights)
     )
     return _frame((0.0, 0.0), (float(len(counts)), top), x_name, y_name, marks)
 

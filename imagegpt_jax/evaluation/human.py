@@ -34,25 +34,15 @@ _RATINGS = range(1, 6)
 
 @dataclasses.dataclass(frozen=True)
 class Vote:
-    """One answer.
+    """One answer."""
 
-    Attributes:
-      pair: number of the pair.
-      name: what the pair's pictures are called.
-      rater: who.
-      choice: "A", "B" or "tie".
-      ratings: run -> 1 to 5, for those that were given.
-      left: the run that was on the left.
-      time: when, ISO 8601, UTC.
-    """
-
-    pair: int
-    name: str
+    pair: int  # its number
+    name: str  # what the pair's pictures are called
     rater: str
-    choice: str
-    ratings: Mapping[str, int]
-    left: str
-    time: str
+    choice: str  # "A", "B" or "tie"
+    ratings: Mapping[str, int]  # run -> 1 to 5, for those that were given
+    left: str  # the run that was on the left
+    time: str  # ISO 8601, UTC
 
 
 def order(rater: str, pair: int, seed: int) -> tuple[str, str]:

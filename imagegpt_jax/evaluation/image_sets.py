@@ -13,6 +13,7 @@ from etils import epath
 from imagegpt_jax import plugins
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.evaluation import report as pages
+from imagegpt_jax.evaluation.checkpoint_data import Scores, Settings
 from imagegpt_jax.evaluation.html import Report
 from imagegpt_jax.metrics import captions, prompts, protocols, provenance, score, sets, warnings
 from imagegpt_jax.metrics.feature_statistics import JUDGED, ROWS, FeatureStatistics
@@ -20,7 +21,7 @@ from imagegpt_jax.metrics.metric import CAPTIONS, NOTHING, PROMPTS, Options
 from imagegpt_jax.metrics.pairs import Pairs
 from imagegpt_jax.metrics.protocols import Protocol
 from imagegpt_jax.metrics.statistics_files import FileStatistics, write_statistics
-from imagegpt_jax.runtime import filesystem
+from imagegpt_jax.runtime import distributed, filesystem
 
 if TYPE_CHECKING:
     from imagegpt_jax.metrics.set_scorer import SetScorer
@@ -99,11 +100,7 @@ def parse_weights(values: Sequence[str], features: str) -> dict[str, str]:
 
 
 def open_sets(request: Request, reference: sets.ImageSet | FileStatistics | None = None) -> Opened:
-    """Opens and checks all sets, without JAX.
-
-    Args:
-      request: what is to be scored.
-      reference: what `open_reference` has opened already; None opens it.
+    """Opens and checks all sets, without JAX; `reference` is what `open_reference` has opened already.
 
     Raises:
       UserError: if one cannot be scored.
@@ -116,19 +113,15 @@ def open_sets(request: Request, reference: sets.ImageSet | FileStatistics | None
         training = sets.open_images(request.train_images, crop=protocol.crop(protocol.reference_crop))
     of_captions = any(score.find(name).reference == CAPTIONS for name in request.metrics)
     words = captions.read(images, request.captions) if of_captions else ()
-    return dataclasses.replace(with_pairs(request, images, reference), training=training, captions=words)
+    return Opened(images, reference, training, _pairs(request, images, reference), words)
 
 
-def with_pairs(request: Request, images: sets.ImageSet, reference: sets.ImageSet | FileStatistics | None) -> Opened:
-    """Two sets, and as pairs where metrics compare image with image."""
+def _pairs(request: Request, images: sets.ImageSet, reference: Any) -> Pairs | None:
+    """Two sets as pairs, which `open_reference` has seen to be images, where metrics compare image with image."""
     paired = score.paired(request.metrics)
-    if not paired:
-        return Opened(images, reference)
-    assert reference is not None
-    assert not isinstance(reference, FileStatistics)  # which `open_reference` has refused
-    both = Pairs(images, reference)
+    both = Pairs(images, reference) if paired else None
     score.check_side(paired, images.size)
-    return Opened(images, reference, pairs=both)
+    return both
 
 
 def open_reference(request: Request) -> sets.ImageSet | FileStatistics | None:
@@ -185,7 +178,6 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
     import jax
 
     from imagegpt_jax.metrics import set_scorer
-    from imagegpt_jax.runtime import distributed
 
     started = time.monotonic()
     protocol, options = request.protocol, request.options
@@ -201,8 +193,11 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
     )
     images = scorer.gather("images", opened.images)
     notes = warnings.of_set("images", opened.images, images, protocol)
-    compared = _gather_reference(scorer, opened)
-    notes += compared.notes + warnings.of_scores(request.metrics, images, compared.source, protocol, compared.sizes)
+    reference, about, of_reference = _gather_reference(scorer, opened)
+    sizes = {"images": opened.images.size}
+    if opened.reference is not None and not isinstance(opened.reference, FileStatistics):
+        sizes["reference"] = opened.reference.size
+    notes += of_reference + warnings.of_scores(request.metrics, images, reference, protocol, sizes)
     if opened.pairs is not None:
         images.values = scorer.gather("pairs", opened.pairs).values
 
@@ -210,13 +205,13 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     if distributed.is_main_process():
         judged = _judge(request, opened.images) if any(score.find(n).form == JUDGED for n in request.metrics) else None
-        scores = scorer.scores(images, compared.source, judged)
+        scores = scorer.scores(images, reference, judged)
         if request.statistics_output:
             _write_statistics(request, images, {n.name: n.about["sha256"] for n in scorer.networks})
     scores["provenance"] = {
         "protocol": protocol.facts(),
         "images": provenance.of_set(opened.images, images.sha256),
-        "reference": compared.about,
+        "reference": about,
         "feature_weights": {network.name: dict(network.about) for network in scorer.networks if network.about},
         **provenance.drawn_by(opened.images),
         "seed": options.seed,
@@ -230,53 +225,62 @@ def run(request: Request, opened: Opened) -> dict[str, Any]:
     }
     if request.report and distributed.is_main_process():
         filesystem.write_whole(request.report, _page(request, opened, scores, images))
-    for statistics in (images, compared.source, getattr(compared.source, "beside", None)):
+    for statistics in (images, reference, getattr(reference, "beside", None)):
         if isinstance(statistics, FeatureStatistics):
             statistics.close()
     return scores
 
 
-@dataclasses.dataclass
-class _Compared:
-    """The statistics of the reference, and what to tell of it."""
-
-    sizes: dict[str, tuple[int, int]]
-    source: FeatureStatistics | FileStatistics | None = None
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
-    notes: warnings.Warnings = dataclasses.field(default_factory=list)
-
-
-def _gather_reference(scorer: "SetScorer", opened: Opened) -> _Compared:
-    reference, protocol = opened.reference, scorer.protocol
-    compared = _Compared({"images": opened.images.size})
-    if isinstance(reference, FileStatistics):
-        _check_weights(reference, scorer.networks, protocol.features)
-        compared.source = reference
-        count, sha256 = reference.count, reference.sha256
-        compared.about = {"path": reference.path, "n": count, "sha256": sha256, **reference.about}
-        if reference.images is not None and scorer.needs["reference"].get(ROWS):
-            beside = scorer.gather("reference", reference.images, (ROWS,))
-            compared.source = dataclasses.replace(reference, beside=beside)
-            compared.about["images"] = provenance.of_set(reference.images, beside.sha256)
-    elif reference is not None:
-        compared.source = gathered = scorer.gather("reference", reference)
-        compared.sizes["reference"] = reference.size
-        compared.about = provenance.of_set(reference, gathered.sha256)
-        compared.notes = warnings.of_set("reference", reference, gathered, protocol)
+def _gather_reference(
+    scorer: "SetScorer", opened: Opened
+) -> tuple[FeatureStatistics | FileStatistics | None, dict[str, Any], warnings.Warnings]:
+    """The statistics of the reference, which it is, and warnings of it."""
+    reference = opened.reference
+    if reference is None:
+        return None, {}, []
+    if not isinstance(reference, FileStatistics):
+        gathered = scorer.gather("reference", reference)
+        notes = warnings.of_set("reference", reference, gathered, scorer.protocol)
         if opened.training is not None:
             training = scorer.gather("train images", opened.training)
-            compared.notes += warnings.of_training(gathered, set(training.keys()))
-    return compared
-
-
-def _check_weights(statistics: FileStatistics, networks: Sequence[Any], features: str) -> None:
-    made_with = statistics.about.get("weights_sha256")
-    for network in networks:
-        if network.name == features and made_with not in (None, network.about["sha256"]):
+            notes += warnings.of_training(gathered, set(training.keys()))
+        return gathered, provenance.of_set(reference, gathered.sha256), notes
+    made_with = reference.about.get("weights_sha256")
+    for network in scorer.networks:
+        if network.name == scorer.protocol.features and made_with not in (None, network.about["sha256"]):
             raise UserError(
-                f"{statistics.path} was made with other weights of {features} ({made_with}) than"
+                f"{reference.path} was made with other weights of {network.name} ({made_with}) than"
                 f" {network.about['path']} ({network.about['sha256']}): make it again, or give those weights."
             )
+    about = {"path": reference.path, "n": reference.count, "sha256": reference.sha256, **reference.about}
+    if reference.images is not None and scorer.needs["reference"].get(ROWS):
+        beside = scorer.gather("reference", reference.images, (ROWS,))
+        about["images"] = provenance.of_set(reference.images, beside.sha256)
+        reference = dataclasses.replace(reference, beside=beside)
+    return reference, about, []
+
+
+def score_sets(
+    settings: Settings, prefix: str, names: Sequence[str], images: sets.ImageSet, reference: sets.ImageSet
+) -> Scores:
+    """Scores of sets that are in no file, as a checkpoint's scores, by the names `prefix/metric`; errors as `run`."""
+    protocol, options = protocols.find(settings.protocol), Options(seed=settings.seed)
+    request = Request(images.path, reference.path, protocol, tuple(names), settings.weights, options)
+    results = run(request, Opened(images, reference, pairs=_pairs(request, images, reference)))
+    about = results.pop("provenance")
+    scores: Scores = {}
+    for name, result in results.items():
+        scores[name] = result["value"]
+        if result["interval"]:
+            scores[f"{name}_low"], scores[f"{name}_high"] = result["interval"]
+    scores |= {
+        "protocol": protocol.name,
+        "images": about["images"]["n"],
+        "reference_images": about["reference"]["n"],
+        "reference_sha256": about["reference"]["sha256"],
+    }
+    scores |= {f"{name}_sha256": weights["sha256"] for name, weights in about["feature_weights"].items()}
+    return {f"{prefix}/{name}": value for name, value in scores.items()}
 
 
 def _judge(request: Request, images: sets.ImageSet) -> tuple[float, dict[str, float]]:

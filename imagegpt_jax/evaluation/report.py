@@ -89,10 +89,9 @@ def neighbours(page: Report, images: ImageSet, training: ImageSet) -> None:
 
 def worst(page: Report, images: ImageSet, references: ImageSet, metric: str, values_N: np.ndarray) -> None:
     """Adds the pairs that a metric likes least."""
-    order = np.argsort(-values_N if score.find(metric).lower_is_better else values_N)[:WORST]
+    order = np.argsort(-values_N if score.find(metric).lower_is_better else values_N)[:WORST].tolist()
     shown = [
-        Shown([references.read(int(i)), images.read(int(i))], f"{images.names[int(i)]}: {metric} {values_N[i]:.4g}")
-        for i in order
+        Shown([references.read(i), images.read(i)], f"{images.names[i]}: {metric} {values_N[i]:.4g}") for i in order
     ]
     page.gallery("Worst pairs", shown, f"reference beside image, by {metric}")
 

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from imagegpt_jax.evaluation import checkpoint_data
 from imagegpt_jax.evaluation.checkpoint_data import Page, Scores, Settings
-from imagegpt_jax.evaluation.set_scores import score_sets
+from imagegpt_jax.evaluation.image_sets import score_sets
 from imagegpt_jax.inference import loading
 from imagegpt_jax.metrics import common
 from imagegpt_jax.metrics.reconstruction import ReconstructionEvaluator

@@ -106,15 +106,10 @@ def r_precision(
 ) -> tuple[float, int]:
     """CLIP R-precision (Park et al. 2021): how often an image is nearest to its own caption among random other ones.
 
-    Args:
-      images_NE: embeddings of images.
-      texts_NE: embeddings of their captions.
-      captions: the captions; equal ones are never each other's rivals.
-      seed: of the rivals; those of image i depend on (seed, i) alone.
-      candidates: captions to choose among; all if there are fewer different ones.
+    Equal captions are never each other's rivals, and those of image i depend on (seed, i) alone.
 
     Returns:
-      (share of images, candidates).
+      (share of images, captions that were chosen among, which are all if there are fewer different ones).
 
     Raises:
       UserError: if there are not two different captions.

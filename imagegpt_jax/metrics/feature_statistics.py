@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class FeatureStatistics:
         return self.count - len(set(self.keys()))
 
     def gaussian(self, output: Output) -> frechet.Gaussian:
-        """Mean and covariance of an output."""
+        """Mean and covariance of an output, as of `FileStatistics`."""
         return frechet.Gaussian.of(self.moments[output])
 
     def features(self, output: Output) -> statistics.Rows:
@@ -73,22 +74,11 @@ class FeatureStatistics:
         """A key for each image, equal for equal images."""
         return (digest.tobytes() for digest in self.digests)
 
-    def add(
-        self,
-        form: str,
-        output: Output,
-        features_NX: np.ndarray,
-        start: int = 0,
-        splits_N: Any = (),
-    ) -> None:
-        """Adds an output's features of images in a form.
+    def add(self, form: str, output: Output, features_NX: np.ndarray, start: int = 0, splits_N: Any = ()) -> None:
+        """Adds an output's features of images in a form: `MOMENTS`, `CLASSES`, `ROWS` or `VALUES`.
 
-        Args:
-          form: `MOMENTS`, `CLASSES`, `ROWS` or `VALUES`.
-          output: the network and its output.
-          features_NX: of these images.
-          start: number of the first of them, which `CLASSES` and `VALUES` ask for.
-          splits_N: of `CLASSES`, the split of each image of the set.
+        `CLASSES` and `VALUES` ask for `start`, the number of the first image, and `CLASSES` for `splits_N`, the split
+        of each image of the set.
         """
         stop = start + len(features_NX)
         if form == MOMENTS:
@@ -116,7 +106,7 @@ def collect(
     protocol: Protocol,
     *,
     batch_size: int,
-    advance: Callable[[int], Any] = lambda count: None,
+    advance: Callable[[int], Any],
 ) -> FeatureStatistics:
     """Passes over the set once.
 
@@ -125,16 +115,12 @@ def collect(
       needs: `MOMENTS`, `CLASSES`, `ROWS`, `VALUES` -> the outputs that are needed in that form.
       networks: what computes them.
       protocol: how the Inception Score splits.
-      batch_size: images that a process reads at once.
-      advance: called with how many images have been done since the last call.
-
-    Raises:
-      UserError: if an image is damaged.
+      batch_size, advance: see `features.extract`, which raises a UserError for a damaged image.
     """
     from imagegpt_jax.metrics.features import extract
 
     gathered = FeatureStatistics(np.zeros((len(images), 32), np.uint8))
-    outputs = sorted({output for wanted in needs.values() for output in wanted})
+    outputs = sorted(set(itertools.chain(*needs.values())))
     splits_N = protocol.inception.split(len(images))
     for part in extract(images, networks, outputs, batch_size=batch_size, advance=advance):
         gathered.digests[part.start : part.start + len(part.digests)] = part.digests

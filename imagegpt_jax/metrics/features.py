@@ -90,7 +90,7 @@ def extract(
     batch_size: int = 64,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> Iterator[Part]:
-    """Computes features of all images.
+    """Computes features of all images, and yields them in parts; every process all of them.
 
     Args:
       images: the set; the same for every process.
@@ -98,9 +98,6 @@ def extract(
       outputs: the (network, output) that are wanted.
       batch_size: images that a process reads at once; no result depends on it.
       advance: called with how many images have been done since the last call.
-
-    Returns:
-      an iterator over parts; in every process over all of them.
 
     Raises:
       UserError: if an image is damaged.
@@ -112,19 +109,14 @@ def extract(
     params = jax.device_put(held, sharding.replicated(mesh))
     rows, count = ROWS * mesh.size, len(images)
     turn = rows * jax.process_count()
-    mine = [
-        number
-        for start in range(jax.process_index() * rows, count, turn)
-        for number in range(start, min(start + rows, count))
-    ]
+    mine = [number for number in range(count) if number // rows % jax.process_count() == jax.process_index()]
     source = _prefetch(images, mine, batch_size)
 
     def dispatch(start: int) -> tuple[np.ndarray, dict[tuple[str, str], jax.Array]]:
         first = start + jax.process_index() * rows
         batch = [next(source) for _ in range(max(0, min(rows, count - first)))]
         digests = np.zeros((rows, 32), np.uint8)
-        for i, image in enumerate(batch):
-            digests[i] = digest(image)
+        digests[: len(batch)] = np.reshape([digest(image) for image in batch], (-1, 32))
         computed = {}
         for network in networks:
             prepared = [network.prepare(image) for image in batch or [np.zeros(images.shape, np.uint8)]]
@@ -153,10 +145,8 @@ def _gathered(start: int, digests: np.ndarray, computed: Mapping[tuple[str, str]
     """The batches of all processes, one after another, without what fills the last one up."""
     arrays = {name: np.asarray(value, np.float32) for name, value in computed.items()}
     if jax.process_count() > 1:
-        digests, *values = multihost_utils.process_allgather((digests, *arrays.values()))
-        digests = np.asarray(digests).reshape(-1, 32)
-        arrays = {
-            name: np.asarray(value).reshape(-1, *value.shape[2:]) for name, value in zip(arrays, values, strict=True)
-        }
+        every = multihost_utils.process_allgather((digests, *arrays.values()))
+        digests, *values = (np.asarray(value).reshape(-1, *value.shape[2:]) for value in every)
+        arrays = dict(zip(arrays, values, strict=True))
     stop = min(len(digests), count - start)
     return Part(start, digests[:stop], {name: value[:stop] for name, value in arrays.items()})

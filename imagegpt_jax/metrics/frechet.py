@@ -78,14 +78,8 @@ def infinity(
 ) -> tuple[float, Sequence[tuple[int, float]]]:
     """FID-infinity: what the distance would be for infinitely many samples (Chong and Forsyth 2020, arXiv:1911.07023).
 
-    Distances of random subsets of growing size, a line over 1 / size, and its value at 0.
-
-    Args:
-      rows: features of all samples.
-      reference: what they are compared with.
-      sizes: how many sizes.
-      smallest: the smallest size; half of the samples if there are fewer than twice as many.
-      seed: of the subsets.
+    Distances of random subsets of `sizes` growing sizes, a line over 1 / size, and its value at 0. The `smallest` size
+    is half of the samples if there are fewer than twice as many.
 
     Returns:
       (the limit, [(size, distance)]).
@@ -101,8 +95,8 @@ def infinity(
     points = [
         (int(n), distance(of_rows(rows, rng.choice(count, n, replace=False)), reference)) for n in np.unique(chosen)
     ]
-    inverse, values = 1 / np.array([n for n, _ in points]), np.array([value for _, value in points])
-    _, limit = np.polyfit(inverse, values, 1)
+    counts, values = np.array(points).T
+    _, limit = np.polyfit(1 / counts, values, 1)
     if not math.isfinite(limit):
         raise UserError("FID-infinity is not finite: the features hold numbers that are not.")
     return float(limit), points

@@ -37,12 +37,9 @@ class Subsets:
         rng = np.random.RandomState(self.seed)
         size = self.size_of(images, references)
         for _ in range(self.count):
-            if self.reference_first:
-                chosen = rng.choice(references, size, replace=False)
-                yield rng.choice(images, size, replace=False), chosen
-            else:
-                chosen = rng.choice(images, size, replace=False)
-                yield chosen, rng.choice(references, size, replace=False)
+            first, second = (references, images) if self.reference_first else (images, references)
+            chosen = rng.choice(first, size, replace=False), rng.choice(second, size, replace=False)
+            yield chosen[::-1] if self.reference_first else chosen
 
     def size_of(self, images: int, references: int) -> int:
         """The size of the subsets of sets of these sizes."""

@@ -20,6 +20,7 @@ from imagegpt_jax.models.pretrained import clip, dinov2, efficientnet, inception
 from imagegpt_jax.parallel import padding
 
 Loader = Callable[[str, str], Network]
+Outputs = Callable[[Any, jax.Array], Mapping[str, jax.Array]]  # (module, prepared images) -> {output: array}
 _TEXTS = 64  # of a batch
 
 
@@ -40,13 +41,8 @@ def load(name: str, path: str, resize: str) -> Network:
 def check_weights(name: str, path: str, flag: str) -> None:
     """Finds out early whether a network's weights are there: fetches the public file if `path` is "".
 
-    Args:
-      name: of the network.
-      path: file of its weights, or "".
-      flag: what to type to name a file, for the error.
-
     Raises:
-      UserError: if there is no such network, or its weights are missing.
+      UserError: if there is no such network, or its weights are missing; `flag` is what to type to name a file.
     """
     plugins.resolve(name, "feature network", LOADERS)
     if path and not epath.Path(path).exists():
@@ -55,16 +51,10 @@ def check_weights(name: str, path: str, flag: str) -> None:
         weights.fetch(inception.FILE, flag)
 
 
-def wrap(
-    name: str,
-    about: Mapping[str, str],
-    module: nnx.Module,
-    prepare: Callable[[np.ndarray], np.ndarray],
-    outputs: Callable[[Any, jax.Array], Mapping[str, jax.Array]],
-) -> Network:
-    """A network from a module; `outputs` calls it: (module, prepared images) -> {output: array}."""
+def _network(name: str, path: str, module: nnx.Module, resize: str, size: int, outputs: Outputs) -> Network:
+    """The network of a module that was loaded from `path`; `outputs` calls it with images of `size`."""
     graph, params = train_state.split(module)
-    return Network(name, about, prepare, _Apply(graph, outputs), params)
+    return Network(name, _about(path), resizing.to_size(resize, size), _Apply(graph, outputs), params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +62,11 @@ class _Apply:
     """A module's pure function; those of equal modules are equal, and compiled once."""
 
     graph: Any
-    outputs: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
+    outputs: Outputs
 
     def __call__(self, params: Any, images: jax.Array) -> Mapping[str, jax.Array]:
         with jax.default_matmul_precision("float32"):  # which accelerators do not have by default
             return self.outputs(train_state.merge(self.graph, params), images)
-
-
-def _about(path: str, file: weights.File, flag: str) -> dict[str, str]:
-    path = path or str(weights.fetch(file, flag))
-    return {"path": path, "sha256": weights.sha256(path)}
 
 
 def _inception_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
@@ -90,21 +75,16 @@ def _inception_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array
 
 
 def _inception(path: str, resize: str) -> Network:
-    if path:
-        module = inception.Inception.load(path)  # before its hash: tells what is wrong with the path
-    about = _about(path, inception.FILE, "--feature_weights=FILE")
-    if not path:
-        module = inception.Inception.load(about["path"])
-    prepare = resizing.to_size(resize, inception.SIZE)
-    return wrap("inception", about, module, prepare, _inception_outputs)
+    file = path or str(weights.fetch(inception.FILE, "--feature_weights=FILE"))
+    module = inception.Inception.load(file)
+    return _network("inception", file, module, resize, inception.SIZE, _inception_outputs)
 
 
 def _clip(path: str, resize: str) -> Network:
     del resize  # CLIP is defined with its own
     score.require_weights("clip", path)
     module = clip.CLIP.load(path)
-    prepare = resizing.to_size("pil_bicubic_crop", module.size)
-    return wrap("clip", _about_folder(path), module, prepare, _clip_outputs)
+    return _network("clip", path, module, "pil_bicubic_crop", module.size, _clip_outputs)
 
 
 def _clip_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
@@ -115,16 +95,13 @@ def _dinov2(path: str, resize: str) -> Network:
     del resize
     score.require_weights("dinov2", path)
     module = dinov2.DINOv2.load(path)
-    prepare = resizing.to_size("pil_bicubic_crop", dinov2.SIZE)
-    return wrap("dinov2", _about_folder(path), module, prepare, _pool_outputs)
+    return _network("dinov2", path, module, "pil_bicubic_crop", dinov2.SIZE, _pool_outputs)
 
 
 def _efficientnet(path: str, resize: str) -> Network:
     file = path or efficientnet.packaged()
     module = efficientnet.EfficientNetLite0.load(file)
-    prepare = resizing.to_size(resize, efficientnet.SIZE)
-    about = {"path": file, "sha256": weights.sha256(file)}
-    network = wrap("efficientnet_lite0", about, module, prepare, _pool_outputs)
+    network = _network("efficientnet_lite0", file, module, resize, efficientnet.SIZE, _pool_outputs)
     return dataclasses.replace(network, size=efficientnet.SIZE)
 
 
@@ -132,7 +109,7 @@ def _pool_outputs(module: Any, images: jax.Array) -> Mapping[str, jax.Array]:
     return {"pool": module(images)}
 
 
-def _about_folder(path: str) -> dict[str, str]:
+def _about(path: str) -> dict[str, str]:
     """Path and SHA-256 of a file, or of a folder's files of weights one after another."""
     place = epath.Path(path)
     if not place.is_dir():
@@ -164,25 +141,18 @@ def pairs(names: Sequence[str], path: str) -> Network:
     Raises:
       UserError: if LPIPS is asked for without weights.
     """
-    compared = {name: score.find(name).compare for name in names}
-    functions = tuple(
-        (name, plugins.plug_in(compare, "metric") if isinstance(compare, str) else compare)
-        for name, compare in compared.items()
-        if compare
-    )
-    if "lpips" not in names:
-        return Network("pairs", {}, np.asarray, _Compare(functions, None), {})
-    score.require_weights("lpips", path)
-    graph, params = train_state.split(lpips.LPIPS.load(path))
-    return Network("pairs", _about_folder(path), np.asarray, _Compare(functions, graph), params)
+    compared = {name: compare for name in names if (compare := score.find(name).compare)}
+    functions = tuple((n, plugins.plug_in(c, "metric") if isinstance(c, str) else c) for n, c in compared.items())
+    graph, params, about = None, {}, {}
+    if "lpips" in names:
+        score.require_weights("lpips", path)
+        graph, params = train_state.split(lpips.LPIPS.load(path))
+        about = _about(path)
+    return Network("pairs", about, np.asarray, _Compare(functions, graph), params)
 
 
 def embed_texts(path: str, texts: Sequence[str]) -> np.ndarray:
-    """CLIP's embeddings of texts, float32 [N, E], in batches of a fixed size.
-
-    Args:
-      path: folder with CLIP's weights and the files of its tokenizer.
-      texts: any; what is longer than CLIP's context is cut.
+    """CLIP's embeddings of texts, float32 [N, E], in batches of a fixed size; what is longer than its context is cut.
 
     Raises:
       UserError: if the folder has no tokenizer.

@@ -29,11 +29,6 @@ def _text(path: epath.PathLike) -> str:
 def coco_captions(path: epath.PathLike, count: int = COCO_COUNT, seed: int = 0) -> list[dict[str, Any]]:
     """Captions of COCO 2014's validation images, drawn without replacement, as Parti's authors describe.
 
-    Args:
-      path: `captions_val2014.json`.
-      count: how many.
-      seed: of the draw.
-
     Returns:
       [{"file_name", "text", "id"}], in the order of the draw; an image may come up with several of its captions.
 
@@ -68,17 +63,14 @@ def listed(path: epath.PathLike) -> list[dict[str, str]]:
 def of_protocol(
     name: str, path: epath.PathLike, count: int, seed: int, read_others: Callable[[str], Sequence[str]]
 ) -> list[dict[str, Any]]:
-    """What a protocol draws pictures of.
+    """What a protocol draws pictures of: rows with "text", and what else the file of its authors says.
 
     Args:
       name: of the protocol.
-      path: the file of its authors.
+      path: the file.
       count: only so many; 0 for all.
       seed: of the draw, where there is one.
       read_others: reads the prompts of any file, for protocols without prompts of their own.
-
-    Returns:
-      rows with "text", and what else the file says.
 
     Raises:
       UserError: if the file is none of the protocol's.

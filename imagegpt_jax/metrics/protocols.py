@@ -97,14 +97,13 @@ class Protocol:
 
     def with_subsets(self, count: int | None, size: int | None) -> "Protocol":
         """The protocol with other numbers for KID, where they are given."""
-        given = {name: value for name, value in (("count", count), ("size", size)) if value is not None}
-        return dataclasses.replace(self, kid=dataclasses.replace(self.kid, **given)) if given else self
+        kid = dataclasses.replace(self.kid, count=count or self.kid.count, size=size or self.kid.size)
+        return dataclasses.replace(self, kid=kid)
 
     def with_splits(self, count: int | None) -> "Protocol":
         """The protocol with another number of splits for the Inception Score, if it is given."""
-        if count is None:
-            return self
-        return dataclasses.replace(self, inception=dataclasses.replace(self.inception, count=count, size=0))
+        splits = self.inception if count is None else dataclasses.replace(self.inception, count=count, size=0)
+        return dataclasses.replace(self, inception=splits)
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
@@ -128,7 +127,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
             metrics=("fid", "kid"),
             reference="a folder of real images, or its statistics made with this protocol",
             resize="pil_bicubic_float",
-            kid=Subsets(seed=0, reference_first=False),
+            kid=Subsets(seed=0),
         ),
         Protocol(
             name="torch_fidelity",

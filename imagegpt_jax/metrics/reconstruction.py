@@ -79,49 +79,22 @@ def _measure(
     }
 
 
-class _Worst:
-    """The worst pairs so far."""
-
-    def __init__(self, count: int):
-        self._count = count
-        self._pairs: list[np.ndarray] = []
-        self._psnr: list[float] = []
-
-    def add(self, psnr_B: np.ndarray, mask_B: np.ndarray, pairs_n: np.ndarray) -> None:
-        """Takes a batch's worst pairs, of which those of rows that only fill it up come last."""
-        lowest = np.sort(np.where(mask_B, psnr_B, np.inf))[: len(pairs_n)]
-        real = np.isfinite(lowest)
-        order = np.argsort([*self._psnr, *lowest[real]], kind="stable")[: self._count]
-        pairs = [*self._pairs, *pairs_n[real]]
-        values = [*self._psnr, *lowest[real].tolist()]
-        self._pairs, self._psnr = [pairs[i] for i in order], [values[i] for i in order]
-
-    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """(pairs, PSNR), worst first."""
-        return np.array(self._pairs), np.array(self._psnr)
+def _worst(out: Mapping[str, Any]) -> list[tuple[float, np.ndarray]]:
+    """(PSNR, pair) of a batch's worst pairs, of which those of rows that only fill it up come last and are left out."""
+    lowest = np.sort(np.where(out["mask"], out["per_image"]["psnr"], np.inf))[: len(out["worst"])]
+    real = np.isfinite(lowest)
+    return list(zip(lowest[real].tolist(), out["worst"][real], strict=True))
 
 
-class _Sets:
-    """Features of images and of their reconstructions, whose pixels are not hashed."""
-
-    def __init__(self, network: str):
-        self._protocol = dataclasses.replace(protocols.find("emoji"), features=network)
-        self._forms = (ROWS, MOMENTS) if network == "inception" else (ROWS,)
-        self._sets = [FeatureStatistics(np.zeros((0, 32), np.uint8)) for _ in range(2)]
-
-    def add(self, features_2BD: np.ndarray) -> None:
-        for gathered, features_BD in zip(self._sets, features_2BD, strict=True):
-            for form in self._forms:
-                gathered.add(form, (self._protocol.features, "pool"), features_BD)
-
-    def result(self) -> dict[str, float]:
-        (real, fake), protocol = self._sets, self._protocol
-        scores = {"kid": score.compute(["kid"], fake, real, protocol)["kid"]["value"]}
-        if MOMENTS in self._forms:  # the distance is symmetric, but for its last bits
-            scores["rfid"] = score.compute(["fid"], real, fake, protocol)["fid"]["value"]
-        for gathered in self._sets:
-            gathered.close()
-        return scores
+def _set_scores(network: str, real: FeatureStatistics, fake: FeatureStatistics) -> dict[str, float]:
+    """KID, and rFID of the FID Inception, of reconstructions; frees the features."""
+    protocol = dataclasses.replace(protocols.find("emoji"), features=network)
+    scores = {"kid": score.compute(["kid"], fake, real, protocol)["kid"]["value"]}
+    if real.moments:  # the distance is symmetric, but for its last bits
+        scores["rfid"] = score.compute(["fid"], real, fake, protocol)["fid"]["value"]
+    for gathered in (real, fake):
+        gathered.close()
+    return scores
 
 
 class ReconstructionEvaluator:
@@ -177,20 +150,24 @@ class ReconstructionEvaluator:
           UserError: if there is no image.
         """
         del step
-        worst = _Worst(self._num_worst)
+        worst: list[tuple[float, np.ndarray]] = []
         means, images, counts_K = common.Mean(), 0, np.zeros(self._num_codes, np.int64)
         shown: list[np.ndarray] = []
-        sets = None if self._network is None else _Sets(self._network.name)
+        # Of images and of their reconstructions, whose pixels are not hashed.
+        network = "" if self._network is None else self._network.name
+        sets = [FeatureStatistics(np.zeros((0, 32), np.uint8)) for _ in range(2 if network else 0)]
+        forms = (ROWS, MOMENTS) if network == "inception" else (ROWS,)
         both = (params[self._name], self._feature_params)
         columns = ("image", "mask")
         for out in common.outputs(self._measure, both, self._batches(), columns, self._mesh, self._rows):
-            if sets is not None:
-                sets.add(out["features"][:, out["mask"]])
+            for gathered, features_BD in zip(sets, out.get("features", ()), strict=True):
+                for form in forms:
+                    gathered.add(form, (network, "pool"), features_BD[out["mask"]])
             means.add(out["per_image"], out["mask"])
             images += int(out["mask"].sum())
             counts_K += out["counts_K"]
             if self._num_worst:
-                worst.add(out["per_image"]["psnr"], out["mask"], out["worst"])
+                worst = sorted([*worst, *_worst(out)], key=lambda kept: kept[0])[: self._num_worst]
             if sum(part.shape[1] for part in shown) < self._num_shown:
                 shown.append(out["shown"][:, out["mask"][: out["shown"].shape[1]]])
         scores = means.result() | {
@@ -198,13 +175,16 @@ class ReconstructionEvaluator:
             "codebook_perplexity": 2.0 ** common.entropy_bits(counts_K),
             "images": float(images),
         }
-        if sets is not None:
-            scores |= sets.result()
+        if network:
+            scores |= _set_scores(network, *sets)
         rows = np.concatenate(shown, axis=1)[:, : self._num_shown]
         grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-        pairs, psnr = worst.pairs()
         return Evaluation(
             {f"{self._prefix}{name}": value for name, value in scores.items()},
             {f"{self._prefix}reconstructions": grid[None]},
-            {"counts_K": counts_K, "worst": pairs, "worst_psnr": psnr},
+            {
+                "counts_K": counts_K,
+                "worst": np.array([pair for _, pair in worst]),
+                "worst_psnr": np.array([psnr for psnr, _ in worst]),
+            },
         )

@@ -3,12 +3,11 @@
 The one way to them: a pass over each set gathers features, and the table of metrics makes scores of what was gathered.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from imagegpt_jax.metrics import feature_statistics, networks, score
 from imagegpt_jax.metrics.feature_statistics import VALUES, FeatureStatistics, Output
@@ -40,7 +39,7 @@ class SetScorer:
 
         Args:
           names: of the metrics.
-          protocol: how.
+          protocol: how they are computed.
           weights: network -> file of its weights; a public file is downloaded where there is none.
           options: intervals and extrapolation.
           captions: of the images, for the metrics that need them.
@@ -65,23 +64,20 @@ class SetScorer:
         self.needs: Mapping[str, Mapping[str, Sequence[Output]]] = needs
 
     def gather(self, role: str, images: ImageSet, forms: Sequence[str] | None = None) -> FeatureStatistics:
-        """Passes over a set once.
+        """Passes over a set once, which a damaged image ends with a UserError.
 
         Args:
           role: "images", "reference", or "pairs"; of anything else, such as "train images", only what all images are.
           images: the set.
           forms: only these forms of features; None for all that the metrics need.
-
-        Raises:
-          UserError: if an image is damaged.
         """
         needs = self.needs.get(role, {})
         needs = {form: outputs for form, outputs in needs.items() if forms is None or form in forms}
         used = {output[0] for outputs in needs.values() for output in outputs}
         chosen = [network for network in self.networks if network.name in used]
-        with _bar(role, len(images)) if self._progress else contextlib.nullcontext(lambda count: None) as advance:
+        with tqdm(desc=role, unit="image", total=len(images), mininterval=1.0, disable=not self._progress) as bar:
             return feature_statistics.collect(
-                images, needs, chosen, self.protocol, batch_size=self._batch_size, advance=advance
+                images, needs, chosen, self.protocol, batch_size=self._batch_size, advance=bar.update
             )
 
     def scores(
@@ -98,11 +94,3 @@ class SetScorer:
     @functools.cached_property
     def _texts_NE(self) -> np.ndarray:
         return networks.embed_texts(self._weights["clip"], [self.protocol.prefix + text for text in self._captions])
-
-
-@contextlib.contextmanager
-def _bar(name: str, count: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit="image", total=count, mininterval=1.0) as bar:
-        yield bar.update

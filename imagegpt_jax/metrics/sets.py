@@ -5,6 +5,7 @@ or of the array, and are read by number, so that many processes can share the wo
 Shapes: N images, B batch, H W pixels, C channels.
 """
 
+import itertools
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -88,18 +89,29 @@ def _unfit(image: Image.Image) -> str:
     return "" if image.mode in ("RGB", "P") else f"is in the colour mode {image.mode}"
 
 
+class _Stream:
+    """Images by number from an iterator; going back starts a new one at its beginning."""
+
+    def __init__(self, begin: Callable[[], Iterator[np.ndarray]]):
+        self._begin, self._images, self._next = begin, begin(), 0
+
+    def read(self, number: int) -> np.ndarray:
+        if number < self._next:
+            self._images, self._next = self._begin(), 0
+        image_HWC = next(itertools.islice(self._images, number - self._next, None))
+        self._next = number + 1
+        return image_HWC
+
+
 class Folder:
     """The images of a folder and its sub-folders, but for the overviews that `sample` puts there."""
 
     in_order = False
 
     def __init__(self, path: epath.PathLike, limit: int = 0, crop: Crop | None = None):
-        """Lists the files and checks what their headers say.
+        """Lists the files and checks what their headers say; arguments as of `open_images`.
 
-        Args:
-          path: the folder.
-          limit: only so many images, the first ones; 0 is all.
-          crop: how photographs come to one size, in grey or print colours too; None where they must be alike.
+        With a crop, photographs may be in grey or print colours too.
 
         Raises:
           UserError: if there are none, one is not 8-bit RGB, or they differ in size.
@@ -169,7 +181,7 @@ class NpzImages:
     in_order = True
 
     def __init__(self, path: epath.PathLike, key: str, limit: int = 0, crop: Crop | None = None):
-        """Checks the array's header; `limit` keeps only the first images, 0 all; `crop` as in `Folder`.
+        """Checks the array's header; `limit` and `crop` as of `open_images`.
 
         Raises:
           UserError: if it does not hold 8-bit RGB images.
@@ -186,13 +198,23 @@ class NpzImages:
             )
         self._count = min(limit, shape[0]) if limit else shape[0]
         self._crop = crop if crop is not None and crop.changes([shape[1:3]]) else None
-        self._stored = shape[1:]
         self.size: Size = (shape[1], shape[2]) if self._crop is None else (self._crop.side, self._crop.side)
         self.shape = (*self.size, 3)
         self.formats = {"NPZ": self._count}
         self.names = [str(i) for i in range(self._count)]
-        self._bytes = int(np.prod(self._stored))
-        self._stream, self._next = None, 0
+        self._stream = _Stream(self._images)
+
+    def _images(self) -> Iterator[np.ndarray]:
+        stream, shape, _ = _open_member(self.path, self._key)
+        size = int(np.prod(shape[1:]))
+        for number in range(self._count):
+            try:
+                data = stream.read(size)
+            except (OSError, EOFError, zipfile.BadZipFile, ValueError) as e:
+                raise UserError(f"{self.path} is damaged ({e}): copy it again.") from e
+            if len(data) != size:
+                raise UserError(f"{self.path} is damaged (it ends within image {number}): copy it again.")
+            yield np.frombuffer(data, np.uint8).reshape(shape[1:])
 
     def __len__(self) -> int:
         return self._count
@@ -203,17 +225,7 @@ class NpzImages:
         Raises:
           UserError: if the file is damaged.
         """
-        try:
-            if self._stream is None or number < self._next:
-                self._stream, self._next = _open_member(self.path, self._key)[0], 0
-            while self._next <= number:
-                data = self._stream.read(self._bytes)
-                self._next += 1
-        except (OSError, EOFError, zipfile.BadZipFile, ValueError) as e:
-            raise UserError(f"{self.path} is damaged ({e}): copy it again.") from e
-        if len(data) != self._bytes:
-            raise UserError(f"{self.path} is damaged (it ends within image {number}): copy it again.")
-        pixels = np.frombuffer(data, np.uint8).reshape(self._stored)
+        pixels = self._stream.read(number)
         return pixels if self._crop is None else self._crop(pixels)
 
 
@@ -284,7 +296,7 @@ class SourceImages:
         first = next(self._images())
         if first.shape[-1] != 3:
             raise UserError(f"FID and the like are of RGB images, and those of {name} have {first.shape[-1]} channels.")
-        self._stream, self._next = self._images(), 0
+        self._stream = _Stream(self._images)
         self.shape, self.size = first.shape, (first.shape[0], first.shape[1])
         self.formats = {"decoded": len(source)}
         self.names = [str(i) for i in range(len(source))]
@@ -307,13 +319,7 @@ class SourceImages:
 
     def read(self, number: int) -> UInt8[np.ndarray, "H W 3"]:
         """One image; going back starts at the beginning again."""
-        if number < self._next:
-            self._stream, self._next = self._images(), 0
-        while True:
-            image_HWC = next(self._stream)
-            self._next += 1
-            if self._next == number + 1:
-                return image_HWC
+        return self._stream.read(number)
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
@@ -323,7 +329,7 @@ def open_images(path: epath.PathLike, limit: int = 0, crop: Crop | None = None) 
     """Opens a folder or a `.npz` of images.
 
     Args:
-      path: which.
+      path: of either.
       limit: only so many images, the first ones; 0 is all.
       crop: how images come to one size; None where they must be alike.
 
@@ -350,12 +356,7 @@ def open_reference(
     """Opens what images are compared with: images, features, or means and covariances.
 
     Of a `.npz` with "mu" and "sigma" those count for FID, and images that lie beside them, as in ADM's files, for
-    what needs images.
-
-    Args:
-      path: which.
-      crop: how images come to one size; None where they must be alike.
-      network: that features and statistics in a file are of.
+    what needs images. Features and statistics are of `network`; `crop` is as of `open_images`.
 
     Raises:
       UserError: as `open_images`, and for statistics that are not of the right shapes.

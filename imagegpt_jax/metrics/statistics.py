@@ -101,12 +101,9 @@ class ClassScores:
 
 
 def splits_by_number(count: int, splits: int, shuffle_seed: int | None) -> Int[np.ndarray, "N"]:
-    """The split of each example when there are so many splits, equal but for one example.
+    """The split of each of `count` examples in `splits` splits, equal but for one example.
 
-    Args:
-      count: N.
-      splits: S.
-      shuffle_seed: examples are dealt out after `RandomState(seed).permutation`; None keeps their order.
+    They are dealt out after `RandomState(shuffle_seed).permutation`; None keeps their order.
     """
     split_N = np.searchsorted(np.arange(1, splits + 1) * count // splits, np.arange(count), side="right")
     if shuffle_seed is None:
@@ -142,10 +139,8 @@ class Rows:
 
     def take(self, numbers: Sequence[int] | Int[np.ndarray, "n"]) -> Float[np.ndarray, "n D"]:
         """The rows with these numbers."""
-        out = np.empty((len(numbers), self.size), np.float32)
-        for place, number in enumerate(np.asarray(numbers).tolist()):
-            out[place] = self.block(number, number + 1)[0]
-        return out
+        rows = [self.block(number, number + 1) for number in np.asarray(numbers).tolist()]
+        return np.concatenate(rows) if rows else np.empty((0, self.size), np.float32)
 
     def close(self) -> None:
         """Frees the file."""

@@ -85,14 +85,7 @@ class FileStatistics:
 def read_statistics(
     path: epath.Path, keys: Sequence[str], features: str | None, network: str, images: "ImageSet | None"
 ) -> FileStatistics:
-    """Reads a file.
-
-    Args:
-      path: the `.npz`.
-      keys: of its arrays.
-      features: the one of them that holds features; None without.
-      network: that they are of.
-      images: reference images that are in it too; None without.
+    """Reads a `.npz` with these keys, one of which may hold `features`, of a network; `images` may lie in it too.
 
     Raises:
       UserError: for arrays that are not of the right shapes.

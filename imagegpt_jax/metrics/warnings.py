@@ -19,14 +19,7 @@ def _named(texts: Mapping[str, str]) -> Warnings:
 
 
 def of_set(role: str, images: ImageSet, gathered: FeatureStatistics, protocol: Protocol) -> Warnings:
-    """What is odd about one set.
-
-    Args:
-      role: "images" or "reference".
-      images: the set.
-      gathered: its statistics.
-      protocol: what it should be like.
-    """
+    """What is odd about one set, whose role is "images" or "reference", by its statistics."""
     texts = {}
     count, looked_at, like = lossy(images), gathered.checked, gathered.jpeg_like
     if protocol.lossless and role == "images":  # photographs to compare with may well be JPEG

@@ -24,29 +24,16 @@ ROWS = 8  # of a device at once, always: products of other shapes differ in the 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is to be scored, and how.
+    """What is to be scored, and how: the flags of `evaluate` of the same names, whose help says what they mean.
 
     Attributes:
       checkpoints: workdirs or exported folders, one of each kind.
-      output: JSON file to write.
-      data: data to score on; "" for the run's own validation data.
-      ops: what is done to its images; "" for the run's own.
-      step: checkpoint step, with one checkpoint; None for the newest.
-      tokenizer: workdir of the image tokenizer; "" for the one that the decoder was trained with.
-      batch_size: examples that are read at once; 0 for the default. No score depends on it.
-      generation_prompts: prompts to draw pictures for; 0 leaves that score out.
-      samples_per_prompt: pictures of each prompt; 0 for the default.
+      step: None for the newest.
+      samples_per_prompt: 0 for the default.
       sampler: settings of `Sampling` in place of the decoder's own.
-      generation_data: pictures and captions to draw prompts from; "" for the decoder's training data.
-      seed: of the choice of prompts and of their pictures.
-      images_dir: folder for pictures of reconstructions and generations; "" for none.
-      report: HTML file to write; "" for none.
-      protocol: how reconstructions are scored as image sets.
       metrics: of image sets, such as fid, for a tokenizer's reconstructions and a decoder's samples.
       weights: name of a feature network -> file of its weights.
-      prompts: file of prompts in the protocol's format, or "classes", of which pictures are drawn into `samples_dir`.
-      samples_dir: folder for them.
-      num_images: only so many of them, the first ones; 0 for all.
+      samples_dir: folder for the pictures of `prompts`, which are at most `num_images`; 0 for all.
     """
 
     checkpoints: Sequence[str]
@@ -86,17 +73,11 @@ class Data:
 
 @dataclasses.dataclass
 class Page:
-    """What a page shows besides scores.
+    """What a page shows besides scores."""
 
-    Attributes:
-      pictures: name -> uint8 [H, W, C], such as of reconstructions.
-      details: of reconstructions, see `metrics.reconstruction`.
-      samples: image sets of samples and of what they may be copies of.
-    """
-
-    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    details: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    samples: "tuple[ImageSet, ImageSet] | None" = None
+    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # uint8 [H, W, C] by name
+    details: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # see `metrics.reconstruction`
+    samples: "tuple[ImageSet, ImageSet] | None" = None  # and what they may be copies of
 
 
 def batches(settings: Settings, name: str, data: Data, ops: str, mesh: "Mesh", **columns: Any) -> Iterable[Any]:

@@ -29,23 +29,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be scored.
+    """What is to be scored: the flags of `evaluate` of the same names, whose help says what they mean; "" for none.
 
     Attributes:
-      images: folder or .npz.
-      reference: folder, .npz, or statistics; "" for none.
-      protocol: how.
-      metrics: which.
       weights: name of a feature network -> file of its weights; "" is the public file, from the cache or downloaded.
       options: intervals and extrapolation.
-      num_images: only so many images, the first ones; 0 is all.
-      train_images: folder or .npz of images that were trained on, to look for in the reference; "" for none.
-      statistics_output: file to write the statistics of `images` to, as a later reference; "" for none.
-      batch_size: images that a process reads at once; 0 for the default.
       captions: file of captions; "" for those that the images bring.
-      scorer: `module:function` that judges images for GenEval; "" for none.
-      report: HTML file to write; "" for none.
-      sweep: files of scores at other guidance scales, for the report.
     """
 
     images: str

@@ -13,6 +13,7 @@ from imagegpt_jax import images as images_lib
 from imagegpt_jax.data import tables
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.metrics.sets import Folder, ImageSet
+from imagegpt_jax.metrics.statistics import unit
 
 CANDIDATES = 100  # captions that R-precision chooses among, the image's own included
 _COLUMNS = ("text", "caption", "prompt", "Prompt")
@@ -87,14 +88,9 @@ def _from_file(images: ImageSet, path: epath.Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- scores
 
 
-def _unit(rows_NE: np.ndarray) -> np.ndarray:
-    rows_NE = np.asarray(rows_NE, np.float64)
-    return rows_NE / np.linalg.norm(rows_NE, axis=1, keepdims=True)
-
-
 def clip_scores(images_NE: Float[np.ndarray, "N E"], texts_NE: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N"]:
     """100 * max(cosine, 0) of each image and its caption (Hessel et al. 2021, arXiv:2104.08718, who scale by 2.5)."""
-    return 100 * np.maximum(np.sum(_unit(images_NE) * _unit(texts_NE), axis=1), 0.0)
+    return 100 * np.maximum(np.sum(unit(images_NE) * unit(texts_NE), axis=1), 0.0)
 
 
 def r_precision(
@@ -119,7 +115,7 @@ def r_precision(
     candidates = min(candidates, len(distinct))
     if candidates < 2:
         raise UserError("R-precision needs images of at least 2 different captions.")
-    images_NE, texts_NE = _unit(images_NE), _unit(texts_NE)
+    images_NE, texts_NE = unit(images_NE), unit(texts_NE)
     hits = 0
     for i, caption in enumerate(captions):
         others = [number for number in distinct if number != first[caption]]

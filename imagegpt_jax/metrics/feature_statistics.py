@@ -27,24 +27,14 @@ _CHECKED = 64  # images that are looked at for traces of JPEG
 
 @dataclasses.dataclass
 class FeatureStatistics:
-    """What one pass has gathered of a set.
+    """What one pass has gathered of a set."""
 
-    Attributes:
-      digests: uint8 [N, 32], SHA-256 of each image's pixels.
-      moments: mean and covariance of an output.
-      classes: class scores of an output.
-      rows: every feature of an output, in a temporary file.
-      values: what pair metrics say of each image.
-      jpeg_like: how many of `checked` images show traces of JPEG.
-      checked: how many were looked at.
-    """
-
-    digests: np.ndarray
+    digests: np.ndarray  # uint8 [N, 32], SHA-256 of each image's pixels
     moments: dict[Output, statistics.Moments] = dataclasses.field(default_factory=dict)
     classes: dict[Output, statistics.ClassScores] = dataclasses.field(default_factory=dict)
-    rows: dict[Output, statistics.Rows] = dataclasses.field(default_factory=dict)
-    values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    jpeg_like: int = 0
+    rows: dict[Output, statistics.Rows] = dataclasses.field(default_factory=dict)  # every feature
+    values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # what pair metrics say of each image
+    jpeg_like: int = 0  # how many of the `checked` images show traces of JPEG
     checked: int = 0
 
     @property

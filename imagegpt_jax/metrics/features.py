@@ -46,17 +46,11 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Features of some images, which follow those of the part before.
+    """Features of some images, which follow those of the part before."""
 
-    Attributes:
-      start: number of the first image.
-      digests: uint8 [N, 32], SHA-256 of each image's pixels.
-      features: (network, output) -> float32 [N, ...].
-    """
-
-    start: int
-    digests: np.ndarray
-    features: Mapping[tuple[str, str], np.ndarray]
+    start: int  # number of the first image
+    digests: np.ndarray  # uint8 [N, 32], SHA-256 of each image's pixels
+    features: Mapping[tuple[str, str], np.ndarray]  # (network, output) -> float32 [N, ...]
 
 
 def digest(image_HWC: np.ndarray) -> np.ndarray:

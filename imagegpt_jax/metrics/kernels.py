@@ -10,27 +10,19 @@ import numpy as np
 from jaxtyping import Float
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.metrics.statistics import Rows
+from imagegpt_jax.metrics.statistics import Rows, unit
 
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
-_CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Subsets:
-    """How KID draws its subsets: numbers from `RandomState(seed)`, as the reference programs do.
-
-    Attributes:
-      count: how many.
-      size: of each; all of a smaller set.
-      seed: of the draws.
-      reference_first: whether the reference's subset is drawn before that of the images.
-    """
+    """How KID draws its `count` subsets: numbers from `RandomState(seed)`, as the reference programs do."""
 
     count: int = 100
-    size: int = 1000
+    size: int = 1000  # all of a smaller set
     seed: int = 2020
-    reference_first: bool = False
+    reference_first: bool = False  # whether the reference's subset is drawn before that of the images
 
     def draw(self, images: int, references: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Numbers of images and of references, for each subset."""
@@ -39,7 +31,7 @@ class Subsets:
         for _ in range(self.count):
             first, second = (references, images) if self.reference_first else (images, references)
             chosen = rng.choice(first, size, replace=False), rng.choice(second, size, replace=False)
-            yield chosen[::-1] if self.reference_first else chosen
+            yield (chosen[1], chosen[0]) if self.reference_first else chosen
 
     def size_of(self, images: int, references: int) -> int:
         """The size of the subsets of sets of these sizes."""
@@ -87,16 +79,12 @@ def cmmd(images: Rows, references: Rows) -> float:
     Embeddings are scaled to unit length; all pairs count, a row with itself included, as in the authors' program.
     """
 
-    def unit(table: Rows, start: int) -> np.ndarray:
-        rows = table.block(start, start + _CHUNK).astype(np.float64)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
     def mean_kernel(a: Rows, b: Rows) -> float:
         total = 0.0
-        for i in range(0, len(a), _CHUNK):
-            x = unit(a, i)
-            for j in range(0, len(b), _CHUNK):
-                total += float(np.exp((x @ unit(b, j).T - 1) / CMMD_SIGMA**2).sum())
+        for _, x in a.chunks():
+            x = unit(x)
+            for _, y in b.chunks():
+                total += float(np.exp((x @ unit(y).T - 1) / CMMD_SIGMA**2).sum())
         return total / (len(a) * len(b))
 
     return CMMD_SCALE * (

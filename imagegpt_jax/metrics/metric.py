@@ -93,31 +93,18 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a metric is computed from.
-
-    Attributes:
-      name: of the metric.
-      output: network and output.
-      images: statistics of the images.
-      reference: what they are compared with; None where the metric needs none.
-      protocol: how.
-      options: intervals and extrapolation.
-      captions: of the images; empty where no metric needs them.
-      texts_NE: CLIP's embeddings of them.
-      judged: GenEval's score and its shares by kinds of prompts.
-      shared: results that several metrics are taken from, by what they are called.
-    """
+    """What a metric is computed from."""
 
     name: str
     output: Output
     images: FeatureStatistics
-    reference: FeatureStatistics | FileStatistics | None
+    reference: FeatureStatistics | FileStatistics | None  # None where the metric needs none
     protocol: Protocol
     options: Options
-    captions: Sequence[str]
-    texts_NE: np.ndarray | None
-    judged: tuple[float, dict[str, float]] | None
-    shared: dict[tuple[str, ...], Any]
+    captions: Sequence[str]  # of the images; empty where no metric needs them
+    texts_NE: np.ndarray | None  # CLIP's embeddings of them
+    judged: tuple[float, dict[str, float]] | None  # GenEval's score and its shares by kinds of prompts
+    shared: dict[tuple[str, ...], Any]  # results that several metrics are taken from, by what they are called
 
     @property
     def rows(self) -> Rows:

@@ -3,15 +3,11 @@
 Shapes: N images, M references, D features.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 from jaxtyping import Float
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.metrics.statistics import Rows
-
-_CHUNK = 1024
 
 
 def _squared(a_nD: np.ndarray, b_mD: np.ndarray) -> np.ndarray:
@@ -23,11 +19,6 @@ def _squared(a_nD: np.ndarray, b_mD: np.ndarray) -> np.ndarray:
     return np.maximum(square, 0.0)
 
 
-def _chunks(table: Rows) -> Iterator[tuple[int, np.ndarray]]:
-    for start in range(0, len(table), _CHUNK):
-        yield start, table.block(start, start + _CHUNK)
-
-
 def radii(table: Rows, neighbours: int) -> Float[np.ndarray, "N"]:
     """Squared distance of each row to its `neighbours`-th nearest other row.
 
@@ -37,9 +28,9 @@ def radii(table: Rows, neighbours: int) -> Float[np.ndarray, "N"]:
     if len(table) <= neighbours:
         raise UserError(f"the {neighbours}-th nearest neighbour needs more than {neighbours} images, not {len(table)}.")
     radii_N = np.empty(len(table))
-    for start, rows in _chunks(table):
+    for start, rows in table.chunks():
         nearest = np.full((len(rows), 0), np.inf)
-        for other, columns in _chunks(table):
+        for other, columns in table.chunks():
             square = _squared(rows, columns)
             same = np.arange(start, start + len(rows))[:, None] == np.arange(other, other + len(columns))
             square[same] = np.inf  # a row is not its own neighbour, though another with its numbers is
@@ -52,9 +43,9 @@ def radii(table: Rows, neighbours: int) -> Float[np.ndarray, "N"]:
 def share_inside(points: Rows, centres: Rows, radii_M: Float[np.ndarray, "M"]) -> float:
     """Share of points that lie in a ball around at least one centre, its surface included."""
     inside = 0
-    for _, rows in _chunks(points):
+    for _, rows in points.chunks():
         hit = np.zeros(len(rows), bool)
-        for start, columns in _chunks(centres):
+        for start, columns in centres.chunks():
             hit |= (_squared(rows, columns) <= radii_M[start : start + len(columns)]).any(axis=1)
         inside += int(hit.sum())
     return inside / len(points)
@@ -82,8 +73,8 @@ def density_coverage(images: Rows, references: Rows, neighbours: int = 5) -> tup
     """
     radii_M = radii(references, neighbours)
     balls, covered_M = 0, np.zeros(len(references), bool)
-    for _, rows in _chunks(images):
-        for start, columns in _chunks(references):
+    for _, rows in images.chunks():
+        for start, columns in references.chunks():
             inside = _squared(rows, columns) < radii_M[start : start + len(columns)]
             balls += int(inside.sum())
             covered_M[start : start + len(columns)] |= inside.any(axis=0)

@@ -4,7 +4,6 @@ The files are those of their authors: COCO's `captions_val2014.json`, `PartiProm
 `evaluation_metadata.jsonl`.
 """
 
-import collections
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -104,11 +103,7 @@ def geneval(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def geneval_score(right: Sequence[bool], rows: Sequence[Mapping[str, Any]]) -> tuple[float, dict[str, float]]:
-    """GenEval's score: the mean over kinds of prompts of the share of right images.
-
-    Args:
-      right: the judgement of each image, all images of the first prompt first.
-      rows: the prompts; as many images of each.
+    """GenEval's score: the mean over kinds of prompts of the share of right images, all of the first prompt first.
 
     Returns:
       (score, {tag: share}).
@@ -118,9 +113,7 @@ def geneval_score(right: Sequence[bool], rows: Sequence[Mapping[str, Any]]) -> t
     """
     if not right or len(right) % len(rows):
         raise UserError(f"{len(right)} images do not divide among {len(rows)} prompts: draw as many of each.")
-    each = len(right) // len(rows)
-    hits_of: dict[str, list[bool]] = collections.defaultdict(list)
-    for i, hit in enumerate(right):
-        hits_of[rows[i // each]["tag"]].append(bool(hit))
-    shares = {tag: float(np.mean(hits)) for tag, hits in sorted(hits_of.items())}
+    tags = np.repeat([row["tag"] for row in rows], len(right) // len(rows))
+    hits = np.array(right, bool)
+    shares = {str(tag): float(np.mean(hits[tags == tag])) for tag in np.unique(tags)}
     return float(np.mean(list(shares.values()))), shares

@@ -19,17 +19,11 @@ from imagegpt_jax.metrics.statistics import splits_by_number
 
 @dataclasses.dataclass(frozen=True)
 class InceptionSplits:
-    """How the Inception Score cuts its images: into `count` equal parts, or into parts of `size` images.
-
-    Attributes:
-      count: number of parts; 0 if `size` counts.
-      size: images of a part.
-      shuffle_seed: images are shuffled by `RandomState(seed)` before; None keeps their order.
-    """
+    """How the Inception Score cuts its images: into `count` equal parts, or, if that is 0, parts of `size` images."""
 
     count: int = 10
     size: int = 0
-    shuffle_seed: int | None = None
+    shuffle_seed: int | None = None  # of `RandomState`, by which images are shuffled before; None keeps their order
 
     def of(self, images: int) -> int:
         """How many parts so many images make."""

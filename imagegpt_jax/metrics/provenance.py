@@ -36,14 +36,8 @@ def code() -> dict[str, str]:
 
 def of_set(images: ImageSet, sha256: str) -> dict[str, Any]:
     """Which images a set is."""
-    return {
-        "path": images.path,
-        "n": len(images),
-        "height": images.size[0],
-        "width": images.size[1],
-        "formats": dict(images.formats),
-        "sha256": sha256,
-    }
+    sizes = {"n": len(images), "height": images.size[0], "width": images.size[1]}
+    return {"path": images.path, **sizes, "formats": dict(images.formats), "sha256": sha256}
 
 
 def drawn_by(images: ImageSet) -> dict[str, Any]:
@@ -160,18 +154,16 @@ def compare(paths: Sequence[str]) -> str:
             f" {'; '.join(protocols.differences(first, second))}. Score both by one protocol."
         )
     lines = [f"{'':<14}{'A':>14}{'B':>14}{'B - A':>14}"]
-    for name in [key for key in a if key in b and key != "provenance"]:
-        lines.append(_row(name, a[name], b[name]))
-    for name in sorted((a.keys() ^ b.keys()) - {"provenance"}):
-        lines.append(f"{name:<14}only in {'A' if name in a else 'B'}")
+    lines += [_row(name, a[name], b[name]) for name in a if name in b and name != "provenance"]
+    lines += [f"{name:<14}only in {'A' if name in a else 'B'}" for name in sorted(a.keys() ^ b.keys())]
     lines += ["", f"protocol {first.get('name')}", f"A = {paths[0]}", f"B = {paths[1]}"]
     differ = [(path, text) for path, text in _MATTERS if _at(a["provenance"], path) != _at(b["provenance"], path)]
     lines += ["", "differences:" if differ else "no difference in what the scores were made of"]
     for path, text in differ:
         lines.append(f"  {path}: {_short(_at(a['provenance'], path))} | {_short(_at(b['provenance'], path))} - {text}")
     for label, scores in (("A", a), ("B", b)):
-        for warned in scores["provenance"].get("warnings", []):
-            lines.append(f"  {label} was warned of {warned['name']}: {warned['text']}")
+        warned = scores["provenance"].get("warnings", [])
+        lines += [f"  {label} was warned of {warning['name']}: {warning['text']}" for warning in warned]
     return "\n".join(lines)
 
 

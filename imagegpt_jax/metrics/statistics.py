@@ -5,13 +5,14 @@ Shapes: N examples, D features, K classes, S splits.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from imagegpt_jax.errors import UserError
 
+CHUNK = 1024  # rows between which distances are taken at once
 BLOCK = 256  # rows that are added to a [D, D] matrix at once: its traffic is what a few rows would cost
 
 
@@ -113,6 +114,12 @@ def splits_by_number(count: int, splits: int, shuffle_seed: int | None) -> Int[n
     return dealt_N
 
 
+def unit(rows_ND: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+    """Rows scaled to unit length, in float64."""
+    rows_ND = np.asarray(rows_ND, np.float64)
+    return rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)
+
+
 class Rows:
     """Rows of float32 in a temporary file: every one can be read again, and none stays in memory."""
 
@@ -136,6 +143,10 @@ class Rows:
         self._file.seek(start * self.size * 4)
         data = self._file.read((stop - start) * self.size * 4)
         return np.frombuffer(data, np.float32).reshape(-1, self.size)
+
+    def chunks(self) -> Iterator[tuple[int, Float[np.ndarray, "n D"]]]:
+        """All rows, `CHUNK` by `CHUNK`, each time with the number of the first."""
+        return ((start, self.block(start, start + CHUNK)) for start in range(0, self._count, CHUNK))
 
     def take(self, numbers: Sequence[int] | Int[np.ndarray, "n"]) -> Float[np.ndarray, "n D"]:
         """The rows with these numbers."""

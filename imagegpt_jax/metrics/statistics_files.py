@@ -29,29 +29,17 @@ KEYS: Mapping[str, tuple[str, str]] = {"pool": ("mu", "sigma"), "spatial": ("mu_
 
 @dataclasses.dataclass(frozen=True)
 class FileStatistics:
-    """Means and covariances, or features, in place of reference images.
-
-    Attributes:
-      path: the file.
-      arrays: "pool" and perhaps "spatial" -> (mean [D], covariance [D, D]); float64.
-      rows: features [N, D] of "pool", or None.
-      count: images that they are of; None if the file does not say.
-      about: what our own files say of themselves: protocol, hashes, version.
-      sha256: of the file.
-      network: that they are of.
-      images: reference images that lie beside the statistics, as in ADM's files; None if there are none.
-      beside: statistics of those images, once they were passed over.
-    """
+    """Means and covariances, or features, of a network, in place of reference images."""
 
     path: str
-    arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    rows: Rows | None
-    count: int | None
-    about: Mapping[str, Any]
-    sha256: str
+    arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]  # "pool", perhaps "spatial" -> float64 [D] and [D, D]
+    rows: Rows | None  # features [N, D] of "pool"
+    count: int | None  # images that they are of; None if the file does not say
+    about: Mapping[str, Any]  # what our own files say of themselves: protocol, hashes, version
+    sha256: str  # of the file
     network: str
-    images: "ImageSet | None" = None
-    beside: "FeatureStatistics | None" = None
+    images: "ImageSet | None" = None  # reference images that lie beside the statistics, as in ADM's files
+    beside: "FeatureStatistics | None" = None  # statistics of those images, once they were passed over
 
     def gaussian(self, output: tuple[str, str]) -> Gaussian:
         """Mean and covariance of an output.

@@ -60,7 +60,7 @@ def of_scores(
     if protocol.count and count != protocol.count:
         texts["wrong_count"] = f"{count} images, and published scores of {protocol.name} are of {protocol.count:,}."
     if len(set(sizes.values())) > 1:
-        (a, b) = (sizes["images"], sizes["reference"])
+        a, b = sizes["images"], sizes["reference"]
         texts["unequal_sizes"] = (
             f"images are {a[0]} x {a[1]} and reference images {b[0]} x {b[1]}: each is resized on its own."
         )

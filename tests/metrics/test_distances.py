@@ -122,7 +122,7 @@ def test_cmmd_is_a_gaussian_kernel_of_directions(monkeypatch):
         square = ((x[:, None] - y) ** 2).sum(-1)
         expected += sign * np.exp(-square / (2 * 10**2)).mean()
     assert kernels.cmmd(table(a), table(b)) == pytest.approx(1000 * expected, rel=1e-5)
-    monkeypatch.setattr(kernels, "_CHUNK", 4)
+    monkeypatch.setattr(statistics, "CHUNK", 4)
     assert kernels.cmmd(table(a), table(b)) == pytest.approx(1000 * expected, rel=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_cmmd_is_a_gaussian_kernel_of_directions(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [5, 1000])
 def test_balls_around_neighbours(monkeypatch, chunk):
-    monkeypatch.setattr(precision_recall, "_CHUNK", chunk)
+    monkeypatch.setattr(statistics, "CHUNK", chunk)
     a, b = rows(23, size=3, seed=1), rows(31, size=3, seed=2, shift=0.7)
 
     def distances(x, y):

@@ -74,7 +74,7 @@ def evaluate(binary, tmp_path):
 
 
 def values(scores):
-    return {name: results["value"] for name, results in scores.items() if name != "provenance"}
+    return {name: score["value"] for name, score in scores.items() if name != "provenance"}
 
 
 def test_scores_say_what_was_measured(given, first):

@@ -36,13 +36,14 @@ def _scorers(settings: Settings, runs: Mapping[str, str]) -> list[Any]:
 def write_report(settings: Settings, runs: Mapping[str, str], scores: Scores, made: Page) -> None:
     """Writes a page of the scores, the pictures, the use of codes and the losses of training."""
     from imagegpt_jax.evaluation import report
-    from imagegpt_jax.evaluation.html import Report, Shown
+    from imagegpt_jax.evaluation.html import Report
+    from imagegpt_jax.images import Tile
 
     page = Report(f"Scores of {', '.join(runs.values())}")
     page.table("Scores", ("score", "value", "control", "value of the control"), rows(scores))
     notes = {"reconstructions": "inputs over reconstructions", "generations": "each reference before its samples"}
     for name, picture in made.pictures.items():
-        page.gallery(name.capitalize(), [Shown([picture], notes.get(name, ""))], whole=True)
+        page.gallery(name.capitalize(), [Tile(notes.get(name, ""), [picture])], whole=True)
     if made.details:
         report.worst_reconstructions(page, made.details["worst"], made.details["worst_psnr"])
         report.codes(page, made.details["counts_K"])

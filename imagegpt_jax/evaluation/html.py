@@ -4,7 +4,6 @@ Shapes: H W pixels.
 """
 
 import base64
-import dataclasses
 import html
 import io
 import math
@@ -15,7 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-Picture = UInt8[np.ndarray, "H W 3"]
+from imagegpt_jax.images import Tile
+
 _SIDE = 160  # pixels that a picture is shown at, at most; smaller ones are enlarged by whole factors
 _WHOLE = 1000  # the same of whole pictures, which are never made smaller
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 64, 40  # of a chart
@@ -34,19 +34,11 @@ figure img { image-rendering: pixelated; margin-right: 3px } figcaption { font-s
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """Pictures beside each other, and what is written under them."""
-
-    pictures: Sequence[Picture]
-    caption: str
-
-
 def _escape(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _image(picture: Picture, whole: bool = False) -> str:
+def _image(picture: UInt8[np.ndarray, "H W 3"], whole: bool) -> str:
     image = Image.fromarray(picture)
     if max(image.size) > _SIDE and not whole:
         scale = _SIDE / max(image.size)
@@ -171,11 +163,11 @@ class Report:
             lines = [f'<p class="warning"><b>{_escape(w["name"])}</b> {_escape(w["text"])}</p>' for w in warnings]
             self.section("Warnings", "".join(lines))
 
-    def gallery(self, title: str, shown: Sequence[Shown], note: str = "", *, whole: bool = False) -> None:
+    def gallery(self, title: str, tiles: Sequence[Tile], note: str = "", *, whole: bool = False) -> None:
         """Adds pictures with captions; `whole` ones keep their size."""
         figures = []
-        for tile in shown:
-            pictures = "".join(_image(picture, whole) for picture in tile.pictures)
+        for tile in tiles:
+            pictures = "".join(_image(picture, whole) for picture in tile.images)
             figures.append(f"<figure>{pictures}<figcaption>{_escape(tile.caption)}</figcaption></figure>")
         self.section(title, f'<div class="gallery">{"".join(figures)}</div>', note)
 

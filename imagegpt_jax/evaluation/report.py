@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.evaluation.html import Report, Shown, curves, histogram
+from imagegpt_jax.evaluation.html import Report, curves, histogram
+from imagegpt_jax.images import Tile
 from imagegpt_jax.metrics import provenance, retrieval, score
 from imagegpt_jax.metrics.protocols import Protocol
 from imagegpt_jax.metrics.sets import ImageSet
@@ -54,7 +55,7 @@ def made_of(page: Report, about: Mapping[str, Any]) -> None:
 def samples(page: Report, images: ImageSet, captions: Sequence[str]) -> None:
     """Adds the first images with their captions."""
     count = min(SAMPLES, len(images))
-    shown = [Shown([images.read(i)], captions[i] if captions else images.names[i]) for i in range(count)]
+    shown = [Tile((captions or images.names)[i], [images.read(i)]) for i in range(count)]
     page.gallery("Samples", shown, f"the first {count} of {len(images)}")
 
 
@@ -78,7 +79,7 @@ def neighbours(page: Report, images: ImageSet, training: ImageSet) -> None:
                 best[i], nearest[i] = distance.min(), start + int(distance.argmin())
     copies = {number: training.read(number) for number in sorted(set(nearest.tolist()))}  # in order: a set may stream
     shown = [
-        Shown([images.read(i), copies[j]], f"{images.names[i]} and {training.names[j]}, distance {d**0.5:.2f}")
+        Tile(f"{images.names[i]} and {training.names[j]}, distance {d**0.5:.2f}", [images.read(i), copies[j]])
         for i, j, d in zip(chosen, nearest.tolist(), best, strict=True)
     ]
     note = (
@@ -91,14 +92,14 @@ def worst(page: Report, images: ImageSet, references: ImageSet, metric: str, val
     """Adds the pairs that a metric likes least."""
     order = np.argsort(-values_N if score.find(metric).lower_is_better else values_N)[:WORST].tolist()
     shown = [
-        Shown([references.read(i), images.read(i)], f"{images.names[i]}: {metric} {values_N[i]:.4g}") for i in order
+        Tile(f"{images.names[i]}: {metric} {values_N[i]:.4g}", [references.read(i), images.read(i)]) for i in order
     ]
     page.gallery("Worst pairs", shown, f"reference beside image, by {metric}")
 
 
 def worst_reconstructions(page: Report, pairs_n: np.ndarray, psnr_n: np.ndarray) -> None:
     """Adds the images that a tokenizer reproduces worst."""
-    shown = [Shown([image, copy], f"PSNR {psnr:.2f} dB") for (image, copy), psnr in zip(pairs_n, psnr_n, strict=True)]
+    shown = [Tile(f"PSNR {psnr:.2f} dB", pair) for pair, psnr in zip(pairs_n, psnr_n, strict=True)]
     page.gallery("Worst reconstructions", shown, "image beside its reconstruction, lowest PSNR first")
 
 

@@ -35,10 +35,9 @@ class TokenizerScorer:
         setup, params, step = loading.read_tokenizer(path, settings.step)
         ops = settings.ops or checkpoint_data.config_of(path).data.eval_ops
         num_codes = setup.model.quantizer.num_ids
-        columns = {"columns": ("image",)}
         evaluator = ReconstructionEvaluator(
             task.predict_fns(setup)["reconstruct"],
-            lambda: checkpoint_data.batches(settings, "tokenizer", data, ops, mesh, **columns),
+            lambda: checkpoint_data.batches(settings, "tokenizer", data, ops, mesh, columns=("image",)),
             num_codes,
             mesh,
             rows=checkpoint_data.ROWS,

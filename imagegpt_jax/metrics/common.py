@@ -4,6 +4,7 @@ The last batch of a split is padded to the size of the others and carries `mask`
 the whole split and no example is dropped or counted twice. Statistics are summed on the host in float64.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,16 +22,16 @@ class Mean:
     """Weighted streaming mean in float64, one per name."""
 
     def __init__(self) -> None:
-        self._total: dict[str, float] = {}
-        self._weight: dict[str, float] = {}
+        self._total: dict[str, float] = collections.defaultdict(float)
+        self._weight: dict[str, float] = collections.defaultdict(float)
 
     def add(self, values: Mapping[str, np.ndarray], weights: np.ndarray) -> None:
         """Adds arrays of values, each weighted elementwise; values of weight 0 may be anything, NaN included."""
         keep = np.asarray(weights) > 0
+        kept = np.asarray(weights, np.float64)[keep]
         for name, value in values.items():
-            kept = np.asarray(weights, np.float64)[keep]
-            self._total[name] = self._total.get(name, 0.0) + float(np.sum(np.asarray(value, np.float64)[keep] * kept))
-            self._weight[name] = self._weight.get(name, 0.0) + float(np.sum(kept))
+            self._total[name] += float(np.sum(np.asarray(value, np.float64)[keep] * kept))
+            self._weight[name] += float(np.sum(kept))
 
     def result(self) -> dict[str, float]:
         """The means.
@@ -109,12 +110,8 @@ def _split(batches: Iterable[Mapping[str, np.ndarray]], rows: int, mesh: Mesh) -
 
 
 def _select(batch: Mapping[str, np.ndarray], columns: Sequence[str]) -> dict[str, np.ndarray]:
-    selected = {}
+    whole = {"mask": np.ones(len(next(iter(batch.values()))), bool), **batch}
     for name in columns:
-        if name in batch:
-            selected[name] = batch[name]
-        elif name == "mask":
-            selected[name] = np.ones(len(next(iter(batch.values()))), bool)
-        else:
+        if name not in whole:
             raise UserError(f"the evaluation data has no {name!r}: it holds {', '.join(sorted(batch))}.")
-    return selected
+    return {name: whole[name] for name in columns}

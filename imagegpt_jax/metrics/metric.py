@@ -29,17 +29,11 @@ IMAGES, STATISTICS, PAIRS, CAPTIONS, PROMPTS, NOTHING = "images", "statistics", 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What may be asked for besides.
+    """What may be asked for besides."""
 
-    Attributes:
-      bootstrap: resamplings of the images for the intervals of Frechet distances; 0 leaves them out.
-      infinity: whether Frechet distances are extrapolated to infinitely many images.
-      seed: of both.
-    """
-
-    bootstrap: int = 0
-    infinity: bool = False
-    seed: int = 0
+    bootstrap: int = 0  # resamplings of the images for the intervals of Frechet distances; 0 leaves them out
+    infinity: bool = False  # whether Frechet distances are extrapolated to infinitely many images
+    seed: int = 0  # of both
 
 
 @dataclasses.dataclass(frozen=True)

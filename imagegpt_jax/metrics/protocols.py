@@ -38,45 +38,24 @@ class InceptionSplits:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How scores are computed.
-
-    Attributes:
-      name: what it is called.
-      about: where it is from, in a sentence.
-      metrics: what is computed unless --metrics says otherwise.
-      features: network of FID, KID, precision and the like.
-      resize: how images come to the network's size, see `resizing`.
-      reference: what to compare with.
-      count: images that published scores are of; 0 if any number.
-      side: pixels of a side of the images; 0 if any.
-      lossless: whether the images have to be stored without loss.
-      kid: how KID draws its subsets.
-      inception: how the Inception Score cuts.
-      neighbours: of precision and recall.
-      captions: which captions are drawn, for generated images.
-      prefix: what stands before captions where CLIP compares them with images.
-      each: images of each caption.
-      reference_crop: how reference photographs come to `side` where they differ in size or are larger, see `resizing`;
-        "" where they must be alike.
-      image_crop: the same of the images.
-      sampler: how they are drawn.
-    """
+    """How scores are computed."""
 
     name: str
-    about: str
-    metrics: tuple[str, ...]
-    reference: str
-    features: str = "inception"
-    resize: str = "tf1_bilinear"
-    count: int = 0
-    side: int = 0
-    lossless: bool = True
+    about: str  # where it is from, in a sentence
+    metrics: tuple[str, ...]  # what is computed unless --metrics says otherwise
+    reference: str  # what to compare with
+    features: str = "inception"  # network of FID, KID, precision and the like
+    resize: str = "tf1_bilinear"  # how images come to the network's size, see `resizing`
+    count: int = 0  # images that published scores are of; 0 if any number
+    side: int = 0  # pixels of a side of the images; 0 if any
+    lossless: bool = True  # whether the images have to be stored without loss
     kid: Subsets = dataclasses.field(default_factory=Subsets)
     inception: InceptionSplits = dataclasses.field(default_factory=InceptionSplits)
-    neighbours: int = 3
-    captions: str = ""
-    prefix: str = ""
-    each: int = 1
+    neighbours: int = 3  # of precision and recall
+    captions: str = ""  # which captions images are generated for
+    prefix: str = ""  # what stands before captions where CLIP compares them with images
+    each: int = 1  # images of each caption
+    # How photographs come to `side` where they differ in size or are larger, see `resizing`; "": they must be alike.
     reference_crop: str = ""
     image_crop: str = ""
     sampler: str = "the sampler that the images' metadata names"

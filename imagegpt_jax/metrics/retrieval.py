@@ -40,13 +40,9 @@ def derangement(count: int, seed: int | tuple[int, ...]) -> np.ndarray:
 def choose_distinct(
     keys_of: Callable[[Sequence[int]], Sequence[Hashable]], size: int, count: int, seed: int
 ) -> np.ndarray:
-    """Chooses examples that show different things, in random order; reads no more of the data than it must.
+    """Chooses `count` of `size` examples that show different things, in random order; reads no more than it must.
 
-    Args:
-      keys_of: what the examples with these numbers show, such as their concepts or captions.
-      size: number of examples.
-      count: how many to choose.
-      seed: of the choice, which depends on nothing else.
+    `keys_of` numbers says what these examples show, such as their concepts or captions.
 
     Returns:
       int64 [min(count, number of distinct keys)], numbers of examples.
@@ -54,13 +50,12 @@ def choose_distinct(
     order = Order([size], seed=seed, shuffle=True)
     chosen: dict[Hashable, int] = {}
     for start in range(0, size, CHUNK):
-        if len(chosen) == count:
+        if len(chosen) >= count:
             break
         numbers = order(np.arange(start, min(start + CHUNK, size))).tolist()
         for number, key in zip(numbers, keys_of(numbers), strict=True):
-            if len(chosen) < count:
-                chosen.setdefault(key, number)
-    return np.asarray(list(chosen.values()), np.int64)
+            chosen.setdefault(key, number)
+    return np.asarray(list(chosen.values())[:count], np.int64)
 
 
 def retrieval(samples_PSHWC: np.ndarray, references_PHWC: np.ndarray, seed: int) -> dict[str, float]:

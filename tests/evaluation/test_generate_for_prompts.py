@@ -71,8 +71,8 @@ def test_parti_prompts_are_drawn_and_scored(evaluate, workdirs, parti, tmp_path,
     assert (metadata["prompt"], metadata["index"], metadata["sampler"]["top_k"]) == ('noto emoji of "thing" 4', 4, 9)
     # CLIPScore from its definition.
     pixels = np.stack([np.asarray(Image.open(file)) for file in files]).astype(float)
-    results, texts = pixels.mean(axis=(1, 2)), words("", [f'noto emoji of "thing" {i}' for i in range(5)])
-    cosines = (results * texts).sum(1) / np.linalg.norm(results, axis=1) / np.linalg.norm(texts, axis=1)
+    colours, texts = pixels.mean(axis=(1, 2)), words("", [f'noto emoji of "thing" {i}' for i in range(5)])
+    cosines = (colours * texts).sum(1) / np.linalg.norm(colours, axis=1) / np.linalg.norm(texts, axis=1)
     assert scores["clip_score"]["value"] == pytest.approx(100 * cosines.mean(), rel=1e-5)
 
     # Cut short: what is missing is drawn again, to the same bytes; another request is refused.

@@ -75,12 +75,12 @@ def test_adms_reference_has_statistics_for_fid_and_images_for_the_rest(evaluate,
 
 
 def test_batch_sizes_change_no_bit(evaluate, given):
-    results = []
+    each_size = []
     for size in (1, 7, 64):
         scores = evaluate(*(f"--images={given[0]}", f"--reference={given[1]}", f"--batch_size={size}"))
-        results.append({name: score for name, score in scores.items() if name != "provenance"})
-    assert results[0] == results[1] == results[2]
-    assert results[0].keys() == {"fid", "is", "kid"}
+        each_size.append({name: score for name, score in scores.items() if name != "provenance"})
+    assert each_size[0] == each_size[1] == each_size[2]
+    assert each_size[0].keys() == {"fid", "is", "kid"}
 
 
 def test_what_drew_the_images_is_read_from_them(evaluate, given, tmp_path):
@@ -90,10 +90,10 @@ def test_what_drew_the_images_is_read_from_them(evaluate, given, tmp_path):
     page = tmp_path / "page.html"
     flags = (f"--images={drawn}", f"--reference={given[1]}", "--metrics=fid,kid", f"--report={page}")
     scores = evaluate(*flags, f"--train_images={given[0]}")
-    results = scores["provenance"]
-    assert (results["sampler"], results["sampling_seed"]) == ({"cfg_scale": 3.0}, 5)
-    assert results["model"] == {"decoder": "runs/d", "step": 7}
-    assert results["images"]["n"] == 12  # the overview beside the samples is none of them
+    provenance = scores["provenance"]
+    assert (provenance["sampler"], provenance["sampling_seed"]) == ({"cfg_scale": 3.0}, 5)
+    assert provenance["model"] == {"decoder": "runs/d", "step": 7}
+    assert provenance["images"]["n"] == 12  # the overview beside the samples is none of them
     (tmp_path / "old.json").write_text(json.dumps(scores))
     evaluate(*flags, f"--sweep={tmp_path / 'old.json'},{tmp_path / 'old.json'}")
     text = page.read_text()

@@ -19,7 +19,8 @@ from PIL import Image
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.evaluation import human, report
-from imagegpt_jax.evaluation.html import Report, Shown, curves, histogram
+from imagegpt_jax.evaluation.html import Report, curves, histogram
+from imagegpt_jax.images import Tile
 from imagegpt_jax.metrics import protocols, sets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -30,8 +31,8 @@ spec.loader.exec_module(browser_tool)
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    with browser_tool.launched(tmp_path_factory.mktemp("profile")) as results:
-        yield results
+    with browser_tool.launched(tmp_path_factory.mktemp("profile")) as launched:
+        yield launched
 
 
 def folder(path, count, colour, side=24):
@@ -45,13 +46,13 @@ def folder(path, count, colour, side=24):
 
 
 def scores(cfg, fid, protocol="torch_fidelity"):
-    results = {"value": fid, "n": 9, "interval": [fid - 1, fid + 1], "interval_of": "bootstrap of 5, 95%"}
+    result = {"value": fid, "n": 9, "interval": [fid - 1, fid + 1], "interval_of": "bootstrap of 5, 95%"}
     about = {
         "protocol": {"name": protocol},
         "sampler": {"cfg_scale": cfg},
         "warnings": [{"name": "few_samples", "text": "only <9> images"}],
     }
-    return {"fid": results, "provenance": about}
+    return {"fid": result, "provenance": about}
 
 
 def test_a_report_in_a_browser(browser, tmp_path):
@@ -118,9 +119,9 @@ def test_curves_of_nothing_and_of_one_value():
 def test_sweeps_of_two_protocols_or_without_guidance(tmp_path):
     protocol = protocols.find("torch_fidelity")
     for name, cfg, of in (("a", 2.0, "torch_fidelity"), ("b", 1.0, "clean_fid"), ("c", None, "torch_fidelity")):
-        results = scores(cfg, 2.0)
-        results["provenance"]["protocol"] = protocols.find(of).facts()
-        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+        scored = scores(cfg, 2.0)
+        scored["provenance"]["protocol"] = protocols.find(of).facts()
+        (tmp_path / f"{name}.json").write_text(json.dumps(scored))
     assert report.guided(str(tmp_path / "a.json"), protocol)["fid"]["value"] == 2.0
     for other, words in (("b", "another protocol"), ("c", "does not say at which cfg_scale")):
         with pytest.raises(UserError, match=words):
@@ -129,7 +130,7 @@ def test_sweeps_of_two_protocols_or_without_guidance(tmp_path):
 
 def test_page_escapes_what_it_is_given():
     page = Report("<script>alert(1)</script>")
-    page.gallery("x", [Shown([np.zeros((4, 4, 3), np.uint8)], '"><img src=x>')])
+    page.gallery("x", [Tile('"><img src=x>', [np.zeros((4, 4, 3), np.uint8)])])
     assert "<script>" not in page.html()
     assert "<img src=x>" not in page.html()
 
@@ -259,12 +260,12 @@ def test_votes_of_other_pictures_are_refused(study, tmp_path):
 
 def test_win_rate_counts_ties_as_halves():
     votes = [human.Vote(i, "x", "ann", c, {}, "A", "") for i, c in enumerate(["A", "A", "tie", "B"])]
-    results = human.results(votes)
-    assert results["win_rate_A"]["value"] == 2.5 / 4
-    low, high = results["win_rate_A"]["interval"]
+    summary = human.results(votes)
+    assert summary["win_rate_A"]["value"] == 2.5 / 4
+    low, high = summary["win_rate_A"]["interval"]
     assert 0 < low < 2.5 / 4 < high < 1
     assert human.table(human.results([])) == "no votes yet"
-    assert "win_rate_A     0.625" in human.table(results)
+    assert "win_rate_A     0.625" in human.table(summary)
 
 
 def test_the_binary_serves_until_it_is_stopped(tmp_path):

@@ -80,8 +80,8 @@ def test_statistics_that_cannot_be_compared():
 def test_infinity_takes_the_bias_away():
     """Samples of one distribution: the distance of n of them is about c / n, its limit zero."""
     reference = gaussian(rows(20_000, seed=1))
-    results = table(rows(1500, seed=2))
-    limit, points = frechet.infinity(results, reference, smallest=200)
+    features = table(rows(1500, seed=2))
+    limit, points = frechet.infinity(features, reference, smallest=200)
     sizes, values = zip(*points, strict=True)
     assert (sizes[0], sizes[-1], len(points)) == (200, 1500, 15)
     assert values[0] > values[-1] > 0.01
@@ -145,8 +145,8 @@ def test_balls_around_neighbours(monkeypatch, chunk):
     back = distances(b, a) <= radius(a, 3)
     assert precision_recall.precision_recall(table(a), table(b)) == (inside.any(1).mean(), back.any(1).mean())
     balls = distances(a, b) < radius(b, 5)
-    results = precision_recall.density_coverage(table(a), table(b))
-    np.testing.assert_allclose(results, (balls.sum() / (5 * 23), balls.any(0).mean()))
+    shares = precision_recall.density_coverage(table(a), table(b))
+    np.testing.assert_allclose(shares, (balls.sum() / (5 * 23), balls.any(0).mean()))
     with pytest.raises(UserError, match="needs more than 3 images"):
         precision_recall.precision_recall(table(a), table(b[:3]))
 
@@ -171,9 +171,9 @@ def test_adm_crops_the_middle_after_halving():
 def test_clips_resizing_keeps_the_shape_and_crops():
     image = np.zeros((20, 40, 3), np.uint8)
     image[:, 10:30] = 255
-    results = resizing.pil_bicubic_crop(image, 10)
-    assert results.shape == (10, 10, 3)
-    assert results[:, 1:-1].min() == 255
+    cropped = resizing.pil_bicubic_crop(image, 10)
+    assert cropped.shape == (10, 10, 3)
+    assert cropped[:, 1:-1].min() == 255
     with pytest.raises(UserError, match="unknown resizer 'pil_bicubic'. Did you mean"):
         resizing.to_size("pil_bicubic", 10)
 

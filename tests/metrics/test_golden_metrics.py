@@ -58,18 +58,18 @@ def test_fid_kid_precision_and_recall(prefix):
 def test_inception_score():
     scores = statistics.ClassScores(5, 20)
     scores.add(golden()["logits"], statistics.splits_by_number(60, 5, 2020))
-    results = [scores.scores.mean(), scores.scores.std()]
-    np.testing.assert_allclose(results, golden()["expected_is"], rtol=1e-6)
+    moments = [scores.scores.mean(), scores.scores.std()]
+    np.testing.assert_allclose(moments, golden()["expected_is"], rtol=1e-6)
 
 
 def test_inception_features():
     model = nnx.eval_shape(lambda: Inception(key=jax.random.key(0)))
     model.set_arrays(tool("reference_programs").random_inception(7), "the golden weights")
-    results = jax.jit(lambda m, x: m(x))(model, golden()["pixels"])
+    features = jax.jit(lambda m, x: m(x))(model, golden()["pixels"])
     for name, every in {"pool": 16, "logits": 8, "spatial": 16}.items():
         value = golden()[f"expected_{name}"]
         np.testing.assert_allclose(
-            np.asarray(getattr(results, name))[:, ::every],
+            np.asarray(getattr(features, name))[:, ::every],
             value,
             rtol=1e-4,
             atol=1e-4 * np.abs(value).max(),

@@ -68,15 +68,15 @@ def test_sets_that_are_no_pairs(tmp_path, other, words):
 
 
 def test_captions_beside_images_and_in_them(tmp_path):
-    results = folder(tmp_path / "a", 2)
+    images = folder(tmp_path / "a", 2)
     (tmp_path / "a" / "00.txt").write_text("a red cat\n")
     info = PngImagePlugin.PngInfo()
     info.add_itxt("imagegpt_jax", json.dumps({"prompt": "a blue dog"}))
-    Image.fromarray(results.read(1)).save(tmp_path / "a" / "01.png", pnginfo=info)
-    assert captions.read(results) == ["a red cat", "a blue dog"]
+    Image.fromarray(images.read(1)).save(tmp_path / "a" / "01.png", pnginfo=info)
+    assert captions.read(images) == ["a red cat", "a blue dog"]
     (tmp_path / "a" / "00.txt").unlink()
     with pytest.raises(UserError, match="00.png has no caption: put it into 00.txt"):
-        captions.read(results)
+        captions.read(images)
 
 
 @pytest.mark.parametrize(

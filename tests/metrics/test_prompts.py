@@ -51,15 +51,15 @@ def test_geneval(tmp_path):
         {"tag": "counting", "include": [{"class": "apple", "count": 2}], "prompt": "two apples"},
     ]
     (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    results = prompts.geneval(tmp_path / "g.jsonl")
-    assert [row["prompt"] for row in results] == ["an apple", "a sky", "two apples"]
+    rows = prompts.geneval(tmp_path / "g.jsonl")
+    assert [row["prompt"] for row in rows] == ["an apple", "a sky", "two apples"]
     levels = [200, 10, 10, 10, 200, 200]  # two images of each
-    right = [red(np.full((4, 4, 3), level, np.uint8), results[i // 2]) for i, level in enumerate(levels)]
-    score, shares = prompts.geneval_score(right, results)
+    right = [red(np.full((4, 4, 3), level, np.uint8), rows[i // 2]) for i, level in enumerate(levels)]
+    score, shares = prompts.geneval_score(right, rows)
     assert shares == {"counting": 1.0, "single_object": 0.75}
     assert score == 0.875
     with pytest.raises(UserError, match="4 images do not divide among 3 prompts"):
-        prompts.geneval_score(right[:4], results)
+        prompts.geneval_score(right[:4], rows)
     (tmp_path / "g.jsonl").write_text('{"tag": "x"}\n')
     with pytest.raises(UserError, match="line 1 of"):
         prompts.geneval(tmp_path / "g.jsonl")

@@ -165,28 +165,28 @@ def test_paths_that_hold_no_images(tmp_path, name):
 def test_references_of_adm_hold_statistics_beside_images(tmp_path):
     arrays = {"mu": np.arange(3.0), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
     np.savez(tmp_path / "ref.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), **arrays)
-    results = sets.open_reference(tmp_path / "ref.npz")
-    assert results.arrays.keys() == {"pool", "spatial"}
-    np.testing.assert_array_equal(results.arrays["pool"][0], [0, 1, 2])
-    assert (results.count, results.about) == (None, {})
-    assert results.sha256 == hashlib.sha256((tmp_path / "ref.npz").read_bytes()).hexdigest()
+    opened = sets.open_reference(tmp_path / "ref.npz")
+    assert opened.arrays.keys() == {"pool", "spatial"}
+    np.testing.assert_array_equal(opened.arrays["pool"][0], [0, 1, 2])
+    assert (opened.count, opened.about) == (None, {})
+    assert opened.sha256 == hashlib.sha256((tmp_path / "ref.npz").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("key", ["pool_3", "arr_0"])
 def test_activations_are_statistics_too(tmp_path, key):
     rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
     np.savez(tmp_path / "acts.npz", **{key: rows})
-    results = sets.open_reference(tmp_path / "acts.npz")
-    np.testing.assert_array_equal(results.features(("inception", "pool")).block(0, 9), rows)
-    np.testing.assert_allclose(results.arrays["pool"][1], np.cov(rows, rowvar=False), rtol=1e-5, atol=1e-7)
-    assert results.count == 9
+    opened = sets.open_reference(tmp_path / "acts.npz")
+    np.testing.assert_array_equal(opened.features(("inception", "pool")).block(0, 9), rows)
+    np.testing.assert_allclose(opened.arrays["pool"][1], np.cov(rows, rowvar=False), rtol=1e-5, atol=1e-7)
+    assert opened.count == 9
 
 
 def test_our_own_statistics_say_what_they_are_of(tmp_path):
     about = json.dumps({"protocol": "clean_fid"})
     np.savez(tmp_path / "own.npz", mu=np.zeros(3), sigma=np.eye(3), n=np.int64(7), about=np.array(about))
-    results = sets.open_reference(tmp_path / "own.npz")
-    assert (results.count, results.about) == (7, {"protocol": "clean_fid"})
+    opened = sets.open_reference(tmp_path / "own.npz")
+    assert (opened.count, opened.about) == (7, {"protocol": "clean_fid"})
 
 
 def test_statistics_of_wrong_shapes(tmp_path):

@@ -112,13 +112,13 @@ def test_accumulated_parts_make_the_step_of_the_whole_batch(batch):
     changes = {"model.dtype": "float64", "model.param_dtype": "float64", "ema_decay": 0.9, "optim.warmup_steps": 0}
     close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
     with jax.enable_x64():
-        results = []
+        steps = []
         for count in (1, 4):
             setup = decoder.setup(get_config(accumulate=count, **{"data.image_to_text": 0.5, **changes}))
             state = decoder.init_state(setup, jax.random.key(0))
             arrays = decoder.prepare_batch(setup, state, {k: jnp.asarray(v) for k, v in batch.items()})
-            results.append(decoder.train_step(setup, "train", state, arrays))
-        (whole, whole_values), (parts, parts_values) = results
+            steps.append(decoder.train_step(setup, "train", state, arrays))
+        (whole, whole_values), (parts, parts_values) = steps
         for name in ("trainable", "ema"):
             jax.tree.map(close, getattr(whole, name), getattr(parts, name))
         assert whole_values.keys() == parts_values.keys()

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
+from imagegpt_jax import config as config_lib
 from imagegpt_jax import errors
+from imagegpt_jax.data import pipeline, sources
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -85,9 +88,6 @@ def batches(settings: Settings, name: str, data: Data, ops: str, mesh: "Mesh", *
 
     `name` stands beside the progress bar; `columns` are those of `pipeline.Batches`.
     """
-    from tqdm import tqdm
-
-    from imagegpt_jax.data import pipeline
     from imagegpt_jax.parallel import sharding
 
     whole = ROWS * sharding.batch_shards(mesh)
@@ -129,8 +129,6 @@ def kind_of(path: str) -> str:
     Raises:
       UserError: if it is none of these.
     """
-    from imagegpt_jax import config as config_lib
-
     config_lib.load(path)  # a wrong folder is told before JAX starts
 
     from imagegpt_jax.inference import loading
@@ -144,7 +142,6 @@ def config_of(path: str) -> Any:
     Raises:
       UserError: if these are weights of others, which no run of ours trained.
     """
-    from imagegpt_jax import config as config_lib
     from imagegpt_jax.convert import reading
 
     config: Any = config_lib.load(path)
@@ -158,16 +155,12 @@ def config_of(path: str) -> Any:
 
 def open_data(settings: Settings, path: str, require: str | None) -> Data:
     """Opens what a checkpoint is scored on: `settings.data`, else its run's own validation data."""
-    from imagegpt_jax.data import sources
-
     spec = settings.data or config_of(path).data.validation
     return Data(spec, sources.open_source(spec, require=require))
 
 
 def source_of(spec: str) -> str:
     """For token shards, the pictures that they were encoded from; else the data set itself."""
-    from imagegpt_jax.data import sources
-
     source = sources.open_source(spec)
     if "codes" not in source.__getitems__([0])[0]:
         return spec

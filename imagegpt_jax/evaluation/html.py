@@ -147,7 +147,7 @@ class Report:
         said = f'<p class="note">{_escape(note)}</p>' if note else ""
         self._parts.append(f"<section><h2>{_escape(title)}</h2>{said}{body}</section>")
 
-    def table(self, title: str, names: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
+    def table(self, title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Adds a table; its last column holds words."""
         head = "".join(f"<th>{_escape(name)}</th>" for name in names)
         lines = [
@@ -155,7 +155,7 @@ class Report:
             for row in rows
         ]
         body = "".join(f"<tr>{line}</tr>" for line in lines)
-        self.section(title, f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", note)
+        self.section(title, f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def warnings(self, warnings: Sequence[Mapping[str, str]]) -> None:
         """Adds named warnings."""

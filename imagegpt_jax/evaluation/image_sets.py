@@ -317,7 +317,7 @@ def _write_statistics(request: Request, images: FeatureStatistics, weights: Mapp
 def table(scores: Mapping[str, Any]) -> str:
     """The scores for a terminal, warnings first."""
     about = scores["provenance"]
-    lines = [warnings.lines(about["warnings"])] if about["warnings"] else []
+    lines = [f"warning ({warning['name']}): {warning['text']}" for warning in about["warnings"]]
     lines.append(f"protocol {about['protocol']['name']}, {about['images']['n']} images of {about['images']['path']}")
     for name, result in scores.items():
         if name != "provenance":

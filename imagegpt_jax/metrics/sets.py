@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from imagegpt_jax import images as images_lib
+from imagegpt_jax.data import pipeline
 from imagegpt_jax.data.images import EXTENSIONS
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.metrics import statistics_files
@@ -24,7 +25,6 @@ from imagegpt_jax.metrics.resizing import Crop
 from imagegpt_jax.metrics.statistics_files import FileStatistics
 
 _IMAGES = ("arr_0", "images", "samples")  # keys of .npz files, those of ADM's and of common programs first
-_LOSSY = ("JPEG", "WEBP")
 _DEPTH = 24  # where a PNG says how many bits its channels have
 _DEEP = "has 16 or more bits per channel"
 _GREY = "is greyscale"
@@ -302,8 +302,6 @@ class SourceImages:
         self.names = [str(i) for i in range(len(source))]
 
     def _images(self) -> Iterator[np.ndarray]:
-        from imagegpt_jax.data import pipeline
-
         one_pass: Any = {"batch_size": _BATCH_SIZE, "shuffle": False, "epochs": 1, "columns": ("image",)}
         batches = pipeline.Batches(self._source, ops=self._ops, **one_pass)
         try:
@@ -372,8 +370,3 @@ def open_reference(
         return open_images(path, crop=crop)
     images = NpzImages(path, "arr_0") if "arr_0" in keys and features is None else None
     return statistics_files.read_statistics(place, keys, features, network, images)
-
-
-def lossy(images: ImageSet) -> int:
-    """How many files are of a format that loses detail."""
-    return sum(images.formats.get(kind, 0) for kind in _LOSSY)

@@ -1,15 +1,15 @@
 """Named warnings of the classic mistakes that make scores wrong, for people to read and programs to look for."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from imagegpt_jax.metrics import score
 from imagegpt_jax.metrics.feature_statistics import CLASSES, MOMENTS, FeatureStatistics
 from imagegpt_jax.metrics.protocols import Protocol
-from imagegpt_jax.metrics.sets import ImageSet, lossy
+from imagegpt_jax.metrics.sets import ImageSet
 from imagegpt_jax.metrics.statistics_files import FileStatistics
 
 FEW = 10_000  # images below which FID's bias dwarfs what models differ by
+_LOSSY = ("JPEG", "WEBP")
 Warnings = list[dict[str, str]]
 
 
@@ -21,7 +21,8 @@ def _named(texts: Mapping[str, str]) -> Warnings:
 def of_set(role: str, images: ImageSet, gathered: FeatureStatistics, protocol: Protocol) -> Warnings:
     """What is odd about one set, whose role is "images" or "reference", by its statistics."""
     texts = {}
-    count, looked_at, like = lossy(images), gathered.checked, gathered.jpeg_like
+    count = sum(images.formats.get(kind, 0) for kind in _LOSSY)
+    looked_at, like = gathered.checked, gathered.jpeg_like
     if protocol.lossless and role == "images":  # photographs to compare with may well be JPEG
         if count:
             texts["lossy_format"] = f"{role}: {count} of {len(images)} files are JPEG or WebP; save samples as PNG."
@@ -74,8 +75,3 @@ def of_training(reference: FeatureStatistics, training: Collection[bytes]) -> Wa
     common = sum(key in training for key in reference.keys())  # noqa: SIM118 - not a mapping
     text = f"{common} of {reference.count} reference images were trained on: the score measures memory as well."
     return _named({"train_images": text if common else ""})
-
-
-def lines(warnings: Sequence[Mapping[str, Any]]) -> str:
-    """The warnings for a terminal."""
-    return "\n".join(f"warning ({w['name']}): {w['text']}" for w in warnings)

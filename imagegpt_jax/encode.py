@@ -80,7 +80,7 @@ def records(
 
     kept = Kept(source)
     batches = Batches(
-        kept, ops=ops, batch_size=tok.tile, seed=seed, position=start, shuffle=False, epochs=1, columns=("image",)
+        kept, ops=ops, batch_size=tok.batch_size, seed=seed, position=start, shuffle=False, epochs=1, columns=("image",)
     )
     try:
         for batch in batches:
@@ -163,7 +163,7 @@ def encode() -> None:
     from imagegpt_jax.inference import loading
     from imagegpt_jax.runtime import distributed
 
-    tok = loading.load_tokenizer(TOKENIZER.value, STEP.value, rows=BATCH_SIZE.value)
+    tok = loading.load_tokenizer(TOKENIZER.value, STEP.value, batch_size=BATCH_SIZE.value)
     made_from = {"source": source.fingerprint, "ops": ops, "seed": SEED.value, "tokenizer": tok.fingerprint}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = epath.Path(OUTPUT.value)

@@ -16,7 +16,7 @@ resumes where it was cut short.
 import dataclasses
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
 
@@ -24,13 +24,8 @@ from imagegpt_jax import cli, errors
 from imagegpt_jax.generation import metadata, modes, output
 from imagegpt_jax.generation.postprocess import PLUG_INS, Postprocessing
 from imagegpt_jax.generation.prompts import check_prompt, read_prompts
-from imagegpt_jax.generation.request import GenerationRequest, ImageInput
+from imagegpt_jax.generation.request import GenerationRequest, ImageInput, mode_of_entry
 from imagegpt_jax.sampling.settings import RENAMED, Sampling
-
-if TYPE_CHECKING:
-    from etils import epath
-
-    from imagegpt_jax.generation.pipeline import Pipeline
 
 # ------------------------------------------------------------------------------------------- flags: what to generate
 
@@ -191,7 +186,7 @@ def request_of_flags(base: GenerationRequest | None) -> GenerationRequest:
     if named or (base is not None and (not texts or base.images or base.shares)):
         mode = named[0] if base is None or named else base.mode
     else:
-        mode = "text_to_image" if PROMPT.value or PROMPTS_FILE.value else modes.mode_of_entry((), labels)
+        mode = "text_to_image" if PROMPT.value or PROMPTS_FILE.value else mode_of_entry((), labels)
     fields: dict[str, Any] = {"mode": mode} | own_fields(mode)
     if texts:
         fields["prompts"] = tuple(texts) if mode == "text_to_image" or any(texts) else ()
@@ -203,8 +198,8 @@ def request_of_flags(base: GenerationRequest | None) -> GenerationRequest:
         fields["sample_indices"] = ()
     base = base or GenerationRequest()
     finish: dict[str, Any] = {flag.name: flag.value for flag in POSTPROCESS if flag.value is not None}
-    resize = next(flag for flag in POSTPROCESS if flag.name == "resize")
-    finish |= {"resize": numbers(resize, len(resize.value))} if resize.value else {}
+    if finish.get("resize"):
+        finish["resize"] = numbers(flags.FLAGS["resize"], len(finish["resize"]))
     request = dataclasses.replace(
         base,
         settings={**base.settings, **{flag.name: flag.value for flag in SETTINGS if flag.value is not None}},
@@ -227,14 +222,6 @@ def check_trust(request: GenerationRequest) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
-
-
-def write_captions(pipeline: "Pipeline", request: GenerationRequest, where: "epath.Path") -> None:
-    """Describes the pictures of --caption: captions.jsonl, a captioned grid.png, and one line for each on stdout."""
-    folder, _ = output.start(where, [])
-    for path, captions in output.write_captions(pipeline, request, folder):
-        print("\t".join([path, *captions]))
-    output.finish(folder, where)
 
 
 def main() -> None:
@@ -269,7 +256,10 @@ def main() -> None:
     # --- Everything a person can get wrong, before any image.
     pipeline = load_pipeline(decoder_path, step, tokenizer=tokenizer_path or None)
     if request.mode == "caption":
-        write_captions(pipeline, request, where)
+        folder, _ = output.start(where, [])
+        for path, captions in output.write_captions(pipeline, request, folder):
+            print("\t".join([path, *captions]))
+        output.finish(folder, where)
         return
     scorers.find(request.scorer)
     request = pipeline.resolved(request)

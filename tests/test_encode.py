@@ -97,7 +97,7 @@ def test_several_processes_write_the_same_set_as_one(binary, workdirs, tmp_path)
     from imagegpt_jax.data import shards
 
     module = binary("encode")
-    tok, source = loading.load_tokenizer(workdirs.tokenizer, rows=32), sources.open_source(SPEC)
+    tok, source = loading.load_tokenizer(workdirs.tokenizer, batch_size=32), sources.open_source(SPEC)
     ranges = shards.shard_ranges(len(source), 16)
     ops = "decode|value_range(-1,1)"
     digests = []

@@ -102,26 +102,31 @@ def test_an_interrupted_list_goes_on(binary, workdirs, tmp_path, monkeypatch, ca
     sample = binary("sample", *flags)
     whole = images.png_bytes
 
-    def fails_at_the_second(image, metadata):
-        if metadata.get("index") == 1:
+    def fails_at_the_third(image, metadata):
+        if metadata.get("index") == 2:
             raise KeyboardInterrupt
         return whole(image, metadata)
 
-    monkeypatch.setattr(images, "png_bytes", fails_at_the_second)
+    monkeypatch.setattr(images, "png_bytes", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         sample.main()
     assert [path.name for path in tmp_path.iterdir()] == [".o.unfinished"]
-    assert len(_rows(tmp_path / ".o.unfinished")) == 1
+    lines = _rows(tmp_path / ".o.unfinished")
+    assert len(lines) == 2
     first = tmp_path / ".o.unfinished" / "00000-dog.png"
     written = first.stat().st_mtime_ns
 
     # Another request does not take the pictures over; the same one goes on after them.
     monkeypatch.setattr(images, "png_bytes", whole)
     binary("sample", *flags, "--seed=1", f"--output={tmp_path / 'other'}").main()
-    with (tmp_path / ".o.unfinished" / "samples.jsonl").open("a") as rows:
-        rows.write('{"file": "cut o')
+    line = lines[0]  # as an older version wrote it
+    sampler = line["sampler"]
+    sampler |= {"no_repeat": sampler.pop("no_repeat_ngram_size"), "together": sampler.pop("tokens_per_step")}
+    lines[0] = line | {"request": {"prompt": ["dog"]}, "draw": 0, "finish": {}, "found": line.pop("results")}
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / ".o.unfinished" / "samples.jsonl").write_text(text + '\n{"file": "cut o')
     binary("sample", *flags).main()
-    assert "Going on after the 1 pictures" in capsys.readouterr().err
+    assert "Going on after the 2 pictures" in capsys.readouterr().err
     assert (tmp_path / "o" / "00000-dog.png").stat().st_mtime_ns == written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "other"]
     binary("sample", *flags, f"--output={tmp_path / 'whole'}").main()

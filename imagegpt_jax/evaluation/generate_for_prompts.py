@@ -80,7 +80,7 @@ def draw(settings: Settings, rows: Sequence[Row]) -> None:
 
     (path,), each = settings.checkpoints, _per_prompt(settings)
     decoder = loading.load_decoder(path, settings.step, tokenizer=settings.tokenizer or None)
-    tok = decoder.load_tokenizer()
+    pipeline = Pipeline(decoder, decoder.load_tokenizer())
     sampling = decoder.sampling(**settings.sampler)
     if settings.prompts == CLASSES:
         count = decoder.setup.space.num_classes
@@ -92,7 +92,7 @@ def draw(settings: Settings, rows: Sequence[Row]) -> None:
     if settings.prompts == CLASSES:  # class after class, so that each split of ADM's Inception Score holds all of them
         asked = [*rows] * each
     asked = asked[: settings.num_images or None]
-    about = {"seed": settings.seed, "sampler": dataclasses.asdict(sampling), **output.about(decoder, tok)}
+    about = {"seed": settings.seed, "sampler": dataclasses.asdict(sampling), **pipeline.about}
     folder = epath.Path(settings.samples_dir)
     if distributed.is_main_process():
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -100,7 +100,7 @@ def draw(settings: Settings, rows: Sequence[Row]) -> None:
         lines = [json.dumps({**row, "file_name": file_name(i)}) for i, row in enumerate(asked)]
         filesystem.write_whole(folder / CAPTIONS, "\n".join(lines) + "\n")
     distributed.barrier()
-    _draw(Pipeline(decoder, tok), asked, about, folder)
+    _draw(pipeline, asked, about, folder)
     distributed.barrier()
 
 

@@ -135,12 +135,7 @@ def request(
 
 
 def inputs(pictures: Any, size: tuple[int, int], *, mask: bool = False) -> tuple[ImageInput, ...]:
-    """One picture or many: arrays of uint8 [H, W, C] as they are, Pillow's and files' in a (height, width).
-
-    Args:
-      pictures: the picture, or a sequence or an array of them.
-      size: what Pillow's pictures and files are cropped and resized to.
-      mask: whether they are masks, arrays of bool [H, W].
+    """One picture or many: arrays of uint8 [H, W, C], for masks bool [H, W], as they are; Pillow's in (height, width).
 
     Raises:
       UserError: for what is no picture.

@@ -7,23 +7,16 @@ Shapes: B pictures, H W C image, C captions.
 """
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
 from imagegpt_jax.generation import modes
 from imagegpt_jax.generation.arguments import Options, Pictures, SamplingOptions, Words, mode_of, request, with_options
-from imagegpt_jax.generation.pipeline import Pipeline
+from imagegpt_jax.generation.pipeline import Pipeline, layout_of
 from imagegpt_jax.inference.loading import Decoder, Tokenizer, load_decoder
 from imagegpt_jax.sampling.jobs import Features
-
-
-def _pixels(
-    gpt: Decoder, tok: Tokenizer, mode: str, options: Any, *, features: Features | None = None, **fields: Any
-) -> np.ndarray:
-    pipeline = Pipeline(gpt, tok)
-    made, how = request(mode, pipeline.size, options, **fields)
-    return pipeline.run(made, features=features, **how).pixels
+from imagegpt_jax.sampling.likelihood import log_likelihood
 
 
 @with_options
@@ -49,7 +42,7 @@ def generate(
     """
     mode = mode_of({"prompts": prompts, "classes": options.get("classes")})
     mode = "text_to_image" if mode == "unconditional" else mode
-    return _pixels(gpt, tok, mode, options, prompts=prompts, grid=grid, features=features)
+    return Pipeline(gpt, tok).ask(mode, options, prompts=prompts, grid=grid, features=features).pixels
 
 
 @with_options
@@ -64,7 +57,7 @@ def inpaint(
     Returns:
       uint8 [B * num_images, H, W, C]; outside the mask the pixels of `images`.
     """
-    return _pixels(gpt, tok, "inpaint", options, images=images, mask=masks, prompts=prompts)
+    return Pipeline(gpt, tok).ask("inpaint", options, images=images, mask=masks, prompts=prompts).pixels
 
 
 @with_options
@@ -84,7 +77,7 @@ def outpaint(
     Returns:
       uint8 [B * num_images, top + H + bottom, left + W + right, C]; within the pixels of `images`.
     """
-    return _pixels(gpt, tok, "outpaint", options, images=images, margins=tuple(margins), prompts=prompts)
+    return Pipeline(gpt, tok).ask("outpaint", options, images=images, margins=tuple(margins), prompts=prompts).pixels
 
 
 @with_options
@@ -104,7 +97,7 @@ def complete(
     Returns:
       uint8 [B * num_images, H, W, C]; above, the pixels of `images`.
     """
-    return _pixels(gpt, tok, "complete", options, images=images, keep=share, prompts=prompts)
+    return Pipeline(gpt, tok).ask("complete", options, images=images, keep=share, prompts=prompts).pixels
 
 
 @with_options
@@ -124,7 +117,7 @@ def variations(
     Returns:
       uint8 [B * num_images, H, W, C].
     """
-    return _pixels(gpt, tok, "variations", options, images=images, strength=strength, prompts=prompts)
+    return Pipeline(gpt, tok).ask("variations", options, images=images, strength=strength, prompts=prompts).pixels
 
 
 @with_options
@@ -147,7 +140,9 @@ def edit(
     Returns:
       uint8 [B * num_images, H, W, C].
     """
-    return _pixels(gpt, tok, "edit", options, images=images, prompts=prompts, region=region, strength=strength)
+    return (
+        Pipeline(gpt, tok).ask("edit", options, images=images, prompts=prompts, region=region, strength=strength).pixels
+    )
 
 
 @with_options
@@ -175,7 +170,7 @@ def style_transfer(
       uint8 [B * num_images, H, W, C].
     """
     fields = {"style": style, "source_style": source_style, "strength": strength}
-    return _pixels(gpt, tok, "style_transfer", options, images=images, prompts=captions, **fields)
+    return Pipeline(gpt, tok).ask("style_transfer", options, images=images, prompts=captions, **fields).pixels
 
 
 @with_options
@@ -193,7 +188,7 @@ def interpolate(
       uint8 [frames * num_images, H, W, C].
     """
     shares = modes.shares_of(frames)
-    return _pixels(gpt, tok, "interpolate", options, prompts=first, second_prompt=second, shares=shares)
+    return Pipeline(gpt, tok).ask("interpolate", options, prompts=first, second_prompt=second, shares=shares).pixels
 
 
 @with_options
@@ -247,7 +242,11 @@ def rank_captions(
     """
     pipeline = Pipeline(gpt, tok)
     made, _ = request("caption", pipeline.size, {}, images=images)
-    return pipeline.caption_likelihoods(made, captions, of)
+    codes, grid = modes.source_codes(tok, pipeline.sources(made))
+    texts, every = [gpt.encode_text(text) for text in captions] * len(codes), np.repeat(codes, len(captions), axis=0)
+    seen = gpt.read(list(captions) * len(codes))
+    scores = log_likelihood(gpt.gpt, layout_of(gpt, grid), texts, None, every, of=of, features=seen)
+    return scores.reshape(len(codes), len(captions))
 
 
 def load_pipeline(name: str, step: int | None = None, *, tokenizer: str | None = None) -> Pipeline:

@@ -7,7 +7,7 @@ from imagegpt_jax import images
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.generation import modes
 from imagegpt_jax.generation.postprocess import Postprocessing
-from imagegpt_jax.generation.request import GenerationRequest, ImageInput
+from imagegpt_jax.generation.request import GenerationRequest, ImageInput, mode_of_entry
 from imagegpt_jax.sampling.settings import renamed
 
 
@@ -24,8 +24,17 @@ def read(path: str) -> tuple[dict[str, Any], GenerationRequest]:
         raise UserError(f"--from_image={path} cannot be read ({e}): give a PNG that this program wrote.") from None
     if "request" not in metadata:
         raise UserError(f"--from_image={path} has no metadata of this program: give a PNG that it wrote.")
-    body = metadata["request"]
-    return metadata, GenerationRequest.from_json(body) if "version" in body else of_flags(metadata)
+    metadata = renewed(metadata)
+    return metadata, GenerationRequest.from_json(metadata["request"])
+
+
+def renewed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata, or a line of samples.jsonl, as this version writes them."""
+    if "draw" not in metadata:
+        return metadata
+    kept = {name: value for name, value in metadata.items() if name not in ("draw", "finish", "found")}
+    request, sampler = of_flags(metadata).to_json(), renamed(metadata["sampler"])
+    return kept | {"sampler": sampler, "request": request, "results": metadata.get("found", {})}
 
 
 def of_flags(metadata: Mapping[str, Any]) -> GenerationRequest:
@@ -49,7 +58,7 @@ def of_flags(metadata: Mapping[str, Any]) -> GenerationRequest:
         shares = modes.shares_of(flags["frames"])
         fields |= {"second_prompt": flags["interpolate"], "shares": (shares[flags["frame"]],)}
     else:
-        mode = modes.mode_of_entry(fields["prompts"], fields["classes"])
+        mode = mode_of_entry(fields["prompts"], fields["classes"])
         fields["grid"] = _whole(flags["grid"]) if "grid" in flags else None
     return GenerationRequest(
         mode=mode,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from imagegpt_jax.errors import UserError, suggest
-from imagegpt_jax.generation.request import GenerationRequest, Label
+from imagegpt_jax.generation.request import GenerationRequest
 from imagegpt_jax.sampling.settings import UNKNOWN
 
 if TYPE_CHECKING:
@@ -196,13 +196,6 @@ MODES: dict[str, Mode] = {
 # Fields that belong to some modes only; all others are every mode's.
 OWN = {name for mode in MODES.values() for name in (*mode.needs, *mode.takes)}
 OF_IMAGES = [name for name, mode in MODES.items() if mode.known is not None]
-
-
-def mode_of_entry(prompts: Sequence[str], classes: Sequence[Label]) -> str:
-    """The mode of a request that changes no images."""
-    if any(prompts):
-        return "text_to_image"
-    return "class_conditional" if any(label is not None for label in classes) else "unconditional"
 
 
 def shares_of(frames: int) -> tuple[float, ...]:

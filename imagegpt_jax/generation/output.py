@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-import imagegpt_jax
 from imagegpt_jax import images
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.generation import metadata
 from imagegpt_jax.generation.prompts import file_name, title
 from imagegpt_jax.generation.request import GenerationRequest
 
@@ -25,37 +25,16 @@ if TYPE_CHECKING:
 
     from imagegpt_jax.generation.pipeline import Pipeline
     from imagegpt_jax.generation.results import GeneratedImages
-    from imagegpt_jax.inference.loading import Decoder, Tokenizer
 
 ROWS_FILE, GRID_FILE, GIF_FILE, NPZ_FILE = "samples.jsonl", "grid.png", "samples.gif", "samples.npz"
 OVERVIEWS = {GRID_FILE, GIF_FILE, NPZ_FILE}
-# What is known of an image only when it has been made; "found" in files of before.
-RESULTS = ("results", "found")
 MAX_GRID_TILES, MAX_TILE_IMAGES = 100, 16
 MAX_GIF_IMAGES = 16
 Row = dict[str, Any]
 
 
-def about(decoder: "Decoder", tok: "Tokenizer") -> Row:
-    """What every image of a run says of the networks that made it."""
-    return {
-        "decoder": decoder.path,
-        "step": decoder.step,
-        "decoder_hash": decoder.fingerprint(),
-        "tokenizer": tok.path,
-        "tokenizer_step": tok.step,
-        "tokenizer_hash": tok.fingerprint,
-        "version": imagegpt_jax.__version__,
-    }
-
-
 def plan(request: GenerationRequest, pipeline: "Pipeline") -> list[Row]:
-    """The line of samples.jsonl of every image: everything that decides it.
-
-    Args:
-      request: with every setting.
-      pipeline: that makes the images.
-    """
+    """The line of samples.jsonl of every image of a request with every setting: everything that decides it."""
     texts, labels = request.entries
     made_by = pipeline.about
     if request.best_of is not None:
@@ -114,7 +93,7 @@ def read_rows(folder: "epath.Path") -> list[Row]:
     if (folder / ROWS_FILE).exists():
         with contextlib.suppress(ValueError):
             for line in (folder / ROWS_FILE).read_text().splitlines():
-                rows.append(json.loads(line))
+                rows.append(metadata.renewed(json.loads(line)))
     return rows
 
 
@@ -125,7 +104,7 @@ def same(held: Sequence[Row], planned: Sequence[Row]) -> bool:
 
 
 def _planned(row: Row) -> Row:
-    kept = {name: value for name, value in row.items() if name not in RESULTS}
+    kept = {name: value for name, value in row.items() if name != "results"}
     if "best_of" in row:  # which of the samples is kept is known afterwards
         kept["request"] = {name: value for name, value in row["request"].items() if name != "sample_indices"}
     return kept
@@ -167,14 +146,7 @@ def local_mesh(tensor: int = 1) -> "Mesh | None":
 
 
 def write_images(parts: Iterator["GeneratedImages"], rows: Sequence[Row], folder: "epath.Path", first: int) -> None:
-    """Writes images as they are made, each with its line.
-
-    Args:
-      parts: the images, from number `first` on.
-      rows: of `plan`.
-      folder: of `start`.
-      first: how many of them are there already.
-    """
+    """Writes images, from number `first` on, as they are made, each with its line of `plan`."""
     from tqdm import tqdm
 
     with tqdm(total=len(rows), initial=first, desc="sample", unit="image", mininterval=0.5) as bar:
@@ -195,7 +167,7 @@ def overviews(request: GenerationRequest, folder: "epath.Path", grid: tuple[int,
       request: of the images.
       folder: theirs.
       grid: rows and columns of codes, by which the images fill in samples.gif.
-      gif: whether to write it.
+      gif: whether to write samples.gif.
       npz: whether to write samples.npz, all images as ADM's evaluation takes them.
     """
     rows, each = read_rows(folder), request.num_images
@@ -231,8 +203,12 @@ def write_captions(
     texts, each = pipeline.captions(request), request.num_images
     captions = [(image.path, texts[i * each : (i + 1) * each]) for i, image in enumerate(request.images)]
     decoder = pipeline.decoder
-    made_by = {"seed": request.seed, "decoder": decoder.path, "step": decoder.step}
-    made_by["decoder_hash"] = decoder.fingerprint()
+    made_by = {
+        "seed": request.seed,
+        "decoder": decoder.path,
+        "step": decoder.step,
+        "decoder_hash": decoder.fingerprint(),
+    }
     write_rows(folder, [{"image": path, "captions": words} | made_by for path, words in captions])
     pictures = pipeline.sources(request)
     tiles = [images.Tile(" / ".join(words), [pixels]) for (_, words), pixels in zip(captions, pictures, strict=True)]

@@ -5,16 +5,17 @@ Shapes: B entries of a request, b images of a batch, H W C image, N codes of an 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
 import numpy as np
 
+import imagegpt_jax
 from imagegpt_jax import images as images_lib
 from imagegpt_jax.data.packing import NO_LABEL, Layout
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.generation import modes, output, scorers
+from imagegpt_jax.generation import modes, scorers
 from imagegpt_jax.generation.arguments import Options, Pictures, is_pictures, mode_of, with_options
 from imagegpt_jax.generation.arguments import request as make_request
 from imagegpt_jax.generation.postprocess import Postprocessor
@@ -23,7 +24,6 @@ from imagegpt_jax.generation.results import GeneratedImages
 from imagegpt_jax.inference.loading import Decoder, Tokenizer
 from imagegpt_jax.sampling import batching, beam
 from imagegpt_jax.sampling.jobs import Features, Job, caption_job, image_job, until_end
-from imagegpt_jax.sampling.likelihood import log_likelihood
 from imagegpt_jax.sampling.settings import Sampling
 
 
@@ -154,6 +154,13 @@ class Pipeline:
         """All images of a request; arguments and errors as for `prepare`."""
         return GeneratedImages.join(list(self.prepare(request, **how)(0)))
 
+    def ask(
+        self, mode: str, options: Mapping[str, Any], *, features: Features | None = None, **fields: Any
+    ) -> GeneratedImages:
+        """All images of a call; arguments as for `arguments.request`, features and errors as for `prepare`."""
+        request, how = make_request(mode, self.size, options, **fields)
+        return self.run(request, features=features, **how)
+
     @with_options
     def __call__(
         self,
@@ -178,18 +185,10 @@ class Pipeline:
         Args:
           prompts: texts, or pictures, which may be Pillow's, uint8 [H, W, C] or files.
           images: pictures to change; without another argument variations of them, or edits under `prompts`.
-          mask: inpaints; light where new pixels go.
-          margins: outpaints.
-          region: edits this part alone.
-          keep: completes what is below this share of the height.
-          strength: share of the codes that are generated anew.
-          style: transfers to this style.
-          source_style: the style that the pictures have.
-          second_prompt: interpolates to this prompt.
-          frames: images of the interpolation.
-          grid: rows and columns of codes, for another aspect ratio.
+            `mask` inpaints, `margins` outpaint, `keep` completes, `region` edits that part, `style` transfers to it.
+          second_prompt: interpolates to it, in so many `frames`.
           mode: a key of `modes.MODES`.
-          **options: see `GenerationRequest` and `Sampling`.
+          **options: these and the other arguments are fields of `GenerationRequest` and of `Sampling`.
 
         Raises:
           UserError: for arguments that are out of range or do not fit the decoder.
@@ -204,13 +203,20 @@ class Pipeline:
         mode = mode or mode_of({**fields, "classes": options.get("classes")})
         if mode == "interpolate":
             fields["shares"] = modes.shares_of(frames)
-        request, how = make_request(mode, self.size, options, **fields)
-        return dataclasses.replace(self.run(request, **how), made_by=self.about)
+        return dataclasses.replace(self.ask(mode, options, **fields), made_by=self.about)
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
         """Which networks these are, for metadata; hashing them takes a second a gigabyte."""
-        return output.about(self.decoder, self.tokenizer)
+        return {
+            "decoder": self.decoder.path,
+            "step": self.decoder.step,
+            "decoder_hash": self.decoder.fingerprint(),
+            "tokenizer": self.tokenizer.path,
+            "tokenizer_step": self.tokenizer.step,
+            "tokenizer_hash": self.tokenizer.fingerprint,
+            "version": imagegpt_jax.__version__,
+        }
 
     def captions(self, request: GenerationRequest, **how: Any) -> list[str]:
         """Captions of a request's pictures: `num_images` of the first, then of the second; beams give the likeliest.
@@ -240,16 +246,6 @@ class Pipeline:
             job = caption_job(layout, np.repeat(codes, count, axis=0), sampling)
             ids_BT = batching.run(self.decoder.placed(), job, sampling, request.seed, **how).tokens
         return [self.decoder.setup.text.decode(until_end(layout, ids_T)) for ids_T in ids_BT]
-
-    def caption_likelihoods(self, request: GenerationRequest, captions: Sequence[str], of: str) -> np.ndarray:
-        """float32 [B, C], nats: how likely each of C captions is for each picture; see `functional.rank_captions`."""
-        gpt, (codes, grid) = self.decoder, modes.source_codes(self.tokenizer, self.sources(request))
-        texts = [gpt.encode_text(text) for text in captions]
-        seen = gpt.read(list(captions) * len(codes))
-        every = np.repeat(codes, len(texts), axis=0)
-        layout = layout_of(self.decoder, grid)
-        scores = log_likelihood(gpt.gpt, layout, texts * len(codes), None, every, of=of, features=seen)
-        return scores.reshape(len(codes), len(texts))
 
     # ---------------------------------------------------------------------------------------------------------- parts
 

@@ -75,7 +75,7 @@ class Postprocessor:
         if checks:
             checks["flagged"] = bool(checks.get("blocked")) or checks.get("unwanted", 0.0) >= settings.check_threshold
             if checks["flagged"] and settings.withhold:
-                image_HWC, checks["withheld"] = safety.withheld(image_HWC), True
+                image_HWC, checks["withheld"] = np.full_like(image_HWC, safety.WITHHELD), True
         if settings.watermark:
             image_HWC = images.write_corner(image_HWC, settings.watermark)
         if settings.invisible_watermark:

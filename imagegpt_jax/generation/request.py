@@ -207,12 +207,10 @@ class GenerationRequest:
         def own(values: Sequence[Any]) -> tuple[Any, ...]:
             return tuple(values) if len(values) < 2 else (values[entry],)
 
-        text, label, mode = texts[entry], labels[entry], self.mode
-        if not self.images and not self.shares:
-            mode = "text_to_image" if text else "unconditional" if label is None else "class_conditional"
+        text, label = texts[entry], labels[entry]
         return dataclasses.replace(
             self,
-            mode=mode,
+            mode=self.mode if self.images or self.shares else mode_of_entry([text], [label]),
             prompts=(text,) if text else (),
             classes=() if label is None else (label,),
             negative=own(self.negative),
@@ -224,6 +222,13 @@ class GenerationRequest:
             best_of=None,
             scorer="likelihood",
         )
+
+
+def mode_of_entry(prompts: Sequence[str], classes: Sequence[Label]) -> str:
+    """The mode of a request that changes no images."""
+    if any(prompts):
+        return "text_to_image"
+    return "class_conditional" if any(label is not None for label in classes) else "unconditional"
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON
@@ -270,7 +275,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
                 return _typed(part, value, where)
             except UserError:
                 continue
-    elif kind in (Mapping, typing.get_origin(Mapping[str, int])) and isinstance(value, Mapping):
+    elif kind is Mapping and isinstance(value, Mapping):
         return {str(name): _typed(parts[1], part, f"{where}.{name}") for name, part in value.items()}
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value

@@ -27,7 +27,7 @@ class GeneratedImages:
       codes: int32 [b, N].
       log_likelihood: float32 [b], of the codes, in nats, under the guided logits.
       results: of each image, what scorers and safety checks say of it.
-      made_by: decoder and tokenizer, see `output.about`.
+      made_by: decoder and tokenizer, see `Pipeline.about`.
     """
 
     request: GenerationRequest

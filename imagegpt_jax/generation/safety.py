@@ -72,11 +72,6 @@ def find_checker(name: str) -> Checker:
     return check
 
 
-def withheld(image_HWC: np.ndarray) -> np.ndarray:
-    """What stands in for a picture that is withheld: plain grey of its size."""
-    return np.full_like(image_HWC, WITHHELD)
-
-
 def _pattern(shape: tuple[int, ...], text: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return np.random.Generator(np.random.PCG64(seed)).integers(0, 2, shape, np.uint8)

@@ -13,6 +13,7 @@ Shapes: B candidates, H W C image, N codes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -81,27 +82,23 @@ def words(gpt: "Decoder", candidates: Candidates) -> np.ndarray:
     return given - none
 
 
-@dataclasses.dataclass(frozen=True)
-class ClipScore:
-    """100 times the cosine of CLIP's embeddings of picture and prompt, at least 0.
+def clip_score(folder: str, gpt: "Decoder", candidates: Candidates) -> np.ndarray:
+    """100 times the cosine of CLIP's embeddings of picture and prompt, at least 0; classes are not regarded.
 
-    Attributes:
+    Args:
       folder: with CLIP's weights and tokenizer, as `transformers` saves them.
+      gpt: not used.
+      candidates: to score.
     """
+    from imagegpt_jax.metrics import captions, networks
 
-    folder: str
-
-    def __call__(self, gpt: "Decoder", candidates: Candidates) -> np.ndarray:
-        """Scores candidates by their prompts; classes are not regarded."""
-        from imagegpt_jax.metrics import captions, networks
-
-        network = networks.load("clip", self.folder, "")
-        apply, rows = jax.jit(network.apply), []
-        for image in candidates.images:  # one size of batch, so that a score does not depend on the others
-            image = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
-            rows.append(np.asarray(apply(network.params, network.prepare(image)[None])["embedding"])[0])
-        texts = networks.embed_texts(self.folder, [asked.prompt for asked in candidates.asked])
-        return captions.clip_scores(np.stack(rows), texts)
+    network = networks.load("clip", folder, "")
+    apply, rows = jax.jit(network.apply), []
+    for image in candidates.images:  # one size of batch, so that a score does not depend on the others
+        image = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+        rows.append(np.asarray(apply(network.params, network.prepare(image)[None])["embedding"])[0])
+    texts = networks.embed_texts(folder, [asked.prompt for asked in candidates.asked])
+    return captions.clip_scores(np.stack(rows), texts)
 
 
 def _ids(gpt: "Decoder", candidates: Candidates) -> tuple[list[list[int]], list[int]]:
@@ -123,5 +120,5 @@ def find(name: str | Scorer) -> Scorer:
     if name in SCORERS:
         return SCORERS[name]
     if name.startswith("clip:"):
-        return ClipScore(name.removeprefix("clip:"))
+        return functools.partial(clip_score, name.removeprefix("clip:"))
     return plug_in(name, "scorer", SCORERS)

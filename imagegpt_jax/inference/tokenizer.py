@@ -26,7 +26,7 @@ from imagegpt_jax.inference import runs
 from imagegpt_jax.parallel import padding, sharding
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
 
-TILE_ROWS = 8  # images of a batch on each device
+BATCH_SIZE = 8  # images that each device runs at once
 
 Images = np.ndarray | jax.Array
 
@@ -40,11 +40,17 @@ class Tokenizer:
       step: its checkpoint; 0 for an untrained one.
       downsample: pixels per code along each side.
       num_codes: number of different codes.
-      tile: images that run at once.
+      batch_size: images that run at once, on all devices.
     """
 
     def __init__(
-        self, setup: tokenizer_task.Setup, params: train_state.Params, *, path: str, step: int, rows: int = TILE_ROWS
+        self,
+        setup: tokenizer_task.Setup,
+        params: train_state.Params,
+        *,
+        path: str,
+        step: int,
+        batch_size: int = BATCH_SIZE,
     ):
         """Puts the parameters onto every device of this process.
 
@@ -53,13 +59,13 @@ class Tokenizer:
           params: parameters of its "generator".
           path: workdir.
           step: checkpoint.
-          rows: images that each device runs at once.
+          batch_size: images that each device runs at once.
         """
         self._mesh = mesh = sharding.local_mesh()
         self.config = setup.model
         self.path, self.step = path, step
         self.downsample, self.num_codes = self.config.downsample, self.config.quantizer.num_ids
-        self.tile = rows * mesh.size
+        self.batch_size = batch_size * mesh.size
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._sharding = sharding.batch_sharding(mesh)
         predict = tokenizer_task.predict_fns(setup)
@@ -151,7 +157,7 @@ class Tokenizer:
             with jax.set_mesh(self._mesh):  # the caller may be at work on a mesh of all processes' devices
                 return fn(self._params, jax.device_put(batch, self._sharding))
 
-        return padding.map_batches(run, self.tile, inputs)
+        return padding.map_batches(run, self.batch_size, inputs)
 
 
 def _array(images: Any) -> np.ndarray:
@@ -182,17 +188,17 @@ def read_tokenizer(
     return run.setup, run.params, run.step
 
 
-def load_tokenizer(path: epath.PathLike, step: int | None = None, *, rows: int = TILE_ROWS) -> Tokenizer:
+def load_tokenizer(path: epath.PathLike, step: int | None = None, *, batch_size: int = BATCH_SIZE) -> Tokenizer:
     """Loads an image tokenizer.
 
     Args:
       path: workdir of its training run; or weights: a portable folder, or the file or folder of a published system,
         recognised by content (docs/weights.md).
       step: checkpoint of a run; the newest by default.
-      rows: images that each device runs at once.
+      batch_size: images that each device runs at once.
 
     Raises:
       UserError: if there is no such run, checkpoint or tokenizer.
     """
     setup, params, step = read_tokenizer(path, step)
-    return Tokenizer(setup, params, path=str(path), step=step, rows=rows)
+    return Tokenizer(setup, params, path=str(path), step=step, batch_size=batch_size)

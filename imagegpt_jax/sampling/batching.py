@@ -199,7 +199,8 @@ def plan(job: Job, sampling: Sampling) -> tuple[engine.Shape, engine.Settings]:
     """What is the same for all batches of a job."""
     shape = engine.Shape(job.start, job.size, len(job.prompts), job.without is not None, sampling.no_repeat_ngram_size)
     guidance = jnp.asarray(sampling.guidance(len(job.offsets)))
-    return shape, engine.Settings(jnp.asarray(job.offsets), Filters.of(sampling), guidance, _array(job.bias))
+    bias = None if job.bias is None else jnp.asarray(job.bias)
+    return shape, engine.Settings(jnp.asarray(job.offsets), Filters.of(sampling), guidance, bias)
 
 
 def sample_keys(seed: int, indices: np.ndarray) -> jax.Array:
@@ -209,18 +210,14 @@ def sample_keys(seed: int, indices: np.ndarray) -> jax.Array:
 
 def rows_of(job: Job, keys: jax.Array, samples_DT: np.ndarray, mesh: Mesh | None = None) -> engine.Rows:
     """The rows of T samples on each of D devices: device by device, on each prompt by prompt."""
-    groups = [*job.prompts, *([] if job.without is None else [job.without])]
+    groups = [*job.prompts, job.without] if job.without else job.prompts
     packed = {
         name: np.concatenate([group[name][samples_T] for samples_T in samples_DT for group in groups])
         for name in job.prompts[0]
     }
     flat = samples_DT.reshape(-1)
-    rows = engine.Rows(
-        prompt=Sequence_.from_batch(packed),
-        keys=keys[flat],
-        mix=_array(None if job.mix is None else job.mix[flat]),
-        given=_array(None if job.given is None else job.given[flat]),
-    )
+    mix, given = jax.tree.map(lambda values: jnp.asarray(values[flat]), (job.mix, job.given))  # None stays None
+    rows = engine.Rows(Sequence_.from_batch(packed), keys[flat], mix, given)
     return rows if mesh is None else _spread(mesh)(rows)
 
 
@@ -228,10 +225,6 @@ def rows_of(job: Job, keys: jax.Array, samples_DT: np.ndarray, mesh: Mesh | None
 def _spread(mesh: Mesh) -> Callable[[engine.Rows], engine.Rows]:
     """A program that cuts rows, the same on every process, over a mesh."""
     return jax.jit(lambda rows: rows, out_shardings=sharding.batch_sharding(mesh))
-
-
-def _array(values: np.ndarray | None) -> jax.Array | None:
-    return None if values is None else jnp.asarray(values)
 
 
 def _fetch(array: jax.Array) -> np.ndarray:

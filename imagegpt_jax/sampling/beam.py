@@ -89,14 +89,11 @@ def _search(
     def repeated(tree: Any) -> Any:
         return jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0) if x.ndim else x, tree)
 
-    hidden_RD, cache, prompt = repeated((hidden_RD, cache, prompt))
-    mix = None if rows.mix is None else jnp.repeat(rows.mix, beams, axis=0)
+    hidden_RD, cache, prompt, mix = repeated((hidden_RD, cache, prompt, rows.mix))
     base_R3 = prompt.positions[:, -1] + 1
 
     def extend(i: Any, hidden_RD: jax.Array, tokens_BKN: jax.Array, scores_BK: jax.Array) -> tuple[jax.Array, ...]:
-        logits_CV = engine.mixed(score(hidden_RD, table_VD), shape, mix, settings.guidance[i])
-        if settings.bias is not None:
-            logits_CV = logits_CV + settings.bias
+        logits_CV = engine.mixed(score(hidden_RD, table_VD), shape, mix, settings.guidance[i], settings.bias)
         log_probs_BKV = jax.nn.log_softmax(logits_CV, axis=-1).reshape(samples, beams, shape.size)
         over_BK = (jnp.any(tokens_BKN == end, axis=2) & (i > 0)) if end != NO_END else jnp.zeros_like(scores_BK, bool)
         stay_V = jnp.where(jnp.arange(shape.size) == end, 0.0, -jnp.inf)

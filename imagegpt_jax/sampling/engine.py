@@ -180,16 +180,20 @@ class State:
 
 
 def mixed(
-    logits_RV: Float[Array, "R V"], shape: Shape, mix_BG: Float[Array, "B G"] | None, scale: Float[Array, ""]
+    logits_RV: Float[Array, "R V"],
+    shape: Shape,
+    mix_BG: Float[Array, "B G"] | None,
+    scale: Float[Array, "..."],
+    bias_V: Float[Array, " V"] | None,
 ) -> Float[Array, "B V"]:
-    """Logits of samples from those of rows: the mean of prompts by their shares, then guidance."""
+    """Logits of samples from those of rows: the mean of prompts by their shares, then guidance, then the bias."""
     parts = jnp.split(logits_RV, shape.prompts + shape.guided)
     logits_BV = parts[0]
     if mix_BG is not None:
         logits_BV = jnp.einsum("bg,gbv->bv", mix_BG, jnp.stack(parts[: shape.prompts]))
     if shape.guided:
         logits_BV = parts[-1] + scale * (logits_BV - parts[-1])
-    return logits_BV
+    return logits_BV if bias_V is None else logits_BV + bias_V
 
 
 def _sample_next(
@@ -202,9 +206,7 @@ def _sample_next(
 ) -> State:
     """Draws token number `state.count` from final states and the head's rows of the ids that may be drawn."""
     i = state.count
-    logits_BV = mixed(score(hidden_RD, table_VD), shape, rows.mix, settings.guidance[i])
-    if settings.bias is not None:
-        logits_BV = logits_BV + settings.bias
+    logits_BV = mixed(score(hidden_RD, table_VD), shape, rows.mix, settings.guidance[i], settings.bias)
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     if shape.no_repeat_ngram_size:
         logits_BV = jnp.where(

@@ -96,21 +96,15 @@ def image_job(
                 f" {(total, layout.num_codes)}; these are {given.shape}, {given.min()} to {given.max()}."
             )
     start, size = layout.image_ids
-    shares = _shares(mix, total, len(packed))
-    return Job(packed, without, layout.image_offsets(), start, size, shares, given, any_order=True)
+    if len(packed) > 1 or mix is not None:
+        mix = np.asarray(mix, np.float32)
+        if mix.shape != (total, len(packed)) or not np.allclose(mix.sum(1), 1, atol=1e-5):
+            raise UserError(f"mix gives each of {total} samples shares of {len(packed)} prompts that sum to 1.")
+    return Job(packed, without, layout.image_offsets(), start, size, mix, given, any_order=True)
 
 
 def _shown(features: Features) -> dict[str, np.ndarray]:
     return {"features": np.asarray(features[0]), "feature_mask": np.asarray(features[1], bool)}
-
-
-def _shares(mix: np.ndarray | None, total: int, prompts: int) -> np.ndarray | None:
-    if prompts == 1 and mix is None:
-        return None
-    shares_BG = np.asarray(mix, np.float32)
-    if shares_BG.shape != (total, prompts) or not np.allclose(shares_BG.sum(1), 1, atol=1e-5):
-        raise UserError(f"mix gives each of {total} samples shares of {prompts} prompts that sum to 1.")
-    return shares_BG
 
 
 def caption_job(layout: Layout, codes_BN: np.ndarray, sampling: Sampling) -> Job:

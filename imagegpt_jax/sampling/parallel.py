@@ -30,13 +30,8 @@ def decode(
 ) -> Drawn:
     """Samples `tokens_per_step` tokens in each forward pass.
 
-    Args:
-      gpt: from `prepare`, with `target_positions`.
-      rows: as for `engine.start`.
-      settings: as for `engine.start`; the tokens of a pass are neighbours in `offsets`, and should be far apart in the
-        picture.
-      shape: as for `engine.start`.
-      tokens_per_step: k.
+    Arguments are those of `engine.start`, of a decoder with `target_positions`. The k tokens of a pass are neighbours
+    in `settings.offsets`, and should be far apart in the picture.
 
     Returns:
       the tokens, and the sum of their log-probabilities, each as if those of its pass did not depend on each other.
@@ -71,9 +66,7 @@ def _decode(
         logits = score(hidden_RkD.reshape(count * k, -1), table_VD)
         mix = None if rows.mix is None else jnp.repeat(rows.mix, k, axis=0)
         scale = jnp.tile(settings.guidance[jnp.minimum(number_k, steps - 1)], samples)[:, None]
-        logits = engine.mixed(logits, shape, mix, scale)
-        if settings.bias is not None:
-            logits = logits + settings.bias
+        logits = engine.mixed(logits, shape, mix, scale, settings.bias)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         tokens = token_sampling.sample_tokens(logits, fold(rows.keys, number_k).reshape(-1), settings.filters)
         if given is not None:

@@ -83,9 +83,7 @@ def _decode(
         logits = score(hidden.reshape(-1, hidden.shape[-1]), table_VD)
         mix = None if rows.mix is None else jnp.repeat(rows.mix, at_BW.shape[1], axis=0)
         number_BW = jnp.minimum(at_BW, steps - 1)
-        logits = engine.mixed(logits, shape, mix, settings.guidance[number_BW].reshape(-1, 1))
-        if settings.bias is not None:
-            logits = logits + settings.bias
+        logits = engine.mixed(logits, shape, mix, settings.guidance[number_BW].reshape(-1, 1), settings.bias)
         logits_BWV = logits.reshape(*at_BW.shape, -1)
         p_BWV = _probabilities(logits_BWV, settings.filters)
         if rows.given is not None:  # a given token is drawn for certain
@@ -94,8 +92,8 @@ def _decode(
             p_BWV = jnp.where((given_BW == engine.UNKNOWN)[..., None], p_BWV, certain_BWV)
         return p_BWV, jax.nn.log_softmax(logits_BWV, axis=-1)
 
-    def likelihood(log_p_BWV: jax.Array, tokens_BW: jax.Array) -> Float[Array, "B W"]:
-        return jnp.take_along_axis(log_p_BWV, tokens_BW[..., None], axis=2)[..., 0]
+    def of_tokens(values_BWV: jax.Array, tokens_BW: jax.Array) -> Float[Array, "B W"]:
+        return jnp.take_along_axis(values_BWV, tokens_BW[..., None], axis=2)[..., 0]
 
     def keys(step: jax.Array | int, use: int) -> jax.Array:
         return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, step), use))(rows.keys)
@@ -109,7 +107,7 @@ def _decode(
     state = _State(
         cache=cache,
         drawn=jnp.zeros((samples, steps + window), jnp.int32).at[:, :1].set(first_B1),
-        log_likelihood=likelihood(log_p_B1V, first_B1)[:, 0],
+        log_likelihood=of_tokens(log_p_B1V, first_B1)[:, 0],
         count=jnp.ones((samples,), jnp.int32),
         steps=jnp.ones((samples,), jnp.int32),
         guesses=_picks(q_BWV, keys(0, 1)),
@@ -131,8 +129,7 @@ def _decode(
         p_BWV, log_p_BWV = distributions(hidden, at_BW)
 
         # --- Guesses are accepted up to the first that is not; in its place, or after all, one more is drawn.
-        p_of = jnp.take_along_axis(p_BWV, state.guesses[..., None], axis=2)[..., 0]
-        q_of = jnp.take_along_axis(state.q, state.guesses[..., None], axis=2)[..., 0]
+        p_of, q_of = of_tokens(p_BWV, state.guesses), of_tokens(state.q, state.guesses)
         uniform_BW = jax.vmap(lambda key: jax.random.uniform(key, (window,)))(keys(step, 2))
         accepted_BW = (uniform_BW * q_of < p_of) & (ahead_W < window - 1)
         fixed_B = jnp.sum(jnp.cumprod(accepted_BW, axis=1), axis=1, dtype=jnp.int32)
@@ -144,7 +141,7 @@ def _decode(
         new_BW = jnp.where(ahead_W < fixed_B[:, None], state.guesses, next_B1)
         drawn = jax.vmap(jax.lax.dynamic_update_slice)(state.drawn, new_BW, state.count[:, None])
         counted_BW = (ahead_W <= fixed_B[:, None]) & (at_BW < steps)
-        log_likelihood = jnp.sum(jnp.where(counted_BW, likelihood(log_p_BWV, new_BW), 0), axis=1)
+        log_likelihood = jnp.sum(jnp.where(counted_BW, of_tokens(log_p_BWV, new_BW), 0), axis=1)
 
         # --- Guesses for what follows, from this pass; where it did not reach, from its last distribution.
         from_BW = jnp.minimum(fixed_B[:, None] + 1 + ahead_W, window - 1)

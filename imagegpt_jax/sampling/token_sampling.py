@@ -32,8 +32,7 @@ class Filters:
     @classmethod
     def of(cls, sampling: Sampling) -> "Filters":
         """The filters of a sampler."""
-        values = sampling.temperature, sampling.top_p, sampling.min_p
-        temperature, top_p, min_p = (jnp.float32(x) for x in values)
+        temperature, top_p, min_p = map(jnp.float32, (sampling.temperature, sampling.top_p, sampling.min_p))
         return cls(temperature, jnp.int32(sampling.top_k), top_p, min_p)
 
 
@@ -90,8 +89,7 @@ def top_p_mask(weights_BV: Float[Array, "B V"], share: Float[Array, "..."]) -> B
     above_BV, equal_BV = bits_BV > least_B1, bits_BV == least_B1
     weight_B1 = jax.lax.bitcast_convert_type(least_B1, jnp.float32)
     left_B1 = jnp.ceil((wanted_B1 - mass(above_BV)) / jnp.where(weight_B1 > 0, weight_B1, 1))
-    keep_BV = above_BV | _first(equal_BV, left_B1)
-    return keep_BV | (share >= 1)
+    return above_BV | _first(equal_BV, left_B1) | (share >= 1)
 
 
 def _bisect(holds, rows: int) -> Int[Array, "B 1"]:
@@ -134,8 +132,7 @@ def completes_ngram(drawn_BN: Int[Array, "B N"], count: Int[Array, ""], size: in
     """Which tokens would complete an n-gram of `size` tokens that is already among the first `count` drawn."""
     length = drawn_BN.shape[1]
     ends = jnp.arange(length)  # an earlier n-gram ends here
-    same_BN = (ends < count) & (ends >= size - 1)
-    same_BN = jnp.broadcast_to(same_BN, drawn_BN.shape)
+    same_BN = jnp.broadcast_to((ends < count) & (ends >= size - 1), drawn_BN.shape)
     for back in range(1, size):
         then_BN = jnp.roll(drawn_BN, back, axis=1)
         now_B1 = jax.lax.dynamic_slice_in_dim(drawn_BN, jnp.maximum(count - back, 0), 1, axis=1)

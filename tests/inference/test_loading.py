@@ -75,7 +75,7 @@ def test_codes_are_integers_in_raster_order(tok):
 def test_nothing_depends_on_the_rest_of_the_batch(tok):
     images = _images(11)
     codes_BL = tok.encode(images)
-    assert len(images) > tok.tile
+    assert len(images) > tok.batch_size
     decoded = tok.decode(codes_BL)
     for i in (0, 7, 10):
         np.testing.assert_array_equal(tok.encode(images[i : i + 1])[0], codes_BL[i])

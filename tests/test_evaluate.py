@@ -202,7 +202,7 @@ def test_table_leaves_out_what_was_not_scored():
     assert text.split() == ["top-1", "retrieval", "0.2500", "prompts", "shuffled", "0.0100"]
     assert np.all(
         [
-            line.key.split("/")[0] in ("tokenizer", "reconstruction", "decoder", "generation", "samples")
-            for line in score_table.TABLE
+            key.split("/")[0] in ("tokenizer", "reconstruction", "decoder", "generation", "samples")
+            for _, key, *_ in score_table.TABLE
         ]
     )

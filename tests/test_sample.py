@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -316,9 +317,10 @@ def test_several_devices_share_the_pictures(binary, workdirs, tmp_path):
         assert done.returncode == 0, done.stderr
     for row in _rows(tmp_path / "one"):
         one, four = (np.int32(Image.open(tmp_path / name / row["file"])) for name in ("one", "four"))
-        # JAX 0.12 may round a pixel the other way where devices outnumber the processors; before, all bits are equal.
+        # A pixel may round the other way where devices outnumber the processors, in JAX 0.12 and without AVX-512.
+        exact = jax.__version_info__ < (0, 12) and "avx512f" in pathlib.Path("/proc/cpuinfo").read_text()
         different = (one != four).sum()
-        assert different <= (0 if jax.__version_info__ < (0, 12) else 3), different
+        assert different <= (0 if exact else 3), different
         assert np.abs(one - four).max() <= 1
     assert len(_rows(tmp_path / "cut")) == 11
 

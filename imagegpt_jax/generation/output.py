@@ -191,8 +191,10 @@ def overviews(request: GenerationRequest, folder: "epath.Path", grid: tuple[int,
     if npz:
         buffer = io.BytesIO()
         labels = [row["class"] for row in rows]
-        classes = {} if None in labels else {"arr_1": np.asarray(labels, np.int64)}
-        np.savez(buffer, arr_0=np.stack([read(row) for row in rows]), **classes)
+        arrays: dict[str, Any] = {"arr_0": np.stack([read(row) for row in rows])}
+        if None not in labels:
+            arrays["arr_1"] = np.asarray(labels, np.int64)
+        np.savez(buffer, **arrays)
         (folder / NPZ_FILE).write_bytes(buffer.getvalue())
 
 

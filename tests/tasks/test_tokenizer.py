@@ -136,7 +136,8 @@ def test_the_guard_sees_a_gradient_of_the_discriminator_that_is_not_finite(first
 
         monkeypatch.setattr(tokenizer, "accumulate", differentiated)
         after, values = tokenizer.train_step(setup, "adversarial", made, {"image": IMAGES})
-        good, _ = step_guard.judge(config.guard, made.guard["adversarial"], made.step, values)
+        finite = tokenizer.TASK.finite_metrics
+        good, _ = step_guard.judge(config.guard, made.guard["adversarial"], made.step, values, finite)
         return good, jax.tree.leaves(after.trainable["discriminator"])
 
     for slope in (1.0, np.nan):

@@ -98,9 +98,9 @@ def summarise(readings: Mapping[str, Sequence[Mapping[str, Any]]], units: int, s
             "medians": medians,
             "readings": [{key: run[key] for key in READINGS if key in run} for run in runs],
         }
-    rate = max(side["gemm_flops_per_second"] for side in sides.values())
-    for side in sides.values():
-        side["share_of_gemm"] = side["flops_per_second"] / rate
+    rate = max(figures["gemm_flops_per_second"] for figures in sides.values())
+    for figures in sides.values():
+        figures["share_of_gemm"] = figures["flops_per_second"] / rate
     summary = {"model_flops": flops, "gemm_flops_per_second": rate, **sides}
     if "torch" in sides:
         summary["ratio"] = sides["torch"]["seconds"] / sides["ours"]["seconds"]

@@ -318,7 +318,8 @@ def test_several_devices_share_the_pictures(binary, workdirs, tmp_path):
     for row in _rows(tmp_path / "one"):
         one, four = (np.int32(Image.open(tmp_path / name / row["file"])) for name in ("one", "four"))
         # A pixel may round the other way where devices outnumber the processors, in JAX 0.12 and without AVX-512.
-        exact = jax.__version_info__ < (0, 12) and "avx512f" in pathlib.Path("/proc/cpuinfo").read_text()
+        processor = pathlib.Path("/proc/cpuinfo")
+        exact = jax.__version_info__ < (0, 12) and processor.exists() and "avx512f" in processor.read_text()
         different = (one != four).sum()
         assert different <= (0 if exact else 3), different
         assert np.abs(one - four).max() <= 1

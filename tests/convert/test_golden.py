@@ -43,14 +43,14 @@ def test_llamagen_from_a_training_checkpoint_without_torch():
 
 
 def test_tokenizer_in_half_precision():
-    tok = ig.load_tokenizer(GOLDEN / "janus", rows=1)
+    tok = ig.load_tokenizer(GOLDEN / "janus", batch_size=1)
     np.testing.assert_array_equal(tok.encode(EXPECTED["images"]), EXPECTED["codes"])
     codes = EXPECTED["ids"].ravel()[:16].reshape(1, 16)
     assert relative(tok.decode(codes), np.clip(EXPECTED["pixels"], -1, 1)) < 1e-4
 
 
 def test_colours():
-    tok = ig.load_tokenizer(GOLDEN / "imagegpt", rows=1)
+    tok = ig.load_tokenizer(GOLDEN / "imagegpt", batch_size=1)
     colours = np.array(json.loads((GOLDEN / "imagegpt/preprocessor_config.json").read_text())["clusters"])
     codes = tok.encode(EXPECTED["images"])
     pixels = EXPECTED["images"].reshape(2, -1, 3) / 127.5 - 1

@@ -51,7 +51,7 @@ def test_a_decoder_is_trained_over_a_published_tokenizer(form, tmp_path):
     params = decoder_task.tokenizer_params(setup)
     network = setup.tokenizer.networks["generator"].module(params)
     images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
-    codes = ig.load_tokenizer(path, rows=1).encode(images)
+    codes = ig.load_tokenizer(path, batch_size=1).encode(images)
     np.testing.assert_array_equal(network.encode_codes(images).reshape(1, -1), codes)
 
 

@@ -177,7 +177,7 @@ def tokenizer(tmp_path_factory):
 
 def test_tokenizer_codes_and_pixels(tokenizer, shows):
     reference, _, path = tokenizer
-    tok = ig.load_tokenizer(path, rows=1)
+    tok = ig.load_tokenizer(path, batch_size=1)
     assert (tok.downsample, tok.num_codes) == (4, 64)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     with torch.no_grad():

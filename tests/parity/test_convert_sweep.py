@@ -213,7 +213,7 @@ def test_janus(case, tmp_path):
         double_latent=draw.of(False, False, True),
     )
     model = save(JanusVQVAE(config), tmp_path, draw)
-    tok = ig.load_tokenizer(tmp_path / "folder", rows=1)
+    tok = ig.load_tokenizer(tmp_path / "folder", batch_size=1)
     codes = draw.rng.integers(0, config.num_embeddings, (2, grid * grid))
     images = pictures(draw, config)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_chameleon(case, tmp_path):
     with torch.no_grad():
         z = model.quant_conv(model.encoder(nchw(images))).permute(0, 2, 3, 1).flatten(0, 2)
         expected = model.encode(nchw(images)).image_tokens.numpy().ravel()
-    got = ig.load_tokenizer(tmp_path / "folder", rows=1).encode(images)
+    got = ig.load_tokenizer(tmp_path / "folder", batch_size=1).encode(images)
     codes_agree(got, z, model.quantize.embedding.weight)
     assert np.mean(got.ravel() == expected) > 0.97
 
@@ -267,7 +267,7 @@ def test_emu3(case, tmp_path):
         double_latent=draw.of(False, False, False, True),
     )
     model = save(Emu3VQVAE(config), tmp_path, draw)
-    tok = ig.load_tokenizer(tmp_path / "folder", rows=1)
+    tok = ig.load_tokenizer(tmp_path / "folder", batch_size=1)
     images, grid = pictures(draw, config), 16 >> (len(mults) - 1)
     codes = draw.rng.integers(0, config.codebook_size, (2, grid, grid))
     with torch.no_grad():

@@ -147,7 +147,7 @@ def test_imagegpt_draws_with_its_colours(tmp_path, shows):
     colours = np.random.default_rng(0).uniform(-1, 1, (16, 3))
     processor = ImageGPTImageProcessorPil(clusters=colours, size={"height": 4, "width": 4})
     processor.save_pretrained(tmp_path)
-    tok, gpt = ig.load_tokenizer(tmp_path, rows=1), ig.load_decoder(tmp_path)
+    tok, gpt = ig.load_tokenizer(tmp_path, batch_size=1), ig.load_decoder(tmp_path)
     images = np.random.default_rng(1).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
     expected = processor(list(images), input_data_format="channels_last", return_tensors="np")["input_ids"]
     np.testing.assert_array_equal(tok.encode(images), np.stack(expected))
@@ -155,7 +155,7 @@ def test_imagegpt_draws_with_its_colours(tmp_path, shows):
     assert ig.generate(gpt, tok, [""], num_images=2).shape == (2, 4, 4, 3)
     export.convert(tmp_path, tmp_path / "portable", kind="tokenizer")
     export.convert(tmp_path / "portable", tmp_path / "back")
-    assert ig.load_tokenizer(tmp_path / "back", rows=1).fingerprint == tok.fingerprint
+    assert ig.load_tokenizer(tmp_path / "back", batch_size=1).fingerprint == tok.fingerprint
     shows("imagegpt_clusters", "codes", "pixels", "bits")
 
 

@@ -48,7 +48,7 @@ JANUSES = {
 @pytest.mark.parametrize("name", JANUSES)
 def test_janus(name, tmp_path, shows):
     model = save(JanusVQVAE(JanusVQVAEConfig(**{**JANUS, **JANUSES[name]})), tmp_path, 0.03)
-    tok = ig.load_tokenizer(tmp_path, rows=1)
+    tok = ig.load_tokenizer(tmp_path, batch_size=1)
     codes = np.random.default_rng(2).integers(0, 64, (2, 64))
     with torch.no_grad():
         check_pixels(tok, codes, model.decode(torch.tensor(codes)))
@@ -74,7 +74,7 @@ CHAMELEONS = {
 @pytest.mark.parametrize("name", CHAMELEONS)
 def test_chameleon(name, tmp_path, shows):
     model = save(ChameleonVQVAE(ChameleonVQVAEConfig(**{**CHAMELEON, **CHAMELEONS[name]})), tmp_path, 0.05)
-    tok = ig.load_tokenizer(tmp_path, rows=1)
+    tok = ig.load_tokenizer(tmp_path, batch_size=1)
     with torch.no_grad():
         expected = model.encode(NCHW).image_tokens.numpy()
     np.testing.assert_array_equal(tok.encode(IMAGES).ravel(), expected)
@@ -93,7 +93,7 @@ EMU3S = {
 @pytest.mark.parametrize("name", EMU3S)
 def test_emu3(name, tmp_path, shows):
     model = save(Emu3VQVAE(Emu3VQVAEConfig(**{**EMU3, **EMU3S[name]})), tmp_path, 0.05)
-    tok = ig.load_tokenizer(tmp_path, rows=1)
+    tok = ig.load_tokenizer(tmp_path, batch_size=1)
     with torch.no_grad():
         expected = torch.stack(list(model.encode(NCHW, torch.tensor([[32, 32]] * 2)).image_tokens)).numpy()
         codes = np.random.default_rng(2).integers(0, 64, (2, 16, 16))
@@ -134,7 +134,7 @@ def test_the_tokenizer_within_a_whole_model_is_found(tmp_path, shows):
     for name, whole in {"janus": janus, "chameleon": chameleon, "emu3": emu3}.items():
         save(whole, tmp_path / name / "whole", 0.03)
         whole.model.vqmodel.save_pretrained(tmp_path / name / "alone")
-        toks = [ig.load_tokenizer(tmp_path / name / kind, rows=1) for kind in ("whole", "alone")]
+        toks = [ig.load_tokenizer(tmp_path / name / kind, batch_size=1) for kind in ("whole", "alone")]
         np.testing.assert_array_equal(*(tok.encode(IMAGES) for tok in toks))
         assert toks[0].fingerprint == toks[1].fingerprint
         shows(name, "whole")

@@ -184,7 +184,7 @@ def preload(cache: pathlib.Path) -> None:
     }
     os.chdir(ROOT)
     logs.quiet()
-    for name in ("loop", "preemption", "storage", *(f"tasks.{task}" for task in TASKS)):
+    for name in ("training.loop", "runtime.preemption", "runtime.filesystem", *(f"tasks.{task}" for task in TASKS)):
         importlib.import_module(f"imagegpt_jax.{name}")
     for name in ("clu.metric_writers", "tensorflow"):
         importlib.import_module(name)

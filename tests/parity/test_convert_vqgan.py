@@ -197,7 +197,9 @@ def test_maskgit_as_its_authors_publish_it(tmp_path, shows):
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)
     # The same network under the names of its PyTorch port.
     export.convert(tmp_path / "portable", tmp_path / "port", to="maskgit_vqgan")
-    np.testing.assert_array_equal(*(ig.load_tokenizer(p, batch_size=1).encode(IMAGES) for p in (path, tmp_path / "port")))
+    np.testing.assert_array_equal(
+        *(ig.load_tokenizer(p, batch_size=1).encode(IMAGES) for p in (path, tmp_path / "port"))
+    )
     shows("maskgit_flax", "codes", "pixels", "bits")
 
 

@@ -87,15 +87,15 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
         from imagegpt_jax.models import gpt
         from imagegpt_jax.models.gpt_config import GPTConfig
         from imagegpt_jax.sampling import batching
-        from imagegpt_jax.tasks.decoder import setup as assembly
         from imagegpt_jax.tasks.decoder import evaluation
+        from imagegpt_jax.tasks.decoder.setup import encoder_params, setup_abstract, tokenizer_params
 
         made = config.sibling("configs/x.py", "decoder.py").get_config("size=test")
         made.update({"tokenizer": tokenizer, "text_encoder": encoder})
         made.data.update({"grid": (4, 4), "text_length": 4})
-        setup = assembly.setup_abstract(made)
-        nets = {assembly.tokenizer_params: setup.tokenizer.networks["generator"],
-                assembly.encoder_params: setup.encoder.network}
+        setup = setup_abstract(made)
+        nets = {tokenizer_params: setup.tokenizer.networks["generator"],
+                encoder_params: setup.encoder.network}
         mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 1})
         with jax.set_mesh(mesh):
             for read, net in nets.items():
@@ -117,7 +117,7 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
         begun = train_state.TrainState(step=jax.numpy.zeros((), jax.numpy.int32), **fields)
         with jax.set_mesh(mesh):
             warm = config.ConfigDict({"init_from": encoder, "init_partial": False})
-            begun = warm_start.load_params(begun, warm, INTO, event_log.Log(None)).trainable["decoder"]
+            begun = warm_start.load_params(begun, warm, ("decoder", "decoder"), event_log.Log(None)).trainable["decoder"]
         expected = np.asarray(reading.load(encoder, "decoder").params["embed"]["weight"]).astype(np.float32)
         np.testing.assert_array_equal(to_host(begun)["embed"]["weight"][:len(expected)], expected)
 

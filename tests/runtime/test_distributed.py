@@ -241,14 +241,17 @@ def test_a_bucket_that_cannot_be_reached_is_told_within_ten_seconds(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
         for _ in range(3):  # the time is the program's: a machine that is busy with other tests gets another try
+            started = time.monotonic()
+            subprocess.run([sys.executable, "-c", "import tensorflow"], check=True, capture_output=True)
+            importing = time.monotonic() - started
             done, seconds = alone(*TOKENIZER, "--workdir=gs://no-such-bucket/x", https_proxy=proxy, http_proxy=proxy)
-            if seconds < 10:
+            if seconds < (limit := max(10, 5 + importing)):  # slow processors take over five seconds to import it
                 break
     assert done.returncode == 1
     (last,) = done.stderr.splitlines()
     assert last.startswith("error: gs://no-such-bucket/x did not answer")
     assert all(word in last for word in ("bucket's name", "network", "credentials"))
-    assert seconds < 10
+    assert seconds < limit
 
 
 def test_a_bucket_that_is_refused_is_told_with_the_reason(tmp_path):

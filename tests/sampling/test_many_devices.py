@@ -19,7 +19,7 @@ def on_eight_devices(code):
     assert done.stdout.endswith("ok\n")
 
 
-def test_the_same_bits_on_one_device_and_on_eight_and_logits_to_1e_5_under_tensor_parallelism():
+def test_the_same_bits_on_one_device_and_on_eight_and_logits_to_5e_5_under_tensor_parallelism():
     on_eight_devices("""
         import jax, jax.numpy as jnp, numpy as np
         from imagegpt_jax.parallel import sharding
@@ -68,7 +68,7 @@ def test_the_same_bits_on_one_device_and_on_eight_and_logits_to_1e_5_under_tenso
         def scores(**kwargs):
             return draw(given=one.tokens, **kwargs).log_likelihood / 9
         for other in ({"mesh": mesh(1, 1, 2)}, {"mesh": mesh(2, 2, 2)}, {"batch_size": 7}):
-            np.testing.assert_allclose(scores(**other), one.log_likelihood / 9, atol=1e-5)
+            np.testing.assert_allclose(scores(**other), one.log_likelihood / 9, atol=5e-5)
         cut = place(gpt, mesh=mesh(2, 2, 2)).blocks[0].attention.query.weight[...]
         assert {s.data.shape for s in cut.addressable_shards} == {(32, 64)}, cut.sharding
         try:

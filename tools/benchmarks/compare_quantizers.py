@@ -93,7 +93,7 @@ def score(tok: Any, real_NHWC: np.ndarray) -> dict[str, Any]:
     from imagegpt_jax.images import to_uint8
     from imagegpt_jax.metrics import common, kernels
 
-    codes_NL = tok.encode(real_NHWC, value_range=(-1, 1))
+    codes_NL = tok.encode(real_NHWC)
     fake_NHWC = to_uint8(tok.decode(codes_NL))
     counts_K = np.bincount(codes_NL.ravel(), minlength=tok.num_codes)
     return {

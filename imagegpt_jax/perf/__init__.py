@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation and what compiled programs say."""
+"""Programs compiled ahead of time, and what they communicate."""

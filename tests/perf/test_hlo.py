@@ -114,3 +114,12 @@ def test_what_crosses_slices_is_a_kind_of_its_own():
 def test_slices_make_a_ring(transfer, target, times):
     text = TWO_SLICES.replace(crossing("psum.68_0"), crossing("psum.68_0", transfer, target))
     assert hlo.count(text)["between-slices"].bytes == 4 * 128 + times * 2 * 864 * 8 * 128
+
+
+def test_types():
+    arrays = hlo.arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0}, s32[])")
+    assert [(array.bytes, array.in_hbm) for array in arrays] == [
+        (12, False),
+        (5, True),
+        (4, True),
+    ]

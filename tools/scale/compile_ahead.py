@@ -95,6 +95,8 @@ def main() -> None:
       UserError: if that is not possible; at the end, if programs did not fit: the others are reported and saved.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device, and must not take one
+    import reports as reports_lib
+
     from imagegpt_jax.perf import aot
     from imagegpt_jax.runtime import filesystem
     from imagegpt_jax.tasks import interface
@@ -126,8 +128,8 @@ def main() -> None:
     too_large = []
     for name in PROGRAMS.value or known:
         try:
-            report, text = plan.compile(known[name], options, EFFORT.value)
-        except aot.OutOfMemory as e:
+            report, text = reports_lib.compile_program(plan, known[name], options, EFFORT.value)
+        except reports_lib.OutOfMemory as e:
             print(f"{name} does not fit: {e}", file=sys.stderr)
             too_large.append(name)
             continue

@@ -64,13 +64,15 @@ class Search:
     def peak(self, at_once: int, remat: Any) -> int | None:
         """Compiled peak bytes; None where the compiler itself finds no way to fit."""
         if (at_once, remat) not in self.tried:
+            import reports
+
             from imagegpt_jax.perf import aot
 
             self.plan = aot.Plan(self.configured(at_once, remat), self.topology)
             try:
-                report, _ = self.plan.compile(self._program(), effort=self.effort)
+                report, _ = reports.compile_program(self.plan, self._program(), effort=self.effort)
                 peak = report["peak_bytes"]
-            except aot.OutOfMemory:
+            except reports.OutOfMemory:
                 peak = None
             self.tried[at_once, remat] = peak
             text = "does not compile into memory" if peak is None else f"peak {peak / GIB:.2f} GiB"
@@ -110,7 +112,7 @@ class Search:
 
     def summary(self, at_once: int, remat: Any) -> dict[str, Any]:
         """The answer and what was compiled, as JSON values."""
-        from imagegpt_jax.perf import aot
+        import reports
 
         parts = self.config.accumulate
         return {
@@ -125,7 +127,7 @@ class Search:
             "inputs": self.plan.inputs,
             "limit_bytes": self.limit,
             "compiler_effort": self.effort,
-            "versions": aot.versions(),
+            "versions": reports.versions(),
             "tried": [
                 {"batch_size": b * self.rows, "per_device": b * parts, "remat": r, "peak_bytes": p}
                 for (b, r), p in self.tried.items()

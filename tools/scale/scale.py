@@ -158,11 +158,11 @@ def check() -> None:
       UserError: if peak memory or communication differ by more than 2%; if scores of attention or all float32 logits
         are ever in memory; if a parameter of more than 1 MiB is on every device.
     """
-    from imagegpt_jax.perf import aot
+    import reports as reports_lib
 
     old = kept()[CHECKED]
-    if old["versions"] != aot.versions():
-        print(f"{CHECKED} is kept for {old['versions']}, and these are {aot.versions()}: nothing to compare.")
+    if old["versions"] != reports_lib.versions():
+        print(f"{CHECKED} is kept for {old['versions']}, and these are {reports_lib.versions()}: nothing to compare.")
         return
     new = compile_cell(CHECKED, cells()[CHECKED])
     for key in ("peak_bytes", "collective_bytes"):
@@ -265,10 +265,10 @@ def main() -> None:
         check()
         return
     if not RENDER.value:
-        from imagegpt_jax.perf import aot
+        import reports as reports_lib
 
         reports, plan = kept(), cells()
-        wanted = choose(CELLS.value, reports, aot.versions())
+        wanted = choose(CELLS.value, reports, reports_lib.versions())
         for i, name in enumerate(wanted, 1):
             print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)
             reports[name] = compile_cell(name, plan[name])

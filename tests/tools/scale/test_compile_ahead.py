@@ -21,6 +21,8 @@ def tool(monkeypatch, load_tool):
     module = load_tool("scale/compile_ahead.py")
     module.help = flags.FLAGS["programs"].help
     load_tool.forget()  # they are set below
+    import reports
+
     monkeypatch.setattr(module, "describe", lambda report: f"compiled {report['program']}")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
@@ -34,13 +36,14 @@ def tool(monkeypatch, load_tool):
             def programs(self):
                 return [types.SimpleNamespace(name=name) for name in ("train", "prefill", "decode")]
 
-            def compile(self, program, options=None, effort=0.0):
-                compiled.append(program.name)
-                if program.name in large:
-                    raise aot.OutOfMemory("RESOURCE_EXHAUSTED: 129.88G exceeds 95.74G")
-                return {"program": program.name}, "HLO"
+        def compile_program(plan, program, options=None, effort=0.0):
+            compiled.append(program.name)
+            if program.name in large:
+                raise reports.OutOfMemory("RESOURCE_EXHAUSTED: 129.88G exceeds 95.74G")
+            return {"program": program.name}, "HLO"
 
         monkeypatch.setattr(aot, "Plan", Plan)
+        monkeypatch.setattr(reports, "compile_program", compile_program)
         config = config_lib.sibling(str(ROOT / "configs" / "x.py"), "decoder.py").get_config("size=test")
         values = {"config": config, "topology": "v5e-16", "slices": 1, "batch_size": 512, "programs": [], "xla": "",
                   "output": None, "hlo": None, "effort": 0.0, "inputs": "tokens"} | values  # fmt: skip
@@ -72,14 +75,16 @@ def test_a_step_is_given_what_the_flag_says(tool, inputs):
 def test_what_was_compiled_is_there_whatever_ends_the_next(tool, tmp_path, monkeypatch):
     output = tmp_path / "cells.json"
     module = tool(output=str(output))
-    compile_one = aot.Plan.compile
+    import reports
 
-    def interrupted(self, program, options=None, effort=0.0):
+    compile_one = reports.compile_program
+
+    def interrupted(plan, program, options=None, effort=0.0):
         if program.name == "decode":
             raise KeyboardInterrupt
-        return compile_one(self, program, options, effort)
+        return compile_one(plan, program, options, effort)
 
-    monkeypatch.setattr(aot.Plan, "compile", interrupted)
+    monkeypatch.setattr(reports, "compile_program", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module.main()
     assert [report["program"] for report in json.loads(output.read_text())] == ["train", "prefill"]

@@ -49,7 +49,9 @@ def plan(monkeypatch, load_tool):
     tool = load_tool("scale/plan.py")
     load_tool.forget()  # they are set below
     monkeypatch.setattr(tool, "table", lambda plan, peak: "")
-    monkeypatch.setattr(aot, "versions", lambda: {"jax": "1"})
+    import reports
+
+    monkeypatch.setattr(reports, "versions", lambda: {"jax": "1"})
 
     def told(config, topology, peak, **values):
         efforts = tool.efforts = []
@@ -65,11 +67,12 @@ def plan(monkeypatch, load_tool):
                 yield "train"
                 raise AssertionError("programs of sampling are not asked for")
 
-            def compile(self, program, options=None, effort=0.0):
-                efforts.append(effort)
-                return {"peak_bytes": peak(self.config)}, ""
+        def compile_program(plan, program, options=None, effort=0.0):
+            efforts.append(effort)
+            return {"peak_bytes": peak(plan.config)}, ""
 
         monkeypatch.setattr(aot, "Plan", Plan)
+        monkeypatch.setattr(reports, "compile_program", compile_program)
         values = {
             "config": config,
             "topology": topology,

@@ -1,6 +1,6 @@
 """Bytes between HBM and the chip, read from a piece of HLO text."""
 
-from imagegpt_jax.perf import hlo, traffic
+import pytest
 
 TEXT = """HloModule jit_step
 
@@ -25,7 +25,12 @@ ENTRY %main (p0: bf16[64,32], p1: f32[8,16], p2: s32[]) -> f32[8,16] {
 """
 
 
-def test_what_lies_in_vmem_does_not_count():
+@pytest.fixture
+def traffic(load_tool):
+    return load_tool("scale/traffic.py")
+
+
+def test_what_lies_in_vmem_does_not_count(traffic):
     fetched = 16 * 32 * 2 + 8 * 16 * 4  # by slice-start and copy-start, read once
     far = 64 * 32 * 2 + 4 * 4  # p0 read, the tuple's first array written
     used = 4 * 4
@@ -33,7 +38,7 @@ def test_what_lies_in_vmem_does_not_count():
     assert traffic.hbm_bytes(TEXT) == fetched + far + used + updated
 
 
-def test_what_is_fetched_for_the_next_run_counts_once():
+def test_what_is_fetched_for_the_next_run_counts_once(traffic):
     """At the end of this run; the copy at its beginning is made by the first run alone."""
     before = traffic.hbm_bytes(TEXT)
     early = TEXT.replace("copy-start(%p1)", "copy-start(%p1), cross_program_prefetch_index=0")
@@ -43,22 +48,13 @@ def test_what_is_fetched_for_the_next_run_counts_once():
     assert traffic.hbm_bytes(TEXT.replace("  ROOT %updated", f"{again} %updated")) == before + 8 * 16 * 4
 
 
-def test_types():
-    arrays = hlo.arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0}, s32[])")
-    assert [(array.bytes, array.in_hbm) for array in arrays] == [
-        (12, False),
-        (5, True),
-        (4, True),
-    ]
-
-
-def test_the_largest_array_of_a_type_is_found_wherever_it_is():
+def test_the_largest_array_of_a_type_is_found_wherever_it_is(traffic):
     assert traffic.largest(TEXT, "f32") == 8 * 16 * 4
     assert traffic.largest(TEXT, "bf16") == 64 * 32 * 2
     assert traffic.largest(TEXT, "s64") == 0
 
 
-def test_scores_of_attention_are_found():
+def test_scores_of_attention_are_found(traffic):
     text = TEXT.replace("%inner = f32[8]{0}", "%inner = (f32[2,257,384]{2,1,0}, pred[256,257]{1,0})")
     assert traffic.largest_square(text, 257) == 2 * 257 * 384 * 4
     assert traffic.largest_square(TEXT, 257) == 0

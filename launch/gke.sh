@@ -7,7 +7,7 @@ usage() {
 Trains on a GKE cluster that has the JobSet controller, by kubectl.
 
   launch/gke.sh submit --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=16x16 [--slices=2] \
-      -- --config=configs/decoder.py:size=L --workdir=gs://BUCKET/L
+      -- --config=configs/decoder.py:size=L --workdir=gs://BUCKET/L --config.tokenizer=gs://BUCKET/vq
   launch/gke.sh submit --gpu --name=NAME --image=IMAGE --accelerator=nvidia-h100-80gb --hosts=2 -- ...
   launch/gke.sh status --name=NAME
   launch/gke.sh logs   --name=NAME

@@ -9,7 +9,8 @@ Trains on Cloud TPU VMs by gcloud.
   launch/tpu_vm.sh create --name=NAME --zone=ZONE --type=v5litepod-256 [--queued] [--spot] [--slices=2]
   launch/tpu_vm.sh status --name=NAME --zone=ZONE [--queued] [--slices=2]
   launch/tpu_vm.sh setup  --name=NAME --zone=ZONE [--slices=2] [--mount=BUCKET]
-  launch/tpu_vm.sh run    --name=NAME --zone=ZONE [--slices=2] -- --config=configs/decoder.py:size=L --workdir=gs://BUCKET/L
+  launch/tpu_vm.sh run    --name=NAME --zone=ZONE [--slices=2] -- --config=configs/decoder.py:size=L \
+      --workdir=gs://BUCKET/L --config.tokenizer=gs://BUCKET/vq
   launch/tpu_vm.sh logs   --name=NAME --zone=ZONE [--slices=2]
   launch/tpu_vm.sh stop   --name=NAME --zone=ZONE [--slices=2]
   launch/tpu_vm.sh delete --name=NAME --zone=ZONE [--queued] [--slices=2]

@@ -176,4 +176,6 @@ def test_the_image_holds_what_the_recipes_run():
     lines = (LAUNCH / "Dockerfile").read_text().splitlines()
     assert 'ENTRYPOINT ["python", "-m"]' in lines
     kept = (LAUNCH.parent / ".dockerignore").read_text().splitlines()
-    assert {"!imagegpt_jax", "!configs", "!pyproject.toml", "!README.md", "!LICENSE"} <= set(kept)
+    assert {"!imagegpt_jax", "!configs", "!tools", "!pyproject.toml", "!README.md", "!LICENSE"} <= set(kept)
+    (weights,) = re.findall(r"convert_lpips.py .*--output=(\S+)", "\n".join(lines))
+    assert f"--config.loss.lpips_weights={weights}" in (LAUNCH / "README.md").read_text()

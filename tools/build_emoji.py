@@ -36,6 +36,13 @@ from absl import flags
 
 from imagegpt_jax import cli, errors
 
+PACKAGES = flags.DEFINE_string("packages", ".", "Folder with the four .tgz files that `npm pack` made.")
+OUTPUT = flags.DEFINE_string(
+    "output",
+    str(Path(__file__).parents[1] / "imagegpt_jax" / "data" / "emoji"),
+    "Folder to write the built set into; the default is its place in the package.",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Package:
@@ -186,10 +193,4 @@ def main(packages: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    _PACKAGES = flags.DEFINE_string("packages", ".", "Folder with the four .tgz files that `npm pack` made.")
-    _OUTPUT = flags.DEFINE_string(
-        "output",
-        str(Path(__file__).parents[1] / "imagegpt_jax" / "data" / "emoji"),
-        "Folder to write the built set into; the default is its place in the package.",
-    )
-    cli.run(lambda: main(Path(_PACKAGES.value), Path(_OUTPUT.value)))
+    cli.run(lambda: main(Path(PACKAGES.value), Path(OUTPUT.value)))

@@ -24,11 +24,7 @@ _DEFAULTS = {"double_latent": False,
 
 
 def emu3_config(about: Mapping[str, Any]) -> VQConfig:
-    """Config of an Emu3 VQVAE from its `config.json`.
-
-    Raises:
-      UserError: for sizes at which the network cannot run.
-    """
+    """Config of an Emu3 VQVAE from its `config.json`; raises UserError for sizes at which the network cannot run."""
     config = filled_in(about, _DEFAULTS)
     mults, base = tuple(config["channel_multiplier"]), config["base_channels"]
     at = tuple(sorted({i for i in config["attn_resolutions"] if 0 <= i < len(mults)}))

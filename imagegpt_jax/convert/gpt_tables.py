@@ -43,11 +43,7 @@ ACTIVATIONS = {
 
 
 def activation(name: str) -> str:
-    """Our name of an activation.
-
-    Raises:
-      UserError: for one that has parameters of its own, or that nobody knows.
-    """
+    """Our name of an activation; raises UserError for one that has parameters of its own, or that nobody knows."""
     if name not in ACTIVATIONS:
         raise UserError(f"the activation {name!r} is not supported.{suggest(name, ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -188,11 +184,7 @@ def _head(config: GPTConfig) -> list[Rule]:
 
 
 def gpt2_config(about: Mapping[str, Any]) -> GPTConfig:
-    """Config of a GPT-2 from its `config.json`.
-
-    Raises:
-      UserError: for values that are not supported.
-    """
+    """Config of a GPT-2 from its `config.json`; raises UserError for values that are not supported."""
     return _gpt2_like(filled_in(about, _GPT2), "layer")
 
 

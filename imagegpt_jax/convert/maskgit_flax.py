@@ -27,11 +27,7 @@ def is_maskgit(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def config(tensors: Mapping[str, Tensor]) -> VQConfig:
-    """Config from names and shapes.
-
-    Raises:
-      UserError: if they are not those of such a network.
-    """
+    """Config from names and shapes; raises UserError if they are not those of such a network."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:

@@ -99,11 +99,7 @@ def _check_trust(path: pathlib.Path, values: list[Any]) -> None:
 
 
 def open_portable(path: pathlib.Path) -> Portable:
-    """Opens a portable folder.
-
-    Raises:
-      UserError: if something in it is missing or damaged.
-    """
+    """Opens a portable folder; raises UserError if something in it is missing or damaged."""
     about = _read_about(path / ABOUT)
     _check_trust(path / ABOUT, [about.get("model"), about.get("run")])
     if not (path / WEIGHTS).exists():

@@ -112,11 +112,7 @@ def _text_folder(local: pathlib.Path) -> pathlib.Path | None:
 
 
 def text_tokenizer(path: Any) -> text_lib.TextTokenizer:
-    """The text tokenizer that lies with weights.
-
-    Raises:
-      UserError: if there is none.
-    """
+    """The text tokenizer that lies with weights; raises UserError if there is none."""
     folder = _text_folder(pathlib.Path(path).expanduser())
     if folder is None:
         raise UserError(f"{path} comes without a text tokenizer: put its tokenizer.json beside the weights.")
@@ -165,11 +161,7 @@ class DecoderSetup:
 
     @functools.cached_property
     def text(self) -> text_lib.TextTokenizer:
-        """The text tokenizer.
-
-        Raises:
-          UserError: if there is none.
-        """
+        """The text tokenizer; raises UserError if there is none."""
         if self.text_folder is None:
             raise UserError(f"{self.folder} comes without a text tokenizer: encode prompts to ids yourself.")
         return text_lib.load_tokenizer(self.text_folder)

@@ -37,11 +37,7 @@ class DecoderScorer:
     """A decoder, the data that it predicts, and the pictures with prompts that it is to draw."""
 
     def __init__(self, settings: Settings, path: str):
-        """Opens the data.
-
-        Raises:
-          UserError: if they are not there, or nothing says which they are.
-        """
+        """Opens the data; raises UserError if they are not there, or nothing says which they are."""
         self._settings, self._path = settings, path
         self._data = checkpoint_data.open_data(settings, path, None)
         self._prompted: Data | None = None

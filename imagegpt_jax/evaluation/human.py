@@ -52,11 +52,7 @@ def order(rater: str, pair: int, seed: int) -> tuple[str, str]:
 
 
 def read_votes(path: epath.PathLike) -> list[Vote]:
-    """The votes of a file; none if it is not there.
-
-    Raises:
-      UserError: if a line is no vote.
-    """
+    """The votes of a file; none if it is not there; raises UserError if a line is no vote."""
     file = epath.Path(path)
     votes = []
     for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):

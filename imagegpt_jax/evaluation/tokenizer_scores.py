@@ -21,11 +21,7 @@ class TokenizerScorer:
     """A tokenizer and the data that it is scored on."""
 
     def __init__(self, settings: Settings, path: str):
-        """Opens the data.
-
-        Raises:
-          UserError: if they are not there, or nothing says which they are.
-        """
+        """Opens the data; raises UserError if they are not there, or nothing says which they are."""
         self._settings, self._path = settings, path
         self._data = checkpoint_data.open_data(settings, path, "image")
 

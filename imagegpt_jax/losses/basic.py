@@ -94,10 +94,7 @@ GAN_LOSSES = {
 
 
 def lecam(
-    real: Float[Array, "..."],
-    fake: Float[Array, "..."],
-    average_real: Float[Array, ""],
-    average_fake: Float[Array, ""],
+    real: Float[Array, "..."], fake: Float[Array, "..."], average_real: Float[Array, ""], average_fake: Float[Array, ""]
 ) -> Float[Array, ""]:
     """E[max(0, D(real) - a_F)^2] + E[max(0, a_R - D(fake))^2], a regulariser of discriminators (arXiv:2104.03310).
 

@@ -34,11 +34,7 @@ class Mean:
             self._weight[name] += float(np.sum(kept))
 
     def result(self) -> dict[str, float]:
-        """The means.
-
-        Raises:
-          UserError: if nothing was added.
-        """
+        """The means; raises UserError if nothing was added."""
         if not self._weight or min(self._weight.values()) == 0:
             raise UserError("there is nothing to evaluate: the evaluation data set is empty.")
         return {name: total / self._weight[name] for name, total in self._total.items()}

@@ -13,11 +13,7 @@ class Pairs:
     """Two sets as one: image i of the one beside image i of the other, uint8 [2, H, W, 3]."""
 
     def __init__(self, images: ImageSet, references: ImageSet):
-        """Pairs the sets.
-
-        Raises:
-          UserError: if they differ in number, in size, or in the names of their files.
-        """
+        """Pairs the sets; raises UserError if they differ in number, in size, or in the names of their files."""
         if len(images) != len(references):
             raise UserError(
                 f"{images.path} has {len(images)} images and {references.path} has {len(references)}: PSNR, SSIM"

@@ -168,11 +168,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 
 def find(name: str) -> Protocol:
-    """The protocol of this name.
-
-    Raises:
-      UserError: if there is none.
-    """
+    """The protocol of this name; raises UserError if there is none."""
     if name not in PROTOCOLS:
         raise UserError(f"unknown protocol {name!r}.{suggest(name, PROTOCOLS)}")
     return PROTOCOLS[name]

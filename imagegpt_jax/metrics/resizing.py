@@ -90,11 +90,7 @@ class Crop:
 
 
 def to_size(name: str, size: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The resizer of this name, to `size` pixels a side.
-
-    Raises:
-      UserError: if there is none.
-    """
+    """The resizer of this name, to `size` pixels a side; raises UserError if there is none."""
     if name not in RESIZERS:
         raise UserError(f"unknown resizer {name!r}.{suggest(name, RESIZERS)}")
     return lambda image_HWC: RESIZERS[name](image_HWC, size)

@@ -139,11 +139,7 @@ _FILES: Mapping[str, str] = {
 
 
 def find(name: str) -> Metric:
-    """The metric of a name of the table, or a user's own by "module:NAME".
-
-    Raises:
-      UserError: if there is none.
-    """
+    """The metric of a name of the table, or a user's own by "module:NAME"; raises UserError if there is none."""
     metric = plugins.resolve(name, "metric", METRICS)
     if not isinstance(metric, Metric):
         raise UserError(f"metric={name} is a {type(metric).__name__}: make it an imagegpt_jax.metrics.metric.Metric.")

@@ -146,11 +146,7 @@ class Folder:
         return len(self._files)
 
     def read(self, number: int) -> UInt8[np.ndarray, "H W 3"]:
-        """Decodes one image.
-
-        Raises:
-          UserError: if it is damaged.
-        """
+        """Decodes one image; raises UserError if it is damaged."""
         file = self._files[number]
         try:
             with file.open("rb") as stream, Image.open(stream) as image:
@@ -220,11 +216,7 @@ class NpzImages:
         return self._count
 
     def read(self, number: int) -> UInt8[np.ndarray, "H W 3"]:
-        """One image; going back starts at the array's beginning again.
-
-        Raises:
-          UserError: if the file is damaged.
-        """
+        """One image; going back starts at the array's beginning again; raises UserError if the file is damaged."""
         pixels = self._stream.read(number)
         return pixels if self._crop is None else self._crop(pixels)
 

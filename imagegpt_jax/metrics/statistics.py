@@ -47,11 +47,7 @@ class Moments:
 
     @property
     def covariance(self) -> Float[np.ndarray, "D D"]:
-        """Covariance of the rows, unbiased (N - 1).
-
-        Raises:
-          UserError: if there are fewer than two rows.
-        """
+        """Covariance of the rows, unbiased (N - 1); raises UserError if there are fewer than two rows."""
         self._flush()
         if self._count < 2:
             raise UserError(f"a covariance needs at least 2 images, and there {'is 1' if self._count else 'are none'}.")

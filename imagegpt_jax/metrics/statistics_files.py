@@ -42,11 +42,7 @@ class FileStatistics:
     beside: "FeatureStatistics | None" = None  # statistics of those images, once they were passed over
 
     def gaussian(self, output: tuple[str, str]) -> Gaussian:
-        """Mean and covariance of an output.
-
-        Raises:
-          UserError: if the file does not hold them.
-        """
+        """Mean and covariance of an output; raises UserError if the file does not hold them."""
         if output[0] != self.network or output[1] not in self.arrays:
             raise UserError(
                 f"{self.path} holds statistics of {', '.join(self.arrays)} of {self.network}, not {output[1]!r} of"

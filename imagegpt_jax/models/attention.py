@@ -285,10 +285,7 @@ class Attention(nnx.Module):
         else:
             assert length is not None
             # Cached keys lie [B, K, S, H]: a step's products then read them where they are, without a transpose.
-            cache = (
-                write(cache[0], k_BLKH.swapaxes(1, 2), length),
-                write(cache[1], v_BLKH.swapaxes(1, 2), length),
-            )
+            cache = (write(cache[0], k_BLKH.swapaxes(1, 2), length), write(cache[1], v_BLKH.swapaxes(1, 2), length))
             y_BLNH = attend(q_BLNH, *cache, visible)
         y_BLNH = checkpoint_name(y_BLNH, "attention")
         return self.out(y_BLNH.reshape(batch, new, -1)), cache

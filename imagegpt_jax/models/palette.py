@@ -35,10 +35,7 @@ class PaletteConfig:
     def quantizer(self) -> QuantizerConfig:
         """The colours as a codebook."""
         return QuantizerConfig(
-            num_codes=self.num_codes,
-            code_dim=self.in_channels,
-            l2_normalize=False,
-            chunk_codes=self.num_codes,
+            num_codes=self.num_codes, code_dim=self.in_channels, l2_normalize=False, chunk_codes=self.num_codes
         )
 
 
@@ -50,11 +47,7 @@ class Palette(nnx.Module):
         self.config = config
 
     def encode_codes(self, images_BHWC: Float[Array, "B H W C"]) -> Int[Array, "B H W"]:
-        """Images in [-1, 1] -> indices of colours.
-
-        Raises:
-          UserError: if the images have another number of channels.
-        """
+        """Images in [-1, 1] -> indices of colours; raises UserError if the images have another number of channels."""
         if images_BHWC.shape[-1] != self.config.in_channels:
             raise UserError(f"images of {images_BHWC.shape[-1]} channels have no colours of {self.config.in_channels}.")
         return self.quantize.nearest(images_BHWC)

@@ -51,11 +51,7 @@ class Conv3d(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         sides = [((n - 1) // 2 + (n - 1) % 2, (n - 1) // 2) for n in kernel.shape[1:3]]
         y = lax.conv_general_dilated(
-            x_BThwC,
-            kernel,
-            (self.stride, 1, 1),
-            ((_PADDING, 0), *sides),
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            x_BThwC, kernel, (self.stride, 1, 1), ((_PADDING, 0), *sides), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
         )
         return y + self.bias[...].astype(self.dtype)
 

@@ -59,11 +59,7 @@ def holds_weights(path: pathlib.Path) -> bool:
 
 
 def open_source(path: pathlib.Path) -> Source:
-    """Opens a file or a folder of weights.
-
-    Raises:
-      UserError: if there is none, or it is damaged.
-    """
+    """Opens a file or a folder of weights; raises UserError if there is none, or it is damaged."""
     if path.is_file():
         config = path.parent / "config.json"
         tensors, extras = _open_file(path)
@@ -168,12 +164,7 @@ def _open_msgpack(path: pathlib.Path) -> dict[str, Tensor]:
 Writer = Callable[[pathlib.Path, Sizes, Arrays, Mapping[str, Any]], None]
 
 
-def write_folder(
-    target: pathlib.Path,
-    sizes: Sizes,
-    arrays: Arrays,
-    about: Mapping[str, Any],
-) -> None:
+def write_folder(target: pathlib.Path, sizes: Sizes, arrays: Arrays, about: Mapping[str, Any]) -> None:
     """Writes `model.safetensors` as PyTorch's libraries expect it, and `config.json` if there is something to say."""
     safetensors_file.write(target / "model.safetensors", sizes, arrays, {"format": "pt"})
     if about:
@@ -181,11 +172,7 @@ def write_folder(
 
 
 def write_msgpack(
-    target: pathlib.Path,
-    sizes: Sizes,
-    arrays: Arrays,
-    about: Mapping[str, Any],
-    under: str = "",
+    target: pathlib.Path, sizes: Sizes, arrays: Arrays, about: Mapping[str, Any], under: str = ""
 ) -> None:
     """Writes `flax_model.msgpack`, under a key of its own if there is one, and `config.json` if that says something."""
     from flax import serialization
@@ -202,12 +189,7 @@ def write_msgpack(
         (target / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def write_clusters(
-    target: pathlib.Path,
-    sizes: Sizes,
-    arrays: Arrays,
-    about: Mapping[str, Any],
-) -> None:
+def write_clusters(target: pathlib.Path, sizes: Sizes, arrays: Arrays, about: Mapping[str, Any]) -> None:
     """Writes the `preprocessor_config.json` of an ImageGPT."""
     ((_, colours),) = arrays
     (target / PROCESSORS[0]).write_text(json.dumps({**about, "clusters": colours.tolist()}, indent=2) + "\n")

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.models import quantizers
 from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig, fsq, init_stats, learn, lfq
+from imagegpt_jax.models.quantizers import codebook as codebooks
 
 VQ = QuantizerConfig(num_codes=8, code_dim=4, l2_normalize=False)
 IBQ = dataclasses.replace(VQ, kind="ibq", index_weight=1.0, commitment_weight=1.0, codebook_weight=0.25)
@@ -281,7 +281,7 @@ def test_entropy_of_signs_is_that_over_all_codes(config, temperature):
     z = 0.3 * normal(3, 11, 5)
     z = jnp.asarray(unit(np.asarray(z))) if config.l2_normalize else z
     value = float(np.abs(codes).max())
-    plain = jax.value_and_grad(lambda z: quantizers.entropy_loss(z, codes, temperature, 32))(z)
+    plain = jax.value_and_grad(lambda z: codebooks.entropy_loss(z, codes, temperature, 32))(z)
     factored = jax.value_and_grad(lambda z: lfq.entropy_loss(z, value, temperature))(z)
     assert float(factored[0]) == pytest.approx(float(plain[0]), rel=1e-4, abs=1e-5)
     if not config.l2_normalize:

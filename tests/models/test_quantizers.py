@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.models import quantizers
-from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig, init_stats, update_stats
+from imagegpt_jax.models.quantizers import Quantizer, QuantizerConfig, init_stats, use
+from imagegpt_jax.models.quantizers import codebook as codebooks
 
 CONFIG = QuantizerConfig(num_codes=24, code_dim=3, revival_steps=3)
 
@@ -101,7 +101,7 @@ def test_straight_through_gradient_of_normalised_vectors_is_tangent():
 
 
 def test_zero_vectors_have_finite_gradients():
-    gradient = jax.grad(lambda z: jnp.sum(quantizers.l2_normalize(z) * 3.0))(jnp.zeros((2, 3)))
+    gradient = jax.grad(lambda z: jnp.sum(codebooks.l2_normalize(z) * 3.0))(jnp.zeros((2, 3)))
     assert np.all(np.isfinite(gradient))
 
 
@@ -113,11 +113,11 @@ def test_entropy_loss_is_sample_minus_batch_entropy(chunk):
     p /= p.sum(-1, keepdims=True)
     mean = p.mean(0)
     expected = -(p * np.log(p)).sum(-1).mean() + (mean * np.log(mean)).sum()
-    value, gradient = jax.value_and_grad(quantizers.entropy_loss)(jnp.asarray(z), jnp.asarray(codebook), 0.2, chunk)
+    value, gradient = jax.value_and_grad(codebooks.entropy_loss)(jnp.asarray(z), jnp.asarray(codebook), 0.2, chunk)
     assert float(value) == pytest.approx(expected, rel=1e-5)
     step = 1e-3 * np.asarray(jax.random.normal(key(3), z.shape))
     ahead, behind = (
-        quantizers.entropy_loss(jnp.asarray(z + s), jnp.asarray(codebook), 0.2, chunk) for s in (step, -step)
+        codebooks.entropy_loss(jnp.asarray(z + s), jnp.asarray(codebook), 0.2, chunk) for s in (step, -step)
     )
     assert float(ahead - behind) / 2 == pytest.approx(float(jnp.sum(gradient * step)), rel=0.02)
 
@@ -125,16 +125,16 @@ def test_entropy_loss_is_sample_minus_batch_entropy(chunk):
 def test_entropy_loss_is_least_when_sure_codes_are_evenly_used():
     codebook = jnp.eye(3)
     even, collapsed = jnp.eye(3), jnp.tile(jnp.eye(3)[:1], (3, 1))
-    assert float(quantizers.entropy_loss(even, codebook, 0.01, 3)) == pytest.approx(-np.log(3), rel=1e-5)
-    assert float(quantizers.entropy_loss(collapsed, codebook, 0.01, 3)) == pytest.approx(0, abs=1e-6)
+    assert float(codebooks.entropy_loss(even, codebook, 0.01, 3)) == pytest.approx(-np.log(3), rel=1e-5)
+    assert float(codebooks.entropy_loss(collapsed, codebook, 0.01, 3)) == pytest.approx(0, abs=1e-6)
 
 
 def test_first_revival_sets_the_whole_codebook_from_the_batch():
     quantizer = Quantizer(CONFIG, key=key())
     z = jax.random.normal(key(1), (30, 3))
     quantized = quantizer(z)
-    stats = update_stats(CONFIG, init_stats(CONFIG), quantized.sums.counts_I)
-    codebook, stats, revived = quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.vectors, key(2))
+    stats = use.update_stats(CONFIG, init_stats(CONFIG), quantized.sums.counts_I)
+    codebook, stats, revived = use.revive(CONFIG, quantizer.embedding[...], stats, quantized.vectors, key(2))
     assert bool(revived.all())
     rows = {tuple(r) for r in unit(np.asarray(z)).round(4).tolist()}
     drawn = [tuple(r) for r in np.asarray(codebook).round(4).tolist()]
@@ -149,15 +149,15 @@ def test_only_codes_unused_for_revival_steps_are_replaced():
     z = quantizer.lookup(jnp.arange(4))  # chooses codes 0 to 3 only
     stats = init_stats(CONFIG)
     quantized = quantizer(z)
-    stats = update_stats(CONFIG, stats, quantized.sums.counts_I)
+    stats = use.update_stats(CONFIG, stats, quantized.sums.counts_I)
     before = quantizer.embedding[...]
     stats = stats._replace(age_I=jnp.zeros_like(stats.age_I))  # as after the first revival
     for step in range(CONFIG.revival_steps):
-        _, _, revived = quantizers.revive(CONFIG, before, stats, quantized.vectors, key(step))
+        _, _, revived = use.revive(CONFIG, before, stats, quantized.vectors, key(step))
         assert not bool(revived.any())
         quantized = quantizer(z)
-        stats = update_stats(CONFIG, stats, quantized.sums.counts_I)
-    codebook, stats, revived = quantizers.revive(CONFIG, before, stats, quantized.vectors, key(9))
+        stats = use.update_stats(CONFIG, stats, quantized.sums.counts_I)
+    codebook, stats, revived = use.revive(CONFIG, before, stats, quantized.vectors, key(9))
     np.testing.assert_array_equal(revived, np.arange(24) >= 4)
     np.testing.assert_array_equal(codebook[:4], before[:4])
     assert np.all(np.any(codebook[4:] != before[4:], axis=-1))
@@ -167,9 +167,9 @@ def test_only_codes_unused_for_revival_steps_are_replaced():
 def test_revival_is_a_function_of_the_key():
     quantizer, z = Quantizer(CONFIG, key=key()), jax.random.normal(key(1), (40, 3))
     quantized = quantizer(z)
-    stats = update_stats(CONFIG, init_stats(CONFIG), quantized.sums.counts_I)
+    stats = use.update_stats(CONFIG, init_stats(CONFIG), quantized.sums.counts_I)
     first, again, other = (
-        quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.vectors, key(i))[0] for i in (3, 3, 4)
+        use.revive(CONFIG, quantizer.embedding[...], stats, quantized.vectors, key(i))[0] for i in (3, 3, 4)
     )
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
@@ -178,11 +178,11 @@ def test_revival_is_a_function_of_the_key():
 def test_revival_can_be_off_and_draws_again_when_vectors_are_few():
     quantizer, z = Quantizer(CONFIG, key=key()), jax.random.normal(key(1), (5, 3))
     quantized = quantizer(z)
-    stats = update_stats(CONFIG, init_stats(CONFIG), quantized.sums.counts_I)
-    codebook, _, _ = quantizers.revive(CONFIG, quantizer.embedding[...], stats, quantized.vectors, key(2))
+    stats = use.update_stats(CONFIG, init_stats(CONFIG), quantized.sums.counts_I)
+    codebook, _, _ = use.revive(CONFIG, quantizer.embedding[...], stats, quantized.vectors, key(2))
     assert len(np.unique(np.asarray(codebook), axis=0)) == 5
     off = dataclasses.replace(CONFIG, revival_steps=0)
-    codebook, _, revived = quantizers.revive(off, quantizer.embedding[...], init_stats(off), quantized.vectors, key(2))
+    codebook, _, revived = use.revive(off, quantizer.embedding[...], init_stats(off), quantized.vectors, key(2))
     np.testing.assert_array_equal(codebook, quantizer.embedding[...])
     assert not bool(revived.any())
 

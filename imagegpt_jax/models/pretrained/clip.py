@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax.models.pretrained import vit, weights
+from imagegpt_jax.models.pretrained import vit
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -62,15 +62,7 @@ class CLIP(nnx.Module):
     logit_scale: nnx.Param
 
     def __init__(self, shapes: vit.Shapes, *, key: jax.Array):
-        """Makes the network for the arrays of a file.
-
-        Args:
-          shapes: name in the file -> shape.
-          key: of the random weights that `load` replaces.
-
-        Raises:
-          UserError: if the names are not CLIP's.
-        """
+        """Makes random weights in the shapes of a file's arrays; raises UserError if the names are not CLIP's."""
         direct, image, text = jax.random.split(key, 3)
         kind = {"activation": "quick_gelu", "eps": _EPS, "scaled": False}
         vit.add_parameters(self, _TABLE, shapes, "CLIP", key=direct)
@@ -82,18 +74,10 @@ class CLIP(nnx.Module):
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "CLIP":
-        """Reads `model.safetensors` or `pytorch_model.bin` of `transformers`, or the folder that holds it.
-
-        Raises:
-          UserError: if the file is missing, damaged, or its arrays are not exactly those of CLIP.
-        """
+        """Reads `model.safetensors` or `pytorch_model.bin` of `transformers`, or the folder; errors as `vit.load`."""
+        towers = {_IMAGE: "image_tower", _TEXT: "text_tower"}
         # Older files keep the numbers of positions beside their embeddings.
-        kept = {name: a for name, a in weights.read(path).items() if not name.endswith(".position_ids")}
-        shapes = {name: array.shape for name, array in kept.items()}
-        model = nnx.eval_shape(lambda: cls(shapes, key=jax.random.key(0)))
-        towers = {_IMAGE: model.image_tower, _TEXT: model.text_tower}
-        vit.fill(model, _TABLE, towers, _NAMES, kept, str(path), "CLIP")
-        return model
+        return vit.load(cls, path, "CLIP", _TABLE, towers, _NAMES, unused=".position_ids")
 
     def embed_images(self, images_BHWC: Float[Array, "B size size 3"]) -> Float[Array, "B E"]:
         """Embeddings, not scaled to unit length, of images in [0, 255] of `size` pixels a side."""

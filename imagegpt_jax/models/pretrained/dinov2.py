@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float
 
-from imagegpt_jax.models.pretrained import vit, weights
+from imagegpt_jax.models.pretrained import vit
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
@@ -36,7 +36,7 @@ _TABLE: vit.Table = {
     "scale": ("layernorm.weight", (0,)),
     "bias": ("layernorm.bias", (0,)),
 }
-_UNUSED = ("embeddings.mask_token",)  # stands for hidden patches, in training
+_UNUSED = "embeddings.mask_token"  # stands for hidden patches, in training
 
 
 class DINOv2(nnx.Module):
@@ -50,15 +50,7 @@ class DINOv2(nnx.Module):
     bias: nnx.Param
 
     def __init__(self, shapes: vit.Shapes, *, key: jax.Array):
-        """Makes the network for the arrays of a file.
-
-        Args:
-          shapes: name in the file -> shape.
-          key: of the random weights that `load` replaces.
-
-        Raises:
-          UserError: if the names are not DINOv2's.
-        """
+        """Makes random weights in the shapes of a file's arrays; raises UserError if the names are not DINOv2's."""
         direct, blocks = jax.random.split(key)
         vit.add_parameters(self, _TABLE, shapes, "DINOv2", key=direct)
         kind = {"activation": "gelu", "eps": _EPS, "scaled": True}
@@ -66,16 +58,8 @@ class DINOv2(nnx.Module):
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "DINOv2":
-        """Reads `model.safetensors` or `pytorch_model.bin` of `transformers`, or the folder that holds it.
-
-        Raises:
-          UserError: if the file is missing, damaged, or its arrays are not exactly those of DINOv2.
-        """
-        kept = {name: array for name, array in weights.read(path).items() if name not in _UNUSED}
-        shapes = {name: array.shape for name, array in kept.items()}
-        model = nnx.eval_shape(lambda: cls(shapes, key=jax.random.key(0)))
-        vit.fill(model, _TABLE, {_LAYERS: model.tower}, _NAMES, kept, str(path), "DINOv2")
-        return model
+        """Reads `model.safetensors` or `pytorch_model.bin` of `transformers`, or the folder; errors as `vit.load`."""
+        return vit.load(cls, path, "DINOv2", _TABLE, {_LAYERS: "tower"}, _NAMES, unused=_UNUSED)
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
         """Features of images in [0, 255]; the positions' embeddings are resized to their grid of patches."""

@@ -125,8 +125,8 @@ class EfficientNetLite0(nnx.Module):
           UserError: if the file is missing, damaged, or its arrays are not exactly those of the network.
         """
         model = nnx.eval_shape(lambda: cls(key=jax.random.key(0)))
-        arrays = {name: a for name, a in weights.read(path).items() if not name.endswith(".num_batches_tracked")}
-        model.set_arrays({name: a for name, a in arrays.items() if not name.startswith("_fc.")}, str(path))
+        arrays = {name: array for name, array in weights.read(path).items() if not name.startswith("_fc.")}
+        model.set_arrays(arrays, str(path))
         return model
 
     def units(self) -> Iterator[tuple[str, str, Unit]]:
@@ -140,21 +140,8 @@ class EfficientNetLite0(nnx.Module):
         yield "_conv_head", "_bn1", self.head
 
     def set_arrays(self, arrays: Mapping[str, np.ndarray], source: str) -> None:
-        """Replaces all parameters by those of a PyTorch state dict.
-
-        Raises:
-          UserError: naming the arrays that are missing, unknown or of another shape.
-        """
-        expected: dict[str, tuple[int, ...]] = {}
-        for conv, norm, unit in self.units():
-            height, width, c_in, c_out = unit.kernel.shape
-            expected[f"{conv}.weight"] = (c_out, c_in, height, width)
-            expected |= {f"{norm}.{part}": (c_out,) for part in ("weight", "bias", "running_mean", "running_var")}
-        weights.check(arrays, expected, source, "EfficientNet-Lite0")
-        for conv, norm, unit in self.units():
-            kernel, bias = weights.fold_batch_norm(arrays, f"{conv}.weight", norm, _BATCH_NORM_EPS)
-            unit.kernel.set_value(jnp.asarray(kernel))
-            unit.bias.set_value(jnp.asarray(bias))
+        """Replaces all parameters by those of a PyTorch state dict; errors as `weights.set_units`."""
+        weights.set_units(list(self.units()), arrays, _BATCH_NORM_EPS, source, "EfficientNet-Lite0")
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
         """Mean features over positions, of images in [0, 255]."""
@@ -165,11 +152,7 @@ class EfficientNetLite0(nnx.Module):
 
 
 def packaged() -> str:
-    """The file of trained weights in the installed package.
-
-    Raises:
-      UserError: if the package is not installed.
-    """
+    """The file of trained weights in the installed package; raises UserError if the package is not installed."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = epath.Path(folder) / _FILE

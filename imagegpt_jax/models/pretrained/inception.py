@@ -308,23 +308,11 @@ class Inception(nnx.Module):
                 yield from ((f"{name}.{inner}", unit) for inner, unit in vars(part).items() if isinstance(unit, Unit))
 
     def set_arrays(self, arrays: Mapping[str, np.ndarray], source: str) -> None:
-        """Replaces all parameters by those of a PyTorch state dict, batch normalisation folded in.
-
-        Raises:
-          UserError: listing every array that is missing, unknown or of another shape.
-        """
-        expected: dict[str, tuple[int, ...]] = {"fc.weight": (NUM_CLASSES, NUM_FEATURES), "fc.bias": (NUM_CLASSES,)}
-        for name, unit in self.units():
-            height, width, c_in, c_out = unit.kernel.shape
-            expected[f"{name}.conv.weight"] = (c_out, c_in, height, width)
-            expected |= {f"{name}.bn.{part}": (c_out,) for part in ("weight", "bias", "running_mean", "running_var")}
-        kept = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
-        weights.check(kept, expected, source, "the FID Inception-v3")
-        for name, unit in self.units():
-            kernel, bias = weights.fold_batch_norm(kept, f"{name}.conv.weight", f"{name}.bn", _BATCH_NORM_EPS)
-            unit.kernel.set_value(jnp.asarray(kernel))
-            unit.bias.set_value(jnp.asarray(bias))
-        self.head.set_value(jnp.asarray(kept["fc.weight"].T, jnp.float32))
+        """Replaces all parameters by those of a PyTorch state dict; errors as `weights.set_units`."""
+        units = [(f"{name}.conv", f"{name}.bn", unit) for name, unit in self.units()]
+        others = {"fc.weight": (NUM_CLASSES, NUM_FEATURES), "fc.bias": (NUM_CLASSES,)}
+        weights.set_units(units, arrays, _BATCH_NORM_EPS, source, "the FID Inception-v3", others)
+        self.head.set_value(jnp.asarray(arrays["fc.weight"].T, jnp.float32))
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Features:
         """Features of images in [0, 255]; sides other than 299 are resized as the graph does."""

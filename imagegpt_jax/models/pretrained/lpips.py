@@ -158,21 +158,9 @@ class LPIPS(nnx.Module):
         return named
 
     def set_arrays(self, arrays: Mapping[str, np.ndarray], source: str) -> None:
-        """Replaces all parameters.
-
-        Raises:
-          UserError: listing every array that is missing, unknown or of another shape.
-        """
+        """Replaces all parameters; raises UserError naming arrays that are missing, unknown or of another shape."""
         params = self.parameters()
-        wrong = [f"{n} is missing" for n in params.keys() - arrays.keys()]
-        wrong += [f"{n} is unknown" for n in arrays.keys() - params.keys()]
-        wrong += [
-            f"{n} is {arrays[n].shape}, not {params[n].shape}"
-            for n in params.keys() & arrays.keys()
-            if arrays[n].shape != params[n].shape
-        ]
-        if wrong:
-            raise UserError(f"{source} does not fit LPIPS {self.network}: {'; '.join(sorted(wrong))}.")
+        weights.check(arrays, {name: param.shape for name, param in params.items()}, source, f"LPIPS {self.network}")
         for name, param in params.items():
             param.set_value(jnp.asarray(arrays[name], jnp.float32))
 

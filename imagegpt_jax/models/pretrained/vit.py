@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -186,37 +187,42 @@ def _shape(shapes: Shapes, name: str, network: str) -> tuple[int, ...]:
     return shapes[name]
 
 
-def fill(
-    module: nnx.Module,
-    table: Table,
-    towers: Mapping[str, Transformer],
-    names: Names,
-    arrays: Mapping[str, np.ndarray],
-    source: str,
+def load(
+    make: Callable[..., Any],
+    path: epath.PathLike,
     network: str,
-) -> None:
-    """Replaces all parameters by the arrays of a file, which must be exactly those of the network.
+    table: Table,
+    towers: Mapping[str, str],
+    names: Names,
+    unused: str,
+) -> Any:
+    """Makes a network of the arrays of a file, `.safetensors` or PyTorch's, or of the folder that holds it.
 
     Args:
-      module: the network.
-      table: of its parameters outside the blocks.
-      towers: prefix in the file -> blocks.
-      names: of the parts of a block.
-      arrays: name in the file -> array.
-      source: the file's name.
+      make: (shapes of the file, key=) -> the network.
+      path: the file.
       network: the network's name.
+      table: of its parameters outside the blocks.
+      towers: prefix in the file -> attribute of the network that has the blocks.
+      names: of the parts of a block.
+      unused: how names end that the network has no use for.
 
     Raises:
-      UserError: naming the arrays that are missing, unknown or of another shape.
+      UserError: if the file is missing, damaged, or its arrays are not exactly those of the network, naming them.
     """
-    expected = {name: arrays[name].shape for name, _ in table.values()}
-    for prefix, blocks in towers.items():
-        expected |= blocks.expected(prefix, names)
-    weights.check(arrays, expected, source, network)
+    arrays = {name: array for name, array in weights.read(path).items() if not name.endswith(unused)}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    module = nnx.eval_shape(lambda: make(shapes, key=jax.random.key(0)))
+    blocks = {prefix: getattr(module, attribute) for prefix, attribute in towers.items()}
+    expected = {name: shapes[name] for name, _ in table.values()}
+    for prefix, transformer in blocks.items():
+        expected |= transformer.expected(prefix, names)
+    weights.check(arrays, expected, str(path), network)
     for ours, (theirs, order) in table.items():
         getattr(module, ours).set_value(jnp.asarray(np.asarray(arrays[theirs], np.float32).transpose(order)))
-    for prefix, blocks in towers.items():
-        blocks.set_arrays(arrays, prefix, names)
+    for prefix, transformer in blocks.items():
+        transformer.set_arrays(arrays, prefix, names)
+    return module
 
 
 def patches(images_BHWC: Float[Array, "B H W C"], kernel: Float[Array, "P P C D"]) -> Float[Array, "B N D"]:

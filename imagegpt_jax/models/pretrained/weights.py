@@ -6,7 +6,8 @@ import os
 import pathlib
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -138,3 +139,39 @@ def fold_batch_norm(
     rate = scale / np.sqrt(variance + eps)
     folded = arrays[kernel].astype(np.float64).transpose(2, 3, 1, 0) * rate
     return folded.astype(np.float32), (shift - mean * rate).astype(np.float32)
+
+
+def set_units(
+    units: Sequence[tuple[str, str, Any]],
+    arrays: Mapping[str, np.ndarray],
+    eps: float,
+    source: str,
+    network: str,
+    others: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Sets `kernel` and `bias` of all convolutions of a network from a PyTorch state dict, batch norms folded in.
+
+    Args:
+      units: (name of the convolution, name of its batch norm, the layer).
+      arrays: the state dict.
+      eps: of the norms.
+      source: the file's name.
+      network: the network's name.
+      others: name -> shape of the arrays that it has besides.
+
+    Raises:
+      UserError: naming some arrays that are missing, unknown or of another shape.
+    """
+    import jax.numpy as jnp  # programs that only ask for a hash do not wait for JAX
+
+    expected = dict(others or {})
+    for conv, norm, unit in units:
+        height, width, c_in, c_out = unit.kernel.shape
+        expected[f"{conv}.weight"] = (c_out, c_in, height, width)
+        expected |= {f"{norm}.{part}": (c_out,) for part in ("weight", "bias", "running_mean", "running_var")}
+    kept = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
+    check(kept, expected, source, network)
+    for conv, norm, unit in units:
+        kernel, bias = fold_batch_norm(kept, f"{conv}.weight", norm, eps)
+        unit.kernel.set_value(jnp.asarray(kernel))
+        unit.bias.set_value(jnp.asarray(bias))

@@ -6,34 +6,10 @@ codebook. `config.py` has the choices and the table of kinds, each kind is one f
 `lfq.py`), `codebook.py` is what kinds with learned codes share, `quantizer.py` the module, `use.py` the statistics.
 """
 
-from imagegpt_jax.models.quantizers.codebook import entropy_loss, l2_normalize, nearest_codes, straight_through
+from imagegpt_jax.models.quantizers.codebook import straight_through
 from imagegpt_jax.models.quantizers.config import Group, Kind, QuantizerConfig
 from imagegpt_jax.models.quantizers.quantizer import Quantized, Quantizer
-from imagegpt_jax.models.quantizers.use import (
-    QuantizerStats,
-    UseSums,
-    average_codebook,
-    init_stats,
-    learn,
-    revive,
-    update_stats,
-)
+from imagegpt_jax.models.quantizers.use import UseSums, init_stats, learn
 
-__all__ = [
-    "Group",
-    "Kind",
-    "Quantized",
-    "Quantizer",
-    "QuantizerConfig",
-    "QuantizerStats",
-    "UseSums",
-    "average_codebook",
-    "entropy_loss",
-    "init_stats",
-    "l2_normalize",
-    "learn",
-    "nearest_codes",
-    "revive",
-    "straight_through",
-    "update_stats",
-]
+__all__ = ["Group", "Kind", "Quantized", "Quantizer", "QuantizerConfig", "UseSums", "init_stats", "learn",
+           "straight_through"]  # fmt: skip

@@ -101,11 +101,7 @@ def _normaliser(
 
 
 def entropy_loss(
-    z_NZ: Float[Array, "N Z"],
-    codebook_KZ: Float[Array, "K Z"],
-    temperature: float,
-    chunk: int,
-    metric: str = EUCLIDEAN,
+    z_NZ: Float[Array, "N Z"], codebook_KZ: Float[Array, "K Z"], temperature: float, chunk: int, metric: str = EUCLIDEAN
 ) -> Float[Array, ""]:
     """Mean entropy of p(code | z) minus the entropy of the mean over the batch, in nats.
 

@@ -163,8 +163,15 @@ def invert(table: Iterable[Rule]) -> list[Rule]:
 
 
 def filled_in(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` with the values that it leaves out and its class would fill in."""
-    return {**defaults, **{key: value for key, value in config.items() if value is not None}}
+    """A `config.json` with the values that it leaves out and its class would fill in; tuples and floats as in those."""
+    given = {key: value for key, value in config.items() if value is not None}
+    alike = {k: type(v)(given[k]) for k, v in defaults.items() if k in given and isinstance(v, bool | float | tuple)}
+    return {**defaults, **given, **alike}
+
+
+def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Values of a `config.json` under our names, by {their key: ours}."""
+    return {ours: config[theirs] for theirs, ours in names.items()}
 
 
 def plan(table: Sequence[Rule], names: Iterable[str], wanted: Iterable[str] | None, what: str) -> list[Job]:

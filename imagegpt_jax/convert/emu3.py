@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from imagegpt_jax.convert.core import CONV3D, Change, Rule, carry, filled_in, rule
-from imagegpt_jax.convert.vqgan import SHARED, conv_rules, norm_rules, quantizer
+from imagegpt_jax.convert.vqgan import about_of, conv_rules, norm_rules, other, published
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.vq import VQConfig
 
@@ -26,7 +26,7 @@ _DEFAULTS = {"double_latent": False,
 def emu3_config(about: Mapping[str, Any]) -> VQConfig:
     """Config of an Emu3 VQVAE from its `config.json`; raises UserError for sizes at which the network cannot run."""
     config = filled_in(about, _DEFAULTS)
-    mults, base = tuple(config["channel_multiplier"]), config["base_channels"]
+    mults, base = config["channel_multiplier"], config["base_channels"]
     at = tuple(sorted({i for i in config["attn_resolutions"] if 0 <= i < len(mults)}))
     wrong = [i for i in (*at, len(mults) - 1) if base * mults[i] != config["hidden_size"]]
     if wrong:
@@ -34,23 +34,15 @@ def emu3_config(about: Mapping[str, Any]) -> VQConfig:
             f"hidden_size={config['hidden_size']} is the width of attention, and level {wrong[0]} has"
             f" {base * mults[wrong[0]]} channels: such a network cannot run."
         )
-    blocks, channels = config["num_res_blocks"], config["in_channels"]
-    out_channels = config["out_channels"]
-    return VQConfig(
-        in_channels=channels,
-        out_channels=0 if out_channels == channels else out_channels,
-        base_width=base,
-        width_mults=mults,
-        encoder_blocks=blocks,
-        decoder_blocks=blocks + 1,
+    return published(
+        config,
+        codes=config["codebook_size"],
+        l2_normalize=False,
+        out_channels=other(config["out_channels"], config["in_channels"]),
         attention_levels=at,
         attention_heads=config["num_attention_heads"],
-        z_channels=config["latent_channels"],
-        double_latent=bool(config["double_latent"]),
         spatial_norm=True,
         frames=config["temporal_downsample_factor"],
-        quantizer=quantizer(config["codebook_size"], config["embed_dim"], l2_normalize=False),
-        **SHARED,
     )
 
 
@@ -78,14 +70,10 @@ def emu3_table(config: VQConfig) -> list[Rule]:
         rules += _conv3d(f"{half}.time_conv.{{i}}.conv", f"{half}.temporal.time_conv.{{i}}")
         stack, ours = f"{half}.time_res_stack.{{i}}", f"{half}.temporal.time_res_stack.{{i}}"
         rules += _conv3d(f"{stack}.{{conv:conv1|conv2}}", f"{ours}.{{conv}}")
-        for theirs_, kind in {
-            "weight": "scale",
-            "bias": "bias",
-            "running_mean": "mean",
-            "running_var": "variance",
-        }.items():
-            rules.append(rule(f"{stack}.{{norm:norm1|norm2}}.{theirs_}", f"{ours}.{{norm}}.{kind}"))
-        rules += carry(f"{stack}.{{norm:norm1|norm2}}.num_batches_tracked")
+        batch_norm, ours = f"{stack}.{{norm:norm1|norm2}}", f"{ours}.{{norm}}"
+        rules += norm_rules(batch_norm, ours) + carry(f"{batch_norm}.num_batches_tracked")
+        rules.append(rule(f"{batch_norm}.running_mean", f"{ours}.mean"))
+        rules.append(rule(f"{batch_norm}.running_var", f"{ours}.variance"))
     return rules
 
 
@@ -115,16 +103,9 @@ def emu3_about(config: VQConfig) -> dict[str, Any]:
     return {
         "architectures": ["Emu3VQVAE"],
         "model_type": "emu3_vqgan",
-        "codebook_size": config.quantizer.num_codes,
-        "embed_dim": config.quantizer.code_dim,
-        "latent_channels": config.z_channels,
-        "double_latent": config.double_latent,
-        "in_channels": config.in_channels,
+        **about_of(config, codes="codebook_size"),
         "out_channels": config.image_channels,
         "temporal_downsample_factor": config.frames,
-        "base_channels": config.base_width,
-        "channel_multiplier": list(config.width_mults),
-        "num_res_blocks": config.encoder_blocks,
         "attn_resolutions": list(config.attention_levels),
         "hidden_size": config.widths[-1],
         "num_attention_heads": config.attention_heads,

@@ -10,35 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.convert.core import LINEAR, Arrays, Change, Rule, cut, drop, filled_in, rule
+from imagegpt_jax.convert.core import LINEAR, Arrays, Change, Rule, cut, drop, filled_in, renamed, rule
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.rope import KINDS, RopeScaling
 
 # Their names of activations -> ours (`layers.ACTIVATIONS`).
+_SAME = ("gelu", "laplace", "leaky_relu", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "tanh")
+_TANH = ("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh")
 ACTIVATIONS = {
-    "gelu": "gelu",
+    **dict(zip(_SAME, _SAME, strict=True)),
+    **dict.fromkeys(_TANH, "gelu_tanh"),
     "gelu_10": "clipped_gelu",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
     "gelu_python": "gelu",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
     "hardswish": "hard_swish",
-    "laplace": "laplace",
-    "leaky_relu": "leaky_relu",
     "linear": "identity",
-    "mish": "mish",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "relu2": "relu2",
-    "relu6": "relu6",
-    "sigmoid": "sigmoid",
-    "silu": "silu",
     "sqrtsoftplus": "sqrt_softplus",
     "swish": "silu",
-    "tanh": "tanh",
 }
 
 
@@ -67,6 +55,17 @@ _IMAGEGPT = {**_GPT, "vocab_size": 513, "n_positions": 1024, "n_embd": 512, "n_l
              "activation_function": "quick_gelu", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False}  # fmt: skip
 
 
+# Keys of `config.json` -> keys of `GPTConfig` that mean the same.
+_LLAMA_KEYS = {"vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "mlp_width",
+               "num_hidden_layers": "depth", "num_attention_heads": "heads", "rms_norm_eps": "norm_eps",
+               "attention_bias": "attention_bias", "mlp_bias": "mlp_bias", "tie_word_embeddings": "tie_embeddings",
+               "attention_dropout": "attention_dropout"}  # fmt: skip
+_GPT_KEYS = {"vocab_size": "vocab_size", "n_positions": "max_length", "n_embd": "width", "n_layer": "depth",
+             "n_head": "heads", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings",
+             "scale_attn_by_inverse_layer_idx": "attention_scale_by_layer", "embd_pdrop": "token_dropout",
+             "resid_pdrop": "residual_dropout", "attn_pdrop": "attention_dropout"}  # fmt: skip
+
+
 def llama_config(about: Mapping[str, Any]) -> GPTConfig:
     """Config of a Llama from its `config.json` (Touvron et al. 2023, arXiv:2302.13971).
 
@@ -74,29 +73,20 @@ def llama_config(about: Mapping[str, Any]) -> GPTConfig:
       UserError: for values that are not supported.
     """
     config = filled_in(about, _LLAMA)
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    head_dim = config["head_dim"] or width // heads
+    heads = config["num_attention_heads"]
+    head_dim = config["head_dim"] or config["hidden_size"] // heads
     theta, scaling = _rope(config)
     return GPTConfig(
-        vocab_size=config["vocab_size"],
-        width=width,
-        depth=config["num_hidden_layers"],
-        heads=heads,
+        **renamed(config, _LLAMA_KEYS),
         kv_heads=config["num_key_value_heads"] or heads,
         head_dim=head_dim,
-        mlp_width=config["intermediate_size"],
         norm="rms",
-        norm_eps=config["rms_norm_eps"],
         mlp="swiglu",
         activation=activation(config["hidden_act"]),
-        attention_bias=bool(config["attention_bias"]),
-        mlp_bias=bool(config["mlp_bias"]),
         position="rope",
         rope_theta=theta,
         rotary_dims=(head_dim, 0, 0),
         rope_scaling=scaling,
-        tie_embeddings=bool(config["tie_word_embeddings"]),
-        attention_dropout=float(config["attention_dropout"] or 0.0),
     )
 
 
@@ -124,10 +114,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     if factor is None:
         raise UserError(f"rope_type={kind!r} needs a factor, and the config has none.")
     if kind == "yarn":
-        stretched |= {
-            "beta_fast": float(values.get("beta_fast") or 32),
-            "beta_slow": float(values.get("beta_slow") or 1),
-        }
+        stretched |= {name: float(values.get(name) or least) for name, least in (("beta_fast", 32), ("beta_slow", 1))}
         stretched["truncate"] = bool(values.get("truncate", True))
     if kind == "longrope":
         stretched |= {name: tuple(map(float, values[name])) for name in ("short_factor", "long_factor")}
@@ -202,29 +189,17 @@ def _gpt2_like(config: Mapping[str, Any], norm: str) -> GPTConfig:
         raise UserError(
             "add_cross_attention=True is not supported: decoders here read what they are given as a prefix."
         )
-    tied = bool(config["tie_word_embeddings"])
-    width, vocab = config["n_embd"], config["vocab_size"]
     return GPTConfig(
-        vocab_size=vocab,
-        width=width,
-        depth=config["n_layer"],
-        heads=config["n_head"],
-        mlp_width=config["n_inner"] or 4 * width,
+        **renamed(config, _GPT_KEYS),
+        mlp_width=config["n_inner"] or 4 * config["n_embd"],
         norm=norm,
-        norm_eps=config["layer_norm_epsilon"],
         mlp="gelu",
         activation=activation(config["activation_function"]),
         bias=True,
         attention_scale=0.0 if config["scale_attn_weights"] else 1.0,
-        attention_scale_by_layer=bool(config["scale_attn_by_inverse_layer_idx"]),
         position="learned",
-        max_length=config["n_positions"],
-        tie_embeddings=tied,
-        head_size=vocab - 1 if norm == "rms" and not tied else 0,
-        token_dropout=float(config["embd_pdrop"]),
-        residual_dropout=float(config["resid_pdrop"]),
-        mlp_dropout=float(config["resid_pdrop"]),
-        attention_dropout=float(config["attn_pdrop"]),
+        head_size=config["vocab_size"] - 1 if norm == "rms" and not config["tie_word_embeddings"] else 0,
+        mlp_dropout=config["resid_pdrop"],
     )
 
 
@@ -275,7 +250,7 @@ _POSITIONS = Change(_one_table, _only_table)
 
 # --------------------------------------------------------------------------------------------------- the way back
 
-_THEIRS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "clipped_gelu": "gelu_10", "identity": "linear",
+_THEIRS = {"gelu_tanh": "gelu_new", "clipped_gelu": "gelu_10", "identity": "linear",
            "hard_swish": "hardswish", "sqrt_softplus": "sqrtsoftplus"}  # fmt: skip
 
 
@@ -304,21 +279,14 @@ def llama_about(config: GPTConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
+        **{theirs: getattr(config, ours) for theirs, ours in _LLAMA_KEYS.items()},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_width,
         "hidden_act": _act(config),
         "max_position_embeddings": scaling.max_length or config.max_length or 2048,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
         "rope_parameters": rope,
         "attention_bias": config.attention_bias or config.bias,
         "mlp_bias": config.mlp_bias or config.bias,
-        "attention_dropout": config.attention_dropout,
     }
 
 
@@ -328,18 +296,8 @@ def gpt2_about(config: GPTConfig) -> dict[str, Any]:
     return {
         "architectures": ["ImageGPTForCausalImageModeling" if image else "GPT2LMHeadModel"],
         "model_type": "imagegpt" if image else "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.max_length,
-        "n_embd": config.width,
-        "n_layer": config.depth,
-        "n_head": config.heads,
+        **{theirs: getattr(config, ours) for theirs, ours in _GPT_KEYS.items()},
         "n_inner": config.mlp_width,
         "activation_function": _act(config),
-        "layer_norm_epsilon": config.norm_eps,
         "scale_attn_weights": config.attention_scale == 0.0,
-        "scale_attn_by_inverse_layer_idx": config.attention_scale_by_layer,
-        "tie_word_embeddings": config.tie_embeddings,
-        "embd_pdrop": config.token_dropout,
-        "resid_pdrop": config.residual_dropout,
-        "attn_pdrop": config.attention_dropout,
     }

@@ -37,19 +37,20 @@ def _leaves(net: train_state.Network) -> dict[tuple[Any, ...], jax.ShapeDtypeStr
     return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
+def _arrays_of(path: tuple[Any, ...], shape: Shape) -> list[tuple[str, int | None]]:
+    """The names of a parameter's arrays, each with its layer; None where the parameter is not stacked."""
+    if path[0] != _STACKED:
+        return [(".".join(map(str, path)), None)]
+    return [(".".join(map(str, (_STACKED, layer, *path[1:]))), layer) for layer in range(shape[0])]
+
+
 def shapes(net: train_state.Network) -> dict[str, Shape]:
     """Shape of every array by its name, all layers of one parameter after each other."""
-    by_name: dict[str, Shape] = {}
-    for path, leaf in _leaves(net).items():
-        if path[0] == _STACKED:
-            by_name.update({_layer_name(path, i): leaf.shape[1:] for i in range(leaf.shape[0])})
-        else:
-            by_name[".".join(map(str, path))] = leaf.shape
-    return by_name
-
-
-def _layer_name(path: tuple[Any, ...], layer: int) -> str:
-    return ".".join(map(str, (path[0], layer, *path[1:])))
+    return {
+        name: leaf.shape if layer is None else leaf.shape[1:]
+        for path, leaf in _leaves(net).items()
+        for name, layer in _arrays_of(path, leaf.shape)
+    }
 
 
 def assemble(
@@ -68,12 +69,7 @@ def assemble(
       dtype_of: (name, dtype in the file) -> dtype to keep.
     """
     leaves = _leaves(net)
-    place: dict[str, tuple[tuple[Any, ...], int | None]] = {}
-    for path, leaf in leaves.items():
-        if path[0] == _STACKED:
-            place.update({_layer_name(path, i): (path, i) for i in range(leaf.shape[0])})
-        else:
-            place[".".join(map(str, path))] = (path, None)
+    place = {name: (path, i) for path, leaf in leaves.items() for name, i in _arrays_of(path, leaf.shape)}
     open_: dict[tuple[Any, ...], tuple[np.ndarray, set[int]]] = {}
     params: train_state.Params = {}
     for name, array in arrays:
@@ -88,7 +84,7 @@ def assemble(
         stack[... if layer is None else layer] = array
         have.add(-1 if layer is None else layer)
         if layer is None or len(have) == len(stack):
-            _put(params, path, _to_jax(stack))
+            _put(params, path, jax.device_put(stack, jax.local_devices()[0], may_alias=True))
             del open_[path], stack
     assert not open_, f"incomplete: {sorted(map(str, open_))}"
     return params
@@ -102,10 +98,6 @@ def _empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _to_jax(array: np.ndarray) -> jax.Array:
-    return jax.device_put(array, jax.local_devices()[0], may_alias=True)
-
-
 def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
@@ -115,9 +107,5 @@ def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
 def flat(params: Mapping[Any, Any]) -> Iterable[tuple[str, np.ndarray]]:
     """Named arrays of parameters, read from their devices one at a time."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        keys = tuple(k.key for k in path)
-        if keys[0] == _STACKED:
-            for layer in range(leaf.shape[0]):
-                yield _layer_name(keys, layer), np.asarray(leaf[layer])
-        else:
-            yield ".".join(map(str, keys)), np.asarray(leaf)
+        for name, layer in _arrays_of(tuple(k.key for k in path), leaf.shape):
+            yield name, np.asarray(leaf if layer is None else leaf[layer])

@@ -108,43 +108,32 @@ chameleon = _tokenizer("chameleon", "chameleon_vqgan", vqgan.chameleon_config, l
 emu3_vqvae = _tokenizer("emu3", "emu3_vqgan", lambda about, _: emu3.emu3_config(about), emu3.emu3_table)
 
 
-def _inferred(name: str, source: Source, style: vqgan.Style) -> Published:
-    config = vqgan.infer_config(source.tensors, style)
-    return Published(name, config, vqgan.table(config, style), source.tensors, about=source.config)
+def _styled(name: str, style: vqgan.Style, *marks: str) -> Reader:
+    """Reads a tokenizer whose names and shapes tell its config; `marks` are names that only its kind has together."""
+
+    def read(source: Source, options: Options) -> Published | None:
+        if not all(mark in source.tensors for mark in marks):
+            return None
+        config = vqgan.infer_config(source.tensors, style)
+        return Published(name, config, vqgan.table(config, style), source.tensors, about=source.config)
+
+    return read
 
 
-def llamagen_vq(source: Source, options: Options) -> Published | None:
-    """LlamaGen's tokenizers; None if the source is something else."""
-    if "encoder.conv_blocks.0.res.0.conv1.weight" not in source.tensors:
-        return None
-    return _inferred("llamagen_vq", source, vqgan.LLAMAGEN)
+llamagen_vq = _styled("llamagen_vq", vqgan.LLAMAGEN, "encoder.conv_blocks.0.res.0.conv1.weight")
+dalle_mini = _styled("dalle_mini_vqgan", vqgan.DALLE_MINI, "encoder.down_0.block_0.conv1.kernel")
+_TORCH_BLOCK = "encoder.down.0.block.0.conv1.weight"
+maskgit = _styled("maskgit_vqgan", vqgan.MASKGIT, _TORCH_BLOCK, "encoder.mid.0.conv1.weight")
+_taming = _styled("taming", vqgan.TAMING, _TORCH_BLOCK, "quant_conv.weight")
+# Janus' VQVAE without its config: level 0 of the decoder is that of the lowest resolution, and is enlarged.
+_bare_janus = _styled("janus", vqgan.JANUS, _TORCH_BLOCK, "quant_conv.weight", "decoder.up.0.upsample.conv.weight")
 
 
 def taming(source: Source, options: Options) -> Published | None:
     """taming-transformers' VQGAN, or Janus' without its config; None if the source is something else."""
-    tensors = source.tensors
-    if "encoder.down.0.block.0.conv1.weight" not in tensors or "quant_conv.weight" not in tensors:
-        return None
-    # Janus' VQVAE without its config: level 0 of the decoder is that of the lowest resolution, and is enlarged.
-    last = max(int(m[1]) for name in tensors if (m := re.match(r"encoder\.down\.(\d+)\.", name)))
-    if last and "decoder.up.0.upsample.conv.weight" in tensors:
-        return _inferred("janus", source, vqgan.JANUS)
-    return _inferred("taming", source, vqgan.TAMING)
-
-
-def dalle_mini(source: Source, options: Options) -> Published | None:
-    """dalle-mini's VQGAN; None if the source is something else."""
-    if "encoder.down_0.block_0.conv1.kernel" not in source.tensors:
-        return None
-    return _inferred("dalle_mini_vqgan", source, vqgan.DALLE_MINI)
-
-
-def maskgit(source: Source, options: Options) -> Published | None:
-    """MaskGIT's VQGAN; None if the source is something else."""
-    tensors = source.tensors
-    if "encoder.down.0.block.0.conv1.weight" not in tensors or "encoder.mid.0.conv1.weight" not in tensors:
-        return None
-    return _inferred("maskgit_vqgan", source, vqgan.MASKGIT)
+    halved = any(re.match(r"encoder\.down\.[1-9]", name) for name in source.tensors)
+    bare = _bare_janus(source, options) if halved else None
+    return _taming(source, options) if bare is None else bare
 
 
 def maskgit_original(source: Source, options: Options) -> Published | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from imagegpt_jax.convert.core import CONV2D, SAME, Change, Rule, carry, drop, filled_in, rule
+from imagegpt_jax.convert.core import CONV2D, SAME, Change, Rule, carry, drop, filled_in, renamed, rule
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.quantizers import QuantizerConfig
 from imagegpt_jax.models.vq import VQConfig
@@ -156,18 +156,21 @@ _JANUS = {"embed_dim": 8, "num_embeddings": 16384, "latent_channels": 256, "in_c
 _CHAMELEON = {"embed_dim": 256, "num_embeddings": 8192, "latent_channels": 256, "resolution": 512, "in_channels": 3,
               "base_channels": 128, "channel_multiplier": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": (),
               "double_latent": False}  # fmt: skip
+# Keys of `config.json` -> keys of `VQConfig` that mean the same.
+_KEYS = {"in_channels": "in_channels", "base_channels": "base_width", "channel_multiplier": "width_mults",
+         "num_res_blocks": "encoder_blocks", "latent_channels": "z_channels",
+         "double_latent": "double_latent"}  # fmt: skip
 
 
 def janus_config(about: Mapping[str, Any]) -> VQConfig:
     """Config of a Janus VQVAE (arXiv:2410.13848) from its `config.json`: LlamaGen's network."""
     config = filled_in(about, _JANUS)
-    mults = tuple(config["channel_multiplier"])
-    return _published(
+    return published(
         config,
         codes=config["num_embeddings"],
         l2_normalize=True,
-        out_channels=_other(config["out_channels"], config["in_channels"]),
-        attention_levels=(len(mults) - 1,),
+        out_channels=other(config["out_channels"], config["in_channels"]),
+        attention_levels=(len(config["channel_multiplier"]) - 1,),
     )
 
 
@@ -180,7 +183,7 @@ def chameleon_config(about: Mapping[str, Any], decoder: bool) -> VQConfig:
     sides = [config["resolution"]]
     for _ in range(levels - 1):
         sides.append(sides[-1] // 2)
-    return _published(
+    return published(
         config,
         codes=config["num_embeddings"],
         l2_normalize=False,
@@ -190,21 +193,16 @@ def chameleon_config(about: Mapping[str, Any], decoder: bool) -> VQConfig:
     )
 
 
-def _other(out_channels: int, in_channels: int) -> int:
+def other(out_channels: int, in_channels: int) -> int:
+    """`VQConfig.out_channels` for these."""
     return 0 if out_channels == in_channels else out_channels
 
 
-def _published(config: Mapping[str, Any], *, codes: int, l2_normalize: bool, **values: Any) -> VQConfig:
+def published(config: Mapping[str, Any], *, codes: int, l2_normalize: bool, **values: Any) -> VQConfig:
     """What the `config.json` of the tokenizers in `transformers` have in common."""
-    blocks = config["num_res_blocks"]
     return VQConfig(
-        in_channels=config["in_channels"],
-        base_width=config["base_channels"],
-        width_mults=tuple(config["channel_multiplier"]),
-        encoder_blocks=blocks,
-        decoder_blocks=blocks + 1,
-        z_channels=config["latent_channels"],
-        double_latent=bool(config["double_latent"]),
+        **renamed(config, _KEYS),
+        decoder_blocks=config["num_res_blocks"] + 1,
         quantizer=quantizer(codes, config["embed_dim"], l2_normalize),
         **SHARED,
         **values,
@@ -257,7 +255,7 @@ def infer_config(tensors: Mapping[str, Tensor], style: Style) -> VQConfig:
     out_channels = shape(f"decoder.conv_out.{kernel}")[out_axis] if has_decoder else channels
     return VQConfig(
         in_channels=channels,
-        out_channels=_other(out_channels, channels),
+        out_channels=other(out_channels, channels),
         base_width=base,
         width_mults=tuple(w // base for w in widths),
         encoder_blocks=blocks,
@@ -293,23 +291,16 @@ def as_styled(config: VQConfig, style: Style) -> VQConfig:
     )
 
 
-def _about(config: VQConfig) -> dict[str, Any]:
-    return {
-        "in_channels": config.in_channels,
-        "base_channels": config.base_width,
-        "channel_multiplier": list(config.width_mults),
-        "num_res_blocks": config.encoder_blocks,
-        "latent_channels": config.z_channels,
-        "double_latent": config.double_latent,
-        "embed_dim": config.quantizer.code_dim,
-        "num_embeddings": config.quantizer.num_codes,
-    }
+def about_of(config: VQConfig, codes: str = "num_embeddings") -> dict[str, Any]:
+    """The inverse of `published`; `codes` is what their number is called."""
+    sizes = {theirs: getattr(config, ours) for theirs, ours in _KEYS.items()}
+    return sizes | {"embed_dim": config.quantizer.code_dim, codes: config.quantizer.num_codes}
 
 
 def janus_about(config: VQConfig) -> dict[str, Any]:
     """The `config.json` of a JanusVQVAE for a tokenizer of this config."""
     names = {"architectures": ["JanusVQVAE"], "model_type": "janus_vqgan", "out_channels": config.image_channels}
-    return names | _about(config)
+    return names | about_of(config)
 
 
 def chameleon_about(config: VQConfig) -> dict[str, Any]:
@@ -322,5 +313,5 @@ def chameleon_about(config: VQConfig) -> dict[str, Any]:
         "resolution": side,
         "attn_resolutions": [side >> level for level in config.attention_levels] or None,
         "attn_type": "vanilla" if config.mid_attention else "none",
-        **_about(config),
+        **about_of(config),
     }

@@ -62,7 +62,9 @@ class Format:
             return [f"network of the kind {type(config).__name__}"]
         ours, theirs = (config_lib.flatten(dataclasses.asdict(_filled_in(c))) for c in (config, back))
         return [
-            f"{key}={value!r}" for key, value in ours.items() if _matters(key) and _plain(value) != _plain(theirs[key])
+            f"{key}={value!r}"
+            for key, value in ours.items()
+            if not _HARMLESS.fullmatch(key) and _plain(value) != _plain(theirs[key])
         ]
 
 
@@ -85,10 +87,6 @@ def _filled_in(config: Config) -> Config:
         rotary_dims=config.rotary_axes if config.position == "rope" else (),
         activation=config.activation or by_name,
     )
-
-
-def _matters(key: str) -> bool:
-    return not _HARMLESS.fullmatch(key)
 
 
 def _plain(value: Any) -> Any:
@@ -162,9 +160,13 @@ def _transformers(
     """A class of `transformers`, saved alone or `within` a larger one; `part` of it is what is read."""
     where = "folder of `save_pretrained`: `config.json` and safetensors, in one file or shards"
     where += f"; alone or within {'an' if within[0] in 'AEIO' else 'a'} {within}" if within else ""
-    return Format(
-        kind, f"{title} (transformers){part}", where, read, table, lambda config, layout: about(config), parse
-    )
+    title = f"{title} (transformers){part}"
+    return Format(kind, title, where, read, table, lambda config, layout: about(config), parse)
+
+
+def _decoder(title: str, read: Reader, table: Any, about: Any, parse: Callable[[Mapping[str, Any]], Config]) -> Format:
+    """A decoder of `transformers`."""
+    return _transformers(DECODER, title, read, table, about, lambda config, written: parse(written))
 
 
 _UNUSED = np.zeros(65536, np.float32)  # LlamaGen counts use in a fixed number of slots
@@ -239,29 +241,10 @@ FORMATS: dict[str, Format] = {
         writes="`preprocessor_config.json`",
         write=write_clusters,
     ),
-    "llama": _transformers(
-        DECODER,
-        "Llama",
-        readers.llama,
-        gpt_tables.llama_table,
-        gpt_tables.llama_about,
-        lambda config, about: gpt_tables.llama_config(about),
-    ),
-    "gpt2": _transformers(
-        DECODER,
-        "GPT-2",
-        readers.gpt2,
-        gpt_tables.gpt2_table,
-        gpt_tables.gpt2_about,
-        lambda config, about: gpt_tables.gpt2_config(about),
-    ),
-    "imagegpt": _transformers(
-        DECODER,
-        "ImageGPT",
-        readers.imagegpt,
-        gpt_tables.gpt2_table,
-        gpt_tables.gpt2_about,
-        lambda config, about: gpt_tables.imagegpt_config(about),
+    "llama": _decoder("Llama", readers.llama, gpt_tables.llama_table, gpt_tables.llama_about, gpt_tables.llama_config),
+    "gpt2": _decoder("GPT-2", readers.gpt2, gpt_tables.gpt2_table, gpt_tables.gpt2_about, gpt_tables.gpt2_config),
+    "imagegpt": _decoder(
+        "ImageGPT", readers.imagegpt, gpt_tables.gpt2_table, gpt_tables.gpt2_about, gpt_tables.imagegpt_config
     ),
     "llamagen": Format(
         DECODER,

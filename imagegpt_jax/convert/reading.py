@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from imagegpt_jax import train_state
 from imagegpt_jax.convert import core, formats, networks, portable
 from imagegpt_jax.convert.formats import Options, Published
-from imagegpt_jax.convert.layout import RasterLayout
+from imagegpt_jax.convert.layout import ImageSpace, RasterLayout
 from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.weight_files import files
@@ -157,7 +157,7 @@ class DecoderSetup:
         """The ids."""
         if self.layout is not None:
             return self.layout.space
-        return _WordSpace(self.model.vocab_size)
+        return ImageSpace(num_codes=0, vocab_size=self.model.vocab_size)
 
     @functools.cached_property
     def text(self) -> text_lib.TextTokenizer:
@@ -195,11 +195,3 @@ class DecoderSetup:
         if self.model.position == "learned" and length > self.model.max_length:
             raise UserError(f"{length} tokens are more than the {self.model.max_length} positions of these weights.")
         return self.layout.positions(length) if self.layout is not None and self.layout.by_row else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _WordSpace:
-    """Ids of a language model."""
-
-    vocab_size: int
-    num_classes: int = 0

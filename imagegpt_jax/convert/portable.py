@@ -24,7 +24,7 @@ from imagegpt_jax import train_state
 from imagegpt_jax.convert import core, formats, networks
 from imagegpt_jax.convert.formats import Published
 from imagegpt_jax.convert.layout import ImageSpace, RasterLayout
-from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.models.palette import PaletteConfig
 from imagegpt_jax.models.vq import VQConfig
@@ -253,9 +253,7 @@ def export(portable: Portable, name: str, target: pathlib.Path) -> None:
       UserError: if there is no such layout, or the network is none of its.
     """
     name = name or portable.published
-    if name not in formats.FORMATS:
-        raise UserError(f"unknown layout {name!r}.{suggest(name, formats.FORMATS)}")
-    layout = formats.FORMATS[name]
+    layout = config_lib.choose("layout", name, formats.FORMATS)
     if layout.kind != portable.kind:
         raise UserError(
             f"{portable.path} is a {portable.kind}, and {layout.title} a {layout.kind}: choose another layout."

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.config import choose
 from imagegpt_jax.metrics.kernels import Subsets
 from imagegpt_jax.metrics.resizing import Crop
 from imagegpt_jax.metrics.statistics import splits_by_number
@@ -169,9 +169,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 def find(name: str) -> Protocol:
     """The protocol of this name; raises UserError if there is none."""
-    if name not in PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}.{suggest(name, PROTOCOLS)}")
-    return PROTOCOLS[name]
+    return choose("protocol", name, PROTOCOLS)
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

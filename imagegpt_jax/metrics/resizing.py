@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from imagegpt_jax.errors import UserError, suggest
+from imagegpt_jax.config import choose
 
 
 def in_network(image_HWC: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -91,6 +91,5 @@ class Crop:
 
 def to_size(name: str, size: int) -> Callable[[np.ndarray], np.ndarray]:
     """The resizer of this name, to `size` pixels a side; raises UserError if there is none."""
-    if name not in RESIZERS:
-        raise UserError(f"unknown resizer {name!r}.{suggest(name, RESIZERS)}")
-    return lambda image_HWC: RESIZERS[name](image_HWC, size)
+    resize = choose("resizer", name, RESIZERS)
+    return lambda image_HWC: resize(image_HWC, size)

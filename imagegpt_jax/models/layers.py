@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from imagegpt_jax.config import choose
 from imagegpt_jax.errors import UserError, suggest
 from imagegpt_jax.models import rope
 from imagegpt_jax.parallel import manual_collectives, sharding
@@ -50,9 +51,7 @@ def as_dtype(name: str) -> jnp.dtype:
     Raises:
       UserError: if the name is none of `DTYPES`, or is "float64" while JAX keeps to 32 bits.
     """
-    if name not in DTYPES:
-        raise UserError(f"unknown dtype {name!r}.{suggest(name, DTYPES)}")
-    dtype = jnp.dtype(DTYPES[name])
+    dtype = jnp.dtype(choose("dtype", name, DTYPES))
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UserError(f"dtype {name!r} needs 64-bit numbers, which are off in JAX: set JAX_ENABLE_X64=1.")
     return dtype

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax.errors import UserError
+from imagegpt_jax.errors import UserError, at_least, check_ranges
 from imagegpt_jax.models import conv, layers, logit_laplace, temporal
 from imagegpt_jax.models.quantizers import Quantized, Quantizer, QuantizerConfig
 from imagegpt_jax.parallel import sharding
@@ -100,8 +100,7 @@ class VQConfig:
                 f"attention_heads={heads} does not divide the {' and '.join(map(str, sorted(set(attended))))} channels"
                 f" of the layers with attention: give one of {', '.join(map(str, legal))}."
             )
-        if self.stem_patch < 1:
-            raise UserError(f"stem_patch={self.stem_patch} is not possible: give 1 (no patches) or more.")
+        check_ranges(self, {"stem_patch": at_least(1, "no patches")})
         if self.mid_attention and self.mid_blocks != 2:
             raise UserError(
                 f"mid_blocks={self.mid_blocks} leaves no middle for attention: give 2, or mid_attention=False."
@@ -147,29 +146,23 @@ def _condition(config: VQConfig) -> int:
 
 
 class Level(nnx.Module):
-    """Residual blocks at one resolution, each followed by attention where asked; `resample` changes the resolution."""
+    """Residual blocks at one resolution, each followed by attention where asked, and the way to the next resolution."""
 
-    def __init__(
-        self,
-        config: VQConfig,
-        index: int,
-        in_width: int,
-        blocks: int,
-        resample: str | None,
-        *,
-        decoder: bool,
-        key: jax.Array,
-    ):
+    def __init__(self, config: VQConfig, index: int, *, decoder: bool, key: jax.Array):
         _, res, attn, _ = _layers(config, decoder)
-        width = config.widths[index]
+        width, last = config.widths[index], len(config.widths) - 1
+        if decoder:
+            blocks, in_width = config.decoder_blocks, config.widths[min(index + 1, last)]
+        else:
+            blocks, in_width = config.encoder_blocks, (config.base_width, *config.widths)[index]
         keys = iter(jax.random.split(key, 2 * blocks + 1))
         self.res = nnx.List([res(in_width if i == 0 else width, width, key=next(keys)) for i in range(blocks)])
         self.attn = nnx.List([attn(width, key=next(keys)) for _ in range(blocks * (index in config.attention_levels))])
         precision = {"impl": config.conv_impl, "dtype": config.dtype, "param_dtype": config.param_dtype}
         down = upsample = None
-        if resample == "down":
+        if not decoder and index < last:
             down = conv.MeanPool() if config.plain_blocks else conv.Downsample(width, key=next(keys), **precision)
-        elif resample == "up":
+        elif decoder and index:
             upsample = conv.Upsample(width, key=next(keys), **precision)
         self.downsample, self.upsample = down, upsample
         self.remat = config.remat
@@ -211,18 +204,7 @@ class Encoder(nnx.Module):
         plain = config.plain_blocks
         channels = config.in_channels * config.stem_patch**2
         self.conv_in = make_conv(channels, config.base_width, use_bias=not plain, key=keys[0])
-        self.conv_blocks = nnx.List(
-            Level(
-                config,
-                i,
-                widths[i - 1] if i else config.base_width,
-                config.encoder_blocks,
-                "down" if i < len(widths) - 1 else None,
-                decoder=False,
-                key=keys[3 + i],
-            )
-            for i in range(len(widths))
-        )
+        self.conv_blocks = nnx.List(Level(config, i, decoder=False, key=keys[3 + i]) for i in range(len(widths)))
         self.mid = _mid(config, decoder=False, key=keys[1])
         self.norm_out = norm(widths[-1], key=keys[2])
         z_channels = config.z_channels * (1 + config.double_latent)
@@ -252,7 +234,6 @@ class Decoder(nnx.Module):
     def __init__(self, config: VQConfig, *, key: jax.Array):
         make_conv, _, _, norm = _layers(config, True)
         widths = config.widths
-        last = len(widths) - 1
         keys = jax.random.split(key, len(widths) + 3)
         if config.frames:
             kinds = {"dtype": config.dtype, "param_dtype": config.param_dtype}
@@ -263,16 +244,7 @@ class Decoder(nnx.Module):
         self.conv_in = make_conv(config.z_channels, widths[-1], key=keys[0])
         self.mid = _mid(config, decoder=True, key=keys[1])
         self.conv_blocks = nnx.List(
-            Level(
-                config,
-                i,
-                widths[min(i + 1, last)],
-                config.decoder_blocks,
-                "up" if i else None,
-                decoder=True,
-                key=keys[3 + i],
-            )
-            for i in reversed(range(len(widths)))
+            Level(config, i, decoder=True, key=keys[3 + i]) for i in reversed(range(len(widths)))
         )
         self.norm_out = norm(widths[0], key=jax.random.fold_in(keys[2], 0))
         channels = config.image_channels * (2 if config.logit_laplace else 1)

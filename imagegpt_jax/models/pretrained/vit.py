@@ -4,7 +4,6 @@ Shapes: B batch, N positions, D width, F hidden width, L layers, H heads, h widt
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,20 +16,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.models.layers import ACTIVATIONS
 from imagegpt_jax.models.pretrained import weights
 
 HEAD = 64  # width of a head in every published CLIP and DINOv2
-
-
-def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), as CLIP was trained with."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +54,8 @@ class Transformer(nnx.Module):
     def __init__(
         self, layers: int, width: int, hidden: int, *, activation: str, eps: float, scaled: bool, key: jax.Array
     ):
-        """Makes random weights.
-
-        Args:
-          layers: L.
-          width: D, a multiple of 64.
-          hidden: F.
-          activation: one of `ACTIVATIONS`.
-          eps: of the norms.
-          scaled: whether each branch has a factor per channel (LayerScale).
-          key: of the weights.
-        """
+        """Makes random weights; `width` is a multiple of `HEAD`, `activation` one of `layers.ACTIVATIONS`, `eps` that of
+        the norms, and with `scaled` each branch has a factor per channel (LayerScale)."""
         keys = jax.random.split(key, 4)
 
         def kernel(key: jax.Array, d_in: int, d_out: int) -> nnx.Param:

@@ -42,15 +42,10 @@ def is_llamagen(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def config(tensors: Mapping[str, Tensor], about: Mapping[str, Any], heads: int | None) -> GPTConfig:
-    """Config from the shapes of the weights, and the heads from elsewhere.
-
-    Args:
-      tensors: the weights.
-      about: keys of LlamaGen's `ModelArgs` as far as they are known (`n_head`, `norm_eps`, `rope_base`).
-      heads: overrides what `about` or the published sizes say.
+    """Config from the shapes of the weights, and from `ModelArgs` as far as they are known (`about`).
 
     Raises:
-      UserError: if nothing tells the number of heads.
+      UserError: if nothing tells the number of heads, which `heads` overrides.
     """
     codes, width = tensors["tok_embeddings.weight"].shape
     depth = len({m[1] for name in tensors if (m := re.match(r"layers\.(\d+)\.", name))})

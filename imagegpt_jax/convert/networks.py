@@ -58,15 +58,10 @@ def assemble(
     arrays: Iterable[tuple[str, np.ndarray]],
     dtype_of: Callable[[str, np.dtype], np.dtype] = lambda name, dtype: dtype,
 ) -> train_state.Params:
-    """Puts named arrays into the network's parameters, which keep the arrays' dtypes.
+    """Puts named arrays, every name of `shapes` once, into the network's parameters.
 
-    Parameters are handed to JAX one by one as they become complete, so that with the arrays in the order of `shapes`
-    the host holds little more than the parameters.
-
-    Args:
-      net: the network.
-      arrays: (name, array), every name of `shapes` once.
-      dtype_of: (name, dtype in the file) -> dtype to keep.
+    These have the arrays' dtypes, or `dtype_of` (name, dtype in the file). Parameters are handed to JAX one by one as
+    they become complete, so that with the arrays in the order of `shapes` the host holds little more than them.
     """
     leaves = _leaves(net)
     place = {name: (path, i) for path, leaf in leaves.items() for name, i in _arrays_of(path, leaf.shape)}

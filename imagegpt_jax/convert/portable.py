@@ -125,15 +125,10 @@ def open_portable(path: pathlib.Path) -> Portable:
 
 
 def save_published(published: Published, source: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes recognised weights into a portable folder, an array at a time.
-
-    Args:
-      published: what to write.
-      source: where it came from; tokenizers of text beside it are copied.
-      target: the folder; made if it does not exist.
+    """Writes recognised weights into a portable folder, an array at a time, with the text tokenizer beside `source`.
 
     Raises:
-      UserError: if the weights do not fit the network that they describe.
+      UserError: if the weights do not fit the network that they describe, or the folder is not empty.
     """
     net = networks.network(published.config)
     shapes = networks.shapes(net)
@@ -154,14 +149,8 @@ def save_published(published: Published, source: pathlib.Path, target: pathlib.P
 def save_params(
     kind: str, config: networks.Config, params: Mapping[Any, Any], target: pathlib.Path, run: Mapping[str, Any]
 ) -> None:
-    """Writes a network that was trained here into a portable folder.
-
-    Args:
-      kind: "tokenizer" or "decoder".
-      config: of the network.
-      params: its parameters.
-      target: the folder; made if it does not exist.
-      run: config of the training run.
+    """Writes a network, a "tokenizer" or "decoder", that was trained here by the config `run` into a portable
+    folder.
     """
     sizes = {name: (array.shape, array.dtype) for name, array in networks.flat(params)}
     _write(target, kind, config, sizes, networks.flat(params), {"run": run}, None)
@@ -242,15 +231,10 @@ def _sizes(jobs: Iterable[core.Job], tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 def export(portable: Portable, name: str, target: pathlib.Path) -> None:
-    """Writes a portable folder in a published layout.
-
-    Args:
-      portable: what to write.
-      name: of the layout in `formats.FORMATS`; "" = the one it came from.
-      target: the folder; made if it does not exist.
+    """Writes a portable folder in a published layout, by its name in `formats.FORMATS`; "" = the one it came from.
 
     Raises:
-      UserError: if there is no such layout, or the network is none of its.
+      UserError: if there is no such layout, the network is none of its, or the target is not empty.
     """
     name = name or portable.published
     layout = config_lib.choose("layout", name, formats.FORMATS)

@@ -39,12 +39,8 @@ def logit_laplace(
 ) -> Float[Array, ""]:
     """Mean negative log likelihood of pixels, in nats, whose logits are Laplace distributed (arXiv:2102.12092, A.3).
 
-    A pixel in [-1, 1] is first mapped to x in [0.1, 0.9]; then -log p(x) = |logit(x) - mean| / b + log(2 b x (1 - x)).
-
-    Args:
-      mean: of the logits.
-      log_scale: log b.
-      images: in [-1, 1].
+    A pixel in [-1, 1] is first mapped to x in [0.1, 0.9]; then -log p(x) = |logit(x) - mean| / b + log(2 b x (1 - x)),
+    with b = exp(log_scale).
     """
     x = (1 - 2 * logit_laplace_lib.MARGIN) * (_wide(images) + 1) / 2 + logit_laplace_lib.MARGIN
     distance = jnp.abs(jnp.log(x) - jnp.log1p(-x) - _wide(mean))
@@ -98,11 +94,7 @@ def lecam(
 ) -> Float[Array, ""]:
     """E[max(0, D(real) - a_F)^2] + E[max(0, a_R - D(fake))^2], a regulariser of discriminators (arXiv:2104.03310).
 
-    Args:
-      real: logits of real images.
-      fake: logits of generated images.
-      average_real: moving average a_R of the mean of `real`.
-      average_fake: moving average a_F of the mean of `fake`.
+    `real` and `fake` are logits, a_R and a_F moving averages of their means.
     """
     return jnp.mean(jnp.square(jax.nn.relu(real - average_fake))) + jnp.mean(
         jnp.square(jax.nn.relu(average_real - fake))
@@ -112,8 +104,7 @@ def lecam(
 def r1(gradients_BHWC: Float[Array, "B H W C"]) -> Float[Array, ""]:
     """E[|dD/dimage|^2] / 2 over real images (Mescheder 2018, arXiv:1801.04406; gamma is the caller's weight).
 
-    Args:
-      gradients_BHWC: gradient of the sum of the logits with respect to the real images.
+    The gradients are those of the sum of the logits with respect to the real images.
     """
     return 0.5 * jnp.mean(jnp.sum(jnp.square(_wide(gradients_BHWC)), axis=(1, 2, 3)))
 
@@ -121,10 +112,8 @@ def r1(gradients_BHWC: Float[Array, "B H W C"]) -> Float[Array, ""]:
 def adaptive_weight(rec_grad: Any, gan_grad: Any) -> Float[Array, ""]:
     """|rec_grad| / (|gan_grad| + 1e-4), at most 1e4, without gradient (VQGAN, arXiv:2012.09841, equation 7, as coded).
 
-    Args:
-      rec_grad: gradient of the reconstruction (and perceptual) loss with respect to the decoder's last layer's kernel;
-        an array or a tree of arrays.
-      gan_grad: the same of the generator's adversarial loss.
+    Gradients, arrays or trees of them, of the reconstruction (and perceptual) and of the generator's adversarial loss
+    with respect to the kernel of the decoder's last layer.
     """
     weight = _norm(rec_grad) / (_norm(gan_grad) + 1e-4)
     return jax.lax.stop_gradient(jnp.clip(weight, 0.0, 1e4))

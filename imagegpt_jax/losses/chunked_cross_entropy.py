@@ -25,13 +25,9 @@ LOGITS = ("batch", "length", "vocab")
 def token_nll(
     hidden_BMD: Float[Array, "B M D"], table_VD: Float[Array, "V D"], targets_BM: Int[Array, "B M"], *, chunk: int
 ) -> Float[Array, "B M"]:
-    """Negative log-likelihood in nats of each target under softmax(hidden . table).
+    """Negative log-likelihood in nats of each target, a row of the table, under softmax(hidden . table).
 
-    Args:
-      hidden_BMD: final states.
-      table_VD: output head, in the compute dtype.
-      targets_BM: rows of the table.
-      chunk: ids scored at a time: memory is B x M x chunk scores. A vocabulary that is no larger is scored at once.
+    Ids are scored `chunk` at a time: memory is B x M x chunk scores. A vocabulary that is no larger is scored at once.
     """
     vocab = table_VD.shape[0]
     if vocab <= chunk:

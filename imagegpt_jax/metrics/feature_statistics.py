@@ -100,12 +100,8 @@ def collect(
 ) -> FeatureStatistics:
     """Passes over the set once.
 
-    Args:
-      images: the set.
-      needs: `MOMENTS`, `CLASSES`, `ROWS`, `VALUES` -> the outputs that are needed in that form.
-      networks: what computes them.
-      protocol: how the Inception Score splits.
-      batch_size, advance: see `features.extract`, which raises a UserError for a damaged image.
+    `needs` are the outputs that are wanted in each form, `protocol` says how the Inception Score splits; the rest is as
+    of `features.extract`, which raises a UserError for a damaged image.
     """
     from imagegpt_jax.metrics.features import extract
 

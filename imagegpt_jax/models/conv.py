@@ -50,21 +50,11 @@ class Conv(nnx.Module):
         param_dtype: str = "float32",
         key: jax.Array,
     ):
-        """Makes the layer.
+        """Makes the layer, by default with `kernel_size // 2` zeros around the image.
 
-        Args:
-          in_channels: C.
-          out_channels: O.
-          kernel_size: height and width of the kernel.
-          stride: of both dimensions.
-          padding: zeros before and after each of H and W; `kernel_size // 2` on both sides if None.
-          use_bias: whether to add a bias.
-          impl: "xla"; "winograd", for 3x3, stride 1, padding 1 and sides that are multiples of 4 (elsewhere "xla"
-            stands in); or "auto": "winograd" for float32 and wide layers on CPU, where it trains
-            1.5 to 1.8 times as fast, else "xla".
-          dtype: of the computation.
-          param_dtype: of the parameters.
-          key: for the kernel's initial values.
+        `impl` is "xla"; "winograd", for 3x3, stride 1, padding 1 and sides that are multiples of 4 (elsewhere "xla"
+        stands in); or "auto": "winograd" for float32 and wide layers on CPU, where it trains 1.5 to 1.8 times as fast,
+        else "xla".
         """
         check_conv_impl(impl)
         init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

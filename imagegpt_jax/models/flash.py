@@ -39,15 +39,9 @@ def flash_attention(
     segments_BL: Int[Array, "B L"],
     implementation: str,
 ) -> Float[Array, "B L N H"]:
-    """Attention to earlier tokens, and oneself, of the same segment.
+    """Attention of queries, not yet scaled, to earlier tokens, and oneself, of the same segment.
 
-    Args:
-      q_BLNH: queries, not yet scaled.
-      k_BLKH: keys.
-      v_BLKH: values.
-      segments_BL: who attends to whom.
-      implementation: "splash" (arXiv:2205.14135's algorithm as a Pallas kernel; off a TPU it is interpreted, for
-        tests) or "cudnn".
+    By "splash" (arXiv:2205.14135's algorithm as a Pallas kernel; off a TPU it is interpreted, for tests) or "cudnn".
     """
     return {"splash": _splash, "cudnn": _cudnn}[implementation](q_BLNH, k_BLKH, v_BLKH, segments_BL)
 

@@ -233,12 +233,8 @@ def make_norm(kind: str, width: int, *, eps: float, bias: bool, param_dtype: str
 def dropout(x: Float[Array, "*_"], rate: float, key: jax.Array | None) -> Float[Array, "*_"]:
     """Zeroes a fraction `rate` of x and scales up the rest; without a key, or at rate 0, x is returned as it is.
 
-    Sixteen random bits decide each element, which halves the cost of drawing them and keeps the rate to 1e-5.
-
-    Args:
-      x: any array.
-      rate: probability of a zero.
-      key: one key, or an array of them for the first dimensions of x.
+    Sixteen random bits decide each element, which halves the cost of drawing them and keeps the rate to 1e-5. An array
+    of keys is for the first dimensions of x.
     """
     if key is None or rate == 0.0:
         return x

@@ -94,17 +94,7 @@ class Frames(nnx.Module):
     def __init__(
         self, channels: int, frames: int, blocks: int, *, encoder: bool, dtype: str, param_dtype: str, key: jax.Array
     ):
-        """Makes the layers.
-
-        Args:
-          channels: C.
-          frames: frames of a film that become one; a power of two.
-          blocks: residual blocks.
-          encoder: whether time is halved, or doubled.
-          dtype: of the computation.
-          param_dtype: of the parameters.
-          key: for initial values.
-        """
+        """Makes the layers of a film of `frames`, a power of two; time is halved (`encoder`), or doubled."""
         halvings = frames.bit_length() - 1
         keys = iter(jax.random.split(key, halvings + blocks + 1))
         kinds = {"dtype": dtype, "param_dtype": param_dtype}

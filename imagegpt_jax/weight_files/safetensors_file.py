@@ -153,14 +153,7 @@ def write(
     arrays: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a file, an array at a time, whole or not at all.
-
-    Args:
-      path: the file.
-      shapes: shape and dtype of every array.
-      arrays: the arrays, in any order.
-      metadata: strings for the header.
-    """
+    """Writes a file whole or not at all, the arrays one at a time in any order; `metadata` goes into its header."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end, begins = 0, {}
     for name, (shape, dtype) in shapes.items():

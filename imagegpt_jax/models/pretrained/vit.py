@@ -54,8 +54,11 @@ class Transformer(nnx.Module):
     def __init__(
         self, layers: int, width: int, hidden: int, *, activation: str, eps: float, scaled: bool, key: jax.Array
     ):
-        """Makes random weights; `width` is a multiple of `HEAD`, `activation` one of `layers.ACTIVATIONS`, `eps` that of
-        the norms, and with `scaled` each branch has a factor per channel (LayerScale)."""
+        """Makes random weights.
+
+        `width` is a multiple of `HEAD`, `activation` one of `layers.ACTIVATIONS`, `eps` that of the norms; with
+        `scaled` each branch has a factor per channel (LayerScale).
+        """
         keys = jax.random.split(key, 4)
 
         def kernel(key: jax.Array, d_in: int, d_out: int) -> nnx.Param:

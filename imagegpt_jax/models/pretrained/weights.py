@@ -51,11 +51,7 @@ def sha256(path: epath.PathLike) -> str:
 
 
 def fetch(file: File, flag: str) -> epath.Path:
-    """The file in the cache, downloaded if it is not there.
-
-    Args:
-      file: which.
-      flag: what to type to name a file on disk instead, for the error.
+    """The file in the cache, downloaded if it is not there; `flag` is what to type to name one on disk instead.
 
     Raises:
       UserError: if it cannot be downloaded, or is not the file that it should be.
@@ -96,13 +92,7 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def check(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], source: str, network: str) -> None:
-    """Checks that a file holds exactly the arrays of a network.
-
-    Args:
-      arrays: name -> what the file holds.
-      expected: name -> shape.
-      source: the file's name.
-      network: the network's name.
+    """Checks that a file, `source`, holds exactly the arrays of a network, {name: shape}.
 
     Raises:
       UserError: naming some arrays that are missing, unknown or of another shape.
@@ -124,11 +114,7 @@ def fold_batch_norm(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A convolution without bias and the batch norm after it, as one convolution.
 
-    Args:
-      arrays: of a PyTorch state dict.
-      kernel: name of the kernel, [out, in, height, width].
-      norm: what the names of the norm's arrays begin with.
-      eps: of the norm.
+    Of a PyTorch state dict, by the name of the kernel, [out, in, height, width], and what the norm's names begin with.
 
     Returns:
       (kernel [height, width, in, out], bias [out]), float32.
@@ -151,16 +137,8 @@ def set_units(
 ) -> None:
     """Sets `kernel` and `bias` of all convolutions of a network from a PyTorch state dict, batch norms folded in.
 
-    Args:
-      units: (name of the convolution, name of its batch norm, the layer).
-      arrays: the state dict.
-      eps: of the norms.
-      source: the file's name.
-      network: the network's name.
-      others: name -> shape of the arrays that it has besides.
-
-    Raises:
-      UserError: naming some arrays that are missing, unknown or of another shape.
+    Units are (name of the convolution, name of its batch norm, the layer); `others` are the shapes of the arrays that
+    the file holds besides. Errors as `check`.
     """
     import jax.numpy as jnp  # programs that only ask for a hash do not wait for JAX
 

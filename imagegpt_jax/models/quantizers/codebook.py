@@ -63,11 +63,7 @@ def nearest_codes(
 ) -> Int[Array, "N"]:
     """Index of the code at the least distance (or of the greatest product, with DOT), the first of equals.
 
-    Args:
-      z_NZ: vectors.
-      codebook_KZ: codes.
-      chunk: codes compared at a time.
-      metric: EUCLIDEAN or DOT.
+    `chunk` codes are compared at a time.
     """
     chunks_CJZ = _chunks(codebook_KZ, chunk)
     C, N = chunks_CJZ.shape[0], z_NZ.shape[0]

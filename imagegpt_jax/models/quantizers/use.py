@@ -62,13 +62,8 @@ def learn(
 ) -> tuple[Float[Array, "I Z"] | None, QuantizerStats, Bool[Array, "I"]]:
     """What a training step does beside the optimizer's: statistics, the moving-average codebook, revival.
 
-    Args:
-      config: of the quantizer.
-      codebooks: `embedding` before and after the optimizer's step; None for kinds without, or where it is frozen.
-      stats: before the step.
-      sums: `Quantized.sums` of the whole batch.
-      vectors: `Quantized.vectors` of the whole batch.
-      key: of the draws.
+    `codebooks` are `embedding` before and after the optimizer's step, None for kinds without, or where it is frozen;
+    `sums` and `vectors` are those of `Quantized`, of the whole batch; `key` is that of `revive`.
 
     Returns:
       The codebook after the step, the statistics, and which codes were replaced (what is kept per code, such as its

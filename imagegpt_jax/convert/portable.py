@@ -149,9 +149,7 @@ def save_published(published: Published, source: pathlib.Path, target: pathlib.P
 def save_params(
     kind: str, config: networks.Config, params: Mapping[Any, Any], target: pathlib.Path, run: Mapping[str, Any]
 ) -> None:
-    """Writes a network, a "tokenizer" or "decoder", that was trained here by the config `run` into a portable
-    folder.
-    """
+    """Writes a network, "tokenizer" or "decoder", that was trained here by the config `run` into a portable folder."""
     sizes = {name: (array.shape, array.dtype) for name, array in networks.flat(params)}
     _write(target, kind, config, sizes, networks.flat(params), {"run": run}, None)
 

@@ -40,11 +40,7 @@ class Change:
     save: Callable[[Arrays], Arrays]
 
 
-def _same(arrays: Arrays) -> Arrays:
-    return arrays
-
-
-SAME = Change(_same, _same)
+SAME = Change(lambda arrays: arrays, lambda arrays: arrays)
 
 
 def transpose(*order: int) -> Change:
@@ -63,22 +59,6 @@ def join(sizes: Sequence[int], axis: int) -> Change:
     """Sources of these sizes become one target along an axis."""
     change = cut(sizes, axis)
     return Change(change.save, change.load)
-
-
-def chain(*changes: Change) -> Change:
-    """One change after the other."""
-
-    def load(arrays: Arrays) -> Arrays:
-        for change in changes:
-            arrays = change.load(arrays)
-        return arrays
-
-    def save(arrays: Arrays) -> Arrays:
-        for change in reversed(changes):
-            arrays = change.save(arrays)
-        return arrays
-
-    return Change(load, save)
 
 
 # PyTorch's linear maps are [out, in], its convolutions [out, in, height, width] or [out, in, time, height, width].

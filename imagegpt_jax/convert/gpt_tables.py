@@ -67,11 +67,7 @@ _GPT_KEYS = {"vocab_size": "vocab_size", "n_positions": "max_length", "n_embd": 
 
 
 def llama_config(about: Mapping[str, Any]) -> GPTConfig:
-    """Config of a Llama from its `config.json` (Touvron et al. 2023, arXiv:2302.13971).
-
-    Raises:
-      UserError: for values that are not supported.
-    """
+    """Config of a Llama (arXiv:2302.13971) from its `config.json`; raises UserError for values not supported here."""
     config = filled_in(about, _LLAMA)
     heads = config["num_attention_heads"]
     head_dim = config["head_dim"] or config["hidden_size"] // heads
@@ -176,11 +172,7 @@ def gpt2_config(about: Mapping[str, Any]) -> GPTConfig:
 
 
 def imagegpt_config(about: Mapping[str, Any]) -> GPTConfig:
-    """Config of an ImageGPT: a GPT-2 whose norms neither centre nor shift, and that never predicts its last id.
-
-    Raises:
-      UserError: for values that are not supported.
-    """
+    """As `gpt2_config`, of an ImageGPT, whose norms neither centre nor shift, and that never predicts its last id."""
     return _gpt2_like(filled_in(about, _IMAGEGPT), "rms")
 
 

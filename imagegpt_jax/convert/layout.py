@@ -71,11 +71,7 @@ class RasterLayout:
         return np.stack([np.zeros_like(rows), rows, columns], axis=-1)
 
     def positions(self, length: int) -> np.ndarray:
-        """int32 [length, 3]: positions of a sequence from its first token on.
-
-        Raises:
-          UserError: if it is longer than a picture.
-        """
+        """int32 [length, 3]: positions of a sequence from its first token on; raises UserError beyond a picture."""
         if length > self.num_codes + 1:
             raise UserError(f"a picture of {self.grid[0]} x {self.grid[1]} codes has no {length} tokens.")
         return np.concatenate([np.zeros((1, 3), np.int32), 1 + self.image_offsets()])[:length]
@@ -83,11 +79,7 @@ class RasterLayout:
     def prompt(
         self, texts: Sequence[Sequence[int]] | None, labels: Sequence[int] | np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """The first token of each sequence: tokens, segments int32 [B, 1], positions int32 [B, 1, 3].
-
-        Raises:
-          UserError: for texts, or classes that there are not.
-        """
+        """First tokens and segments, int32 [B, 1], positions [B, 1, 3]; raises UserError for texts, unknown classes."""
         if texts is not None and any(len(text) for text in texts):
             raise UserError("these weights take no prompts in words: give classes, or features of a text encoder.")
         batch = len(texts) if texts is not None else len(labels if labels is not None else ())

@@ -187,11 +187,7 @@ class DecoderSetup:
         )
 
     def positions(self, length: int) -> np.ndarray | None:
-        """Positions [length, 3] of a plain sequence; None for (i, i, i).
-
-        Raises:
-          UserError: if it is longer than the network can tell positions apart.
-        """
+        """Positions [length, 3] of a plain sequence, None for (i, i, i); raises UserError if there are too few."""
         if self.model.position == "learned" and length > self.model.max_length:
             raise UserError(f"{length} tokens are more than the {self.model.max_length} positions of these weights.")
         return self.layout.positions(length) if self.layout is not None and self.layout.by_row else None

@@ -216,11 +216,7 @@ def quantizer(codes: int, dim: int, l2_normalize: bool) -> QuantizerConfig:
 
 
 def infer_config(tensors: Mapping[str, Tensor], style: Style) -> VQConfig:
-    """Config of a network from the names and shapes of its arrays.
-
-    Raises:
-      UserError: if they are not those of such a network.
-    """
+    """Config of a network by the names and shapes of its arrays; raises UserError if they are those of another."""
     out_axis, in_axis, kernel = (3, 2, "kernel") if style.flax else (0, 1, "weight")
 
     def shape(name: str) -> tuple[int, ...]:

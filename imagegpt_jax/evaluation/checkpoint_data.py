@@ -98,11 +98,7 @@ def batches(settings: Settings, name: str, data: Data, ops: str, mesh: "Mesh", *
 
 
 def find_runs(settings: Settings) -> dict[str, str]:
-    """Kind -> checkpoint, for those that are named, each of which is there.
-
-    Raises:
-      UserError: if one is not there, or two are of one kind.
-    """
+    """Kind -> checkpoint, for those that are named; raises UserError if one is not there, or two are of one kind."""
     runs: dict[str, str] = {}
     for path in settings.checkpoints:
         kind = kind_of(path)
@@ -137,11 +133,7 @@ def kind_of(path: str) -> str:
 
 
 def config_of(path: str) -> Any:
-    """The config of the run that trained a checkpoint, also where it was exported.
-
-    Raises:
-      UserError: if these are weights of others, which no run of ours trained.
-    """
+    """The config of the run that trained a checkpoint, exported or not; raises UserError if no run of ours did."""
     from imagegpt_jax.convert import reading
 
     config: Any = config_lib.load(path)

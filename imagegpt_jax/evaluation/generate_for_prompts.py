@@ -29,11 +29,7 @@ Row = Mapping[str, Any]
 
 
 def parse_sampler(values: Sequence[str]) -> dict[str, Any]:
-    """`["cfg_scale=3", ...]` -> settings of `Sampling`.
-
-    Raises:
-      UserError: for a setting that there is not, or no number where one is needed.
-    """
+    """`["cfg_scale=3", ...]` -> settings of `Sampling`; raises UserError for an unknown setting, or a wrong value."""
     kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Sampling)}
     given: dict[str, Any] = {}
     for value in values:
@@ -52,11 +48,7 @@ def parse_sampler(values: Sequence[str]) -> dict[str, Any]:
 
 
 def read_rows(settings: Settings) -> list[Row]:
-    """The rows of the file of prompts, each with its "text"; [] for classes, which the decoder knows.
-
-    Raises:
-      UserError: if the file is none of the protocol's.
-    """
+    """The prompts' rows, each with "text"; [] for classes, which the decoder knows; errors as `prompts.of_protocol`."""
     if settings.prompts == CLASSES:
         return []
     rows = -(-settings.num_images // _per_prompt(settings))

@@ -89,11 +89,7 @@ def parse_weights(values: Sequence[str], features: str) -> dict[str, str]:
 
 
 def open_sets(request: Request, reference: sets.ImageSet | FileStatistics | None = None) -> Opened:
-    """Opens and checks all sets, without JAX; `reference` is what `open_reference` has opened already.
-
-    Raises:
-      UserError: if one cannot be scored.
-    """
+    """Opens and checks all sets, without JAX; `reference` is open already; raises UserError if one cannot be scored."""
     protocol = request.protocol
     reference = open_reference(request) if reference is None else reference
     images = sets.open_images(request.images, request.num_images, protocol.crop(protocol.image_crop))

@@ -104,11 +104,7 @@ def worst_reconstructions(page: Report, pairs_n: np.ndarray, psnr_n: np.ndarray)
 
 
 def guided(path: str, protocol: Protocol) -> Mapping[str, Any]:
-    """Scores of a file for a sweep.
-
-    Raises:
-      UserError: if it is of another protocol, or its images do not say their guidance.
-    """
+    """Scores of a file for a sweep; raises UserError for another protocol, or images that do not say their guidance."""
     scores = provenance.read(path)
     about = scores["provenance"]
     if about["protocol"] != json.loads(json.dumps(protocol.facts())):

@@ -44,11 +44,7 @@ def parse_features(features: str) -> dict[str, str]:
 
 
 def check_config(config: Any) -> None:
-    """Checks a decoder's `eval_samples` and `eval_features` before it trains; fetches public weights.
-
-    Raises:
-      UserError: for what cannot work.
-    """
+    """Checks `eval_samples` and `eval_features`, and fetches public weights; raises UserError for what cannot work."""
     if config.eval_samples < 2:
         raise UserError(f"config.eval_samples={config.eval_samples} is no set of pictures: give 2 or more, or 0.")
     weights = parse_features(config.eval_features)

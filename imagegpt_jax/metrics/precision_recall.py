@@ -20,11 +20,7 @@ def _squared(a_nD: np.ndarray, b_mD: np.ndarray) -> np.ndarray:
 
 
 def radii(table: Rows, neighbours: int) -> Float[np.ndarray, "N"]:
-    """Squared distance of each row to its `neighbours`-th nearest other row.
-
-    Raises:
-      UserError: if there are not so many other rows.
-    """
+    """Squared distance of each row to its `neighbours`-th nearest other; raises UserError if there are not so many."""
     if len(table) <= neighbours:
         raise UserError(f"the {neighbours}-th nearest neighbour needs more than {neighbours} images, not {len(table)}.")
     radii_N = np.empty(len(table))

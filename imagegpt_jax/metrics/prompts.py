@@ -87,11 +87,7 @@ def of_protocol(
 
 
 def geneval(path: epath.PathLike) -> list[dict[str, Any]]:
-    """GenEval's prompts with what a detector should find: [{"prompt", "tag", "include", ...}].
-
-    Raises:
-      UserError: if a line is none.
-    """
+    """GenEval's prompts, [{"prompt", "tag", "include", ...}]; raises UserError if a line is none."""
     rows = []
     for number, row in tables.rows(_text(path), path, ".jsonl", any_line_end=True):
         if not {"prompt", "tag"} <= row.keys():

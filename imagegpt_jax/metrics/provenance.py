@@ -134,11 +134,7 @@ def _at(provenance: Mapping[str, Any], path: str) -> Any:
 
 
 def compare(paths: Sequence[str]) -> str:
-    """A readable comparison of two files of scores.
-
-    Raises:
-      UserError: if they are of different protocols, naming what those differ in.
-    """
+    """A readable comparison of two files of scores; raises UserError if their protocols differ, naming in what."""
     if len(paths) != 2:
         raise UserError("--compare takes two files: --compare A.json B.json.")
     a, b = (read(path, flat=True) for path in paths)

@@ -216,10 +216,6 @@ def compute(
     texts_NE: np.ndarray | None = None,
     judged: tuple[float, dict[str, float]] | None = None,
 ) -> dict[str, Result]:
-    """Computes scores from what was gathered; arguments as in `metric.Inputs`.
-
-    Raises:
-      UserError: if a set is too small for a metric, or the reference lacks what it needs.
-    """
+    """Scores of what was gathered, see `metric.Inputs`; raises UserError if a set or the reference lacks something."""
     how = (images, reference, protocol, options, captions, texts_NE, judged, {})
     return {name: find(name).compute(Inputs(name, output_of(name, protocol), *how)) for name in names}

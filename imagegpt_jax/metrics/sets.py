@@ -177,11 +177,7 @@ class NpzImages:
     in_order = True
 
     def __init__(self, path: epath.PathLike, key: str, limit: int = 0, crop: Crop | None = None):
-        """Checks the array's header; `limit` and `crop` as of `open_images`.
-
-        Raises:
-          UserError: if it does not hold 8-bit RGB images.
-        """
+        """Checks the array's header; arguments as of `open_images`; raises UserError unless it is 8-bit RGB."""
         self.path, self._key = str(path), key
         stream, shape, dtype = _open_member(self.path, key)
         stream.close()

@@ -51,11 +51,7 @@ class FileStatistics:
         return Gaussian(*self.arrays[output[1]], self.count)
 
     def features(self, output: tuple[str, str]) -> Rows:
-        """Every feature of an output, of images that lie beside the statistics too.
-
-        Raises:
-          UserError: if the file does not hold them.
-        """
+        """Every feature of an output, or of images beside the statistics; raises UserError if there are none."""
         if self.beside is not None:
             return self.beside.features(output)
         if self.rows is None or output != (self.network, "pool"):

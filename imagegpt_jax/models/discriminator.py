@@ -123,11 +123,7 @@ class Discriminator(nnx.Module):
         self.config = config
 
     def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w"]:
-        """Images in [-1, 1] -> logits, positive for real, float32 (float64 in float64).
-
-        Raises:
-          UserError: if the images are smaller than `config.min_size`.
-        """
+        """Images in [-1, 1] -> logits, positive for real, fp32 or wider; raises UserError below `config.min_size`."""
         _, H, W, _ = images_BHWC.shape
         if min(H, W) < self.config.min_size:
             raise UserError(

@@ -46,11 +46,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def as_dtype(name: str) -> jnp.dtype:
-    """Returns the dtype that a config names.
-
-    Raises:
-      UserError: if the name is none of `DTYPES`, or is "float64" while JAX keeps to 32 bits.
-    """
+    """The dtype that a config names; raises UserError for an unknown name, or float64 while JAX keeps to 32 bits."""
     dtype = jnp.dtype(choose("dtype", name, DTYPES))
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UserError(f"dtype {name!r} needs 64-bit numbers, which are off in JAX: set JAX_ENABLE_X64=1.")
@@ -218,11 +214,7 @@ class LayerNorm(nnx.Module):
 
 
 def make_norm(kind: str, width: int, *, eps: float, bias: bool, param_dtype: str) -> RMSNorm | LayerNorm:
-    """The norm that a config names: "rms" or "layer"; `bias` is for layer norm only.
-
-    Raises:
-      UserError: for any other name.
-    """
+    """The norm that a config names: "rms", or "layer", perhaps with a bias; raises UserError for any other name."""
     if kind == "rms":
         return RMSNorm(width, eps=eps, param_dtype=param_dtype)
     if kind == "layer":

@@ -130,11 +130,7 @@ class StyleDiscriminator(nnx.Module):
         self.group, self.image_size = group, image_size
 
     def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B 1 1"]:
-        """Images in [-1, 1] -> logits, positive for real, float32 (float64 in float64).
-
-        Raises:
-          UserError: if the images have another size.
-        """
+        """Images in [-1, 1] -> logits, positive for real, fp32 or wider; raises UserError for other sizes."""
         if images_BHWC.shape[1:3] != (self.image_size,) * 2:
             raise UserError(
                 f"images of {images_BHWC.shape[1]} x {images_BHWC.shape[2]} pixels do not fit the discriminator: set"

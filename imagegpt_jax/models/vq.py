@@ -303,11 +303,7 @@ class VQModel(nnx.Module):
         self.config = config
 
     def encode(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w Z"]:
-        """Images in [-1, 1] -> continuous codes, before quantization (and before any l2 normalisation).
-
-        Raises:
-          UserError: if height or width is not a multiple of `config.downsample`.
-        """
+        """Images in [-1, 1] -> codes before quantization and l2 normalisation; raises UserError if they do not fit."""
         _, H, W, C = images_BHWC.shape
         p = self.config.downsample
         if H % p or W % p or self.config.in_channels != C:

@@ -60,27 +60,22 @@ def holds_weights(path: pathlib.Path) -> bool:
 
 def open_source(path: pathlib.Path) -> Source:
     """Opens a file or a folder of weights; raises UserError if there is none, or it is damaged."""
-    if path.is_file():
-        config = path.parent / "config.json"
-        tensors, extras = _open_file(path)
-        return Source(path, _read_json(config) if config.exists() else {}, tensors, extras)
-    if not path.is_dir():
+    if not path.exists():
         raise UserError(f"there is no file or folder {path}: give a file of weights, or a folder with one.")
-    config = _read_json(path / "config.json") if (path / "config.json").exists() else {}
+    about = (path if path.is_dir() else path.parent) / "config.json"
+    config = _read_json(about) if about.exists() else {}
+    if path.is_file():
+        return Source(path, config, *_open_file(path))
+    weights = [path / name for name in _IN_FOLDERS if (path / name).exists()][:1]
     indices = sorted(path.glob("*.index*.json"), key=lambda p: (".safetensors." not in p.name, len(p.name)))
-    if indices and not any((path / name).exists() for name in _IN_FOLDERS):
+    if indices and not weights:
         return Source(path, config, _open_shards(indices[0]), {})
-    for name in _IN_FOLDERS:
-        if (path / name).exists():
-            tensors, extras = _open_file(path / name)
-            return Source(path, config, tensors, extras)
-    if any((path / name).exists() for name in PROCESSORS):  # the colours of an ImageGPT are all its tokenizer has
-        return Source(path, config, {}, {})
-    weights = sorted(p for p in path.iterdir() if p.suffix in (*_TORCH, ".safetensors", ".msgpack"))
-    if len(weights) == 1:
-        tensors, extras = _open_file(weights[0])
-        return Source(path, config, tensors, extras)
-    raise UserError(f"{path} holds {len(weights) or 'no'} files of weights: give the one to read.")
+    if not weights and any((path / name).exists() for name in PROCESSORS):
+        return Source(path, config, {}, {})  # the colours of an ImageGPT are all its tokenizer has
+    weights = weights or sorted(p for p in path.iterdir() if p.suffix in (*_TORCH, ".safetensors", ".msgpack"))
+    if len(weights) != 1:
+        raise UserError(f"{path} holds {len(weights) or 'no'} files of weights: give the one to read.")
+    return Source(path, config, *_open_file(weights[0]))
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -94,11 +89,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _suffix(path: pathlib.Path) -> str:
-    """What a file's name should end in, by its first bytes where it ends in something else.
-
-    Raises:
-      UserError: if nothing tells.
-    """
+    """What a file's name should end in, by its first bytes if it does not; raises UserError if nothing tells."""
     known = (".safetensors", ".msgpack", *_TORCH)
     if path.suffix in known:
         return path.suffix

@@ -22,11 +22,7 @@ _HEADER, _LENGTHS = 30, 26
 
 
 def read(path: pathlib.Path) -> Any:
-    """The pickled object of a file, with a lazy `Tensor` for every tensor.
-
-    Raises:
-      UserError: if the file is not of this format, or names something that is not on the list.
-    """
+    """The pickled object of a file, with a lazy `Tensor` for every tensor; raises UserError if it cannot be read."""
     if not zipfile.is_zipfile(path):
         return torch_legacy.read(path)
     with zipfile.ZipFile(path) as archive:

@@ -34,11 +34,7 @@ class _Unpickler(Unpickler):
 
 
 def read(path: pathlib.Path) -> Any:
-    """The pickled object of a file, with a lazy `Tensor` for every tensor.
-
-    Raises:
-      UserError: if the file is not of this format, or names something that is not allowed.
-    """
+    """The pickled object of a file, with a lazy `Tensor` for every tensor; raises UserError if it cannot be read."""
     try:
         with path.open("rb") as stream:
             if _load(stream, path) != MAGIC or _load(stream, path) != _PROTOCOL:

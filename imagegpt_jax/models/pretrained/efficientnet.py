@@ -119,11 +119,7 @@ class EfficientNetLite0(nnx.Module):
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "EfficientNetLite0":
-        """Reads the package's file, or one of the same layout.
-
-        Raises:
-          UserError: if the file is missing, damaged, or its arrays are not exactly those of the network.
-        """
+        """Reads the package's file, or one of the same layout; errors as `weights.read` and `weights.set_units`."""
         model = nnx.eval_shape(lambda: cls(key=jax.random.key(0)))
         arrays = {name: array for name, array in weights.read(path).items() if not name.startswith("_fc.")}
         model.set_arrays(arrays, str(path))

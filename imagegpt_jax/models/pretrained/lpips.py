@@ -165,11 +165,7 @@ class LPIPS(nnx.Module):
             param.set_value(jnp.asarray(arrays[name], jnp.float32))
 
     def __call__(self, a_BHWC: Float[Array, "B H W 3"], b_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B"]:
-        """Distance of each pair of images in [-1, 1]: 0 for equal ones.
-
-        Raises:
-          UserError: if the images are too small for the network.
-        """
+        """Distance of each pair of images in [-1, 1], 0 for equal ones; raises UserError below `MIN_SIZE`."""
         _, H, W, _ = a_BHWC.shape
         if min(H, W) < MIN_SIZE[self.network]:
             raise UserError(

@@ -146,11 +146,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def add_parameters(module: nnx.Module, table: Table, shapes: Shapes, network: str, *, key: jax.Array) -> None:
-    """Gives a module the random parameters of a table, in the shapes that a file has.
-
-    Raises:
-      UserError: if the file lacks one, and so is none of this network's.
-    """
+    """Gives a module random parameters in the shapes of a file; raises UserError if the file is of another network."""
     for (ours, (theirs, order)), part in zip(table.items(), jax.random.split(key, len(table)), strict=True):
         if len(_shape(shapes, theirs, network)) != len(order):
             raise UserError(f"these are not weights of {network}: {theirs} has the shape {shapes[theirs]}.")

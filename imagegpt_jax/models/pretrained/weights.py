@@ -81,11 +81,7 @@ def _check_hash(digest: str, file: File, where: str) -> None:
 
 
 def read(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a `.safetensors` file or of a PyTorch state dict (`.pth`, `.pt`, `.bin`, `.ckpt`), or of a folder.
-
-    Raises:
-      UserError: if the file is missing, damaged, or none of these.
-    """
+    """The arrays of a safetensors file, a PyTorch state dict or a folder; raises UserError if they cannot be read."""
     if not epath.Path(path).exists():
         raise UserError(f"there are no weights at {path}: give the path of a .pth or .safetensors file.")
     return {name: tensor.read() for name, tensor in files.open_source(pathlib.Path(path)).tensors.items()}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from imagegpt_jax.models.quantizers.config import Codebook, QuantizerConfig
+from imagegpt_jax.models.quantizers.config import Codebook, Nearest, QuantizerConfig
 from imagegpt_jax.parallel import sharding
 
 # How a vector and a code are compared; either grows with their likeness.
@@ -147,9 +147,7 @@ def lookup(config: QuantizerConfig, codebook: Codebook, ids: Int[Array, "..."]) 
     return jnp.take(codebook(), ids, axis=0)
 
 
-def nearest_each_depth(
-    config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"], metric: str
-) -> tuple[Int[Array, "N D"], Float[Array, "N D Z"]]:
+def nearest_each_depth(config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"], metric: str) -> Nearest:
     """The nearest codes, one after another for what is left over, and what each was chosen for; without gradient."""
     codebook_KZ, rest_NZ = lax.stop_gradient(codebook()), lax.stop_gradient(z_NZ)
     codes, rests = [], []

@@ -43,6 +43,8 @@ class Group(NamedTuple):
     losses: dict[str, Float[Array, ""]]
 
 
+# What `Kind.nearest` gives: codes, and what each was chosen for.
+Nearest = tuple[Int[Array, "N D"], Float[Array, "N D Z"]]
 # Learned codes, [K, Z] of a group or [I, Z] of all. A function: kinds without `init` have none, and do not call it.
 Codebook = Callable[[], Float[Array, "I Z"]]
 
@@ -62,7 +64,7 @@ class Kind:
     """
 
     quantize: Callable[..., Group]
-    nearest: Callable[..., tuple[Int[Array, "N D"], Float[Array, "N D Z"]]]
+    nearest: Callable[..., Nearest]
     lookup: Callable[..., Float[Array, "... Z"]]
     init: Callable[..., Float[Array, "I Z"]] | None = None
     check: Callable[["QuantizerConfig"], None] | None = None

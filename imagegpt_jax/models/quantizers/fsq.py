@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.models.quantizers.config import Codebook, Group, Kind, QuantizerConfig
+from imagegpt_jax.models.quantizers.config import Codebook, Group, Kind, Nearest, QuantizerConfig
 
 # Keeps tanh away from the outermost rounding boundary.
 EPS = 1e-3
@@ -62,9 +62,7 @@ def check(config: QuantizerConfig) -> None:
         )
 
 
-def nearest(
-    config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"]
-) -> tuple[Int[Array, "N 1"], Float[Array, "N 1 Z"]]:
+def nearest(config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"]) -> Nearest:
     """Indices of the rounded vectors, and the vectors."""
     z_NZ = lax.stop_gradient(z_NZ)
     return round_levels(z_NZ, config.levels)[1][:, None], z_NZ[:, None]

@@ -3,20 +3,18 @@
 Shapes: N vectors, Z numbers in each, D depth, K codes of a group, I different indices.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from imagegpt_jax.models.quantizers import codebook as codebooks
 from imagegpt_jax.models.quantizers.config import Codebook, Group, Kind, QuantizerConfig
 from imagegpt_jax.parallel import sharding
 
-
-def nearest(
-    config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"]
-) -> tuple[Int[Array, "N D"], Float[Array, "N D Z"]]:
-    """Indices by the greatest product, and what each was chosen for."""
-    return codebooks.nearest_each_depth(config, codebook, z_NZ, codebooks.DOT)
+# Indices by the greatest product, and what each was chosen for.
+nearest = functools.partial(codebooks.nearest_each_depth, metric=codebooks.DOT)
 
 
 def quantize(config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"]) -> Group:

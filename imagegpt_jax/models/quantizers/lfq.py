@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.quantizers.codebook import straight_through
-from imagegpt_jax.models.quantizers.config import Codebook, Group, Kind, QuantizerConfig
+from imagegpt_jax.models.quantizers.config import Codebook, Group, Kind, Nearest, QuantizerConfig
 
 
 def check(config: QuantizerConfig) -> None:
@@ -42,9 +42,7 @@ def sign_codes(z: Float[Array, "... Z"], value: float) -> tuple[Float[Array, "..
     return jnp.where(positive, value, -value).astype(z.dtype), index.astype(jnp.int32)
 
 
-def nearest(
-    config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"]
-) -> tuple[Int[Array, "N 1"], Float[Array, "N 1 Z"]]:
+def nearest(config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"]) -> Nearest:
     """Indices of the signs, and the vectors."""
     z_NZ = lax.stop_gradient(z_NZ)
     return sign_codes(z_NZ, 1.0)[1][:, None], z_NZ[:, None]

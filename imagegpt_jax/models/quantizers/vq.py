@@ -3,9 +3,11 @@
 Shapes: N vectors, Z numbers in each, D depth, K codes of a group, I different indices.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.models.quantizers import codebook as codebooks
@@ -19,11 +21,8 @@ def check(config: QuantizerConfig) -> None:
         raise UserError(f"depth={config.depth} needs l2_normalize=False: what is left over has no fixed length.")
 
 
-def nearest(
-    config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"]
-) -> tuple[Int[Array, "N D"], Float[Array, "N D Z"]]:
-    """Indices by the least distance, and what each was chosen for."""
-    return codebooks.nearest_each_depth(config, codebook, z_NZ, codebooks.EUCLIDEAN)
+# Indices by the least distance, and what each was chosen for.
+nearest = functools.partial(codebooks.nearest_each_depth, metric=codebooks.EUCLIDEAN)
 
 
 def quantize(config: QuantizerConfig, codebook: Codebook, z_NZ: Float[Array, "N Z"]) -> Group:

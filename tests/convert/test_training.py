@@ -117,9 +117,9 @@ def test_two_processes_read_weights_in_half_precision_and_share_out_samples(tmp_
         begun = train_state.TrainState(step=jax.numpy.zeros((), jax.numpy.int32), **fields)
         with jax.set_mesh(mesh):
             warm = config.ConfigDict({"init_from": encoder, "init_partial": False})
-            begun = warm_start.load_params(begun, warm, ("decoder", "decoder"), event_log.Log(None)).trainable["decoder"]
+            warmed = warm_start.load_params(begun, warm, ("decoder", "decoder"), event_log.Log(None))
         expected = np.asarray(reading.load(encoder, "decoder").params["embed"]["weight"]).astype(np.float32)
-        np.testing.assert_array_equal(to_host(begun)["embed"]["weight"][:len(expected)], expected)
+        np.testing.assert_array_equal(to_host(warmed.trainable["decoder"])["embed"]["weight"][:len(expected)], expected)
 
         layout = Layout(space=TokenSpace(text_vocab=8, num_classes=0, num_codes=16), text_length=2, grid=(2, 2))
         texts = [[1], [2], [3], [4]]

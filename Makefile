@@ -1,6 +1,7 @@
 # make demo     train, sample and evaluate on the built-in pictures (about 10 minutes on two CPU cores)
 # make test     every test that a user needs
 # make lint     formatter, linter, type checker, and the layers of the package
+# make docs     the documentation as a site, in site/index.html
 # make parity   comparisons with PyTorch references (installs torch)
 # make scale    compile every preset for TPU slices, keep docs/scale.json and docs/scale.md (installs libtpu; an hour)
 # make scale-check   recompile one small cell and compare it with what is kept (a minute or two)
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := imagegpt_jax configs tests tools
 
-.PHONY: demo test lint parity scale scale-check chaos gpu-check format setup clean
+.PHONY: demo test lint docs parity scale scale-check chaos gpu-check format setup clean
 
 setup: $(VENV)/.stamp-base
 
@@ -31,6 +32,10 @@ $(VENV)/.stamp-base: pyproject.toml | $(BIN)/python
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-base
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-base
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)/.stamp-parity: $(VENV)/.stamp-dev
@@ -54,6 +59,10 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache --no-logo
 
+docs: $(VENV)/.stamp-docs
+	$(BIN)/python tools/docs/site_sources.py --output=build/docs
+	$(BIN)/zensical build --strict --clean
+
 parity: $(VENV)/.stamp-parity
 	$(BIN)/python -m pytest tests/parity
 
@@ -74,4 +83,4 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist site .pytest_cache .ruff_cache *.egg-info

@@ -76,12 +76,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval_batch_size = run["batch_size"]
     config.accumulate = 1  # micro-batches of a step: gradient accumulation, to save memory
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1} if small else {"data": 1, "fsdp": -1, "tensor": 1}
-    # Of XLA's compiler, for the training step: "xla_name=value,xla_name=value"; other platforms' are left out. This one
-    # saves CPUs a copy of the optimizer's state in each step.
+    # Options of XLA's compiler for the training step: "xla_name=value,xla_name=value"; other platforms' are left out.
+    # This one saves CPUs a copy of the optimizer's state in each step.
     config.compiler_options = "xla_cpu_copy_insertion_use_region_analysis=true"
     config.topology = topology  # what mesh, batch and remat were chosen for; read by tools/scale/compile_ahead.py alone
 
-    # --- Image tokenizer: workdir of stage 1; "" is an untrained one, drawn with `seed`, of the shape below.
+    # --- Image tokenizer: workdir of stage 1, or published weights; "" is an untrained one, drawn with `seed`, of the
+    # shape below.
     config.tokenizer = ""
     config.untrained_tokenizer = sibling(__file__, "tokenizer.py").get_config(f"size={run['tokenizer']},res={res}")
     if args.size == "20B":
@@ -99,21 +100,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "validation": f"emoji:validation,res={res}" if small else source + "validation",
         "train_ops": config.untrained_tokenizer.data.eval_ops,
         "eval_ops": config.untrained_tokenizer.data.eval_ops,
-        "grid": (res // downsample, res // downsample),  # rows and columns of codes
-        "use_labels": classes,  # whether the class is a token before the text
-        "num_classes": 1000 if classes else 0,  # 0 = as many as the data have
+        "grid": (res // downsample, res // downsample),  # rows and columns of the codes of an image
+        "use_labels": classes,  # class-conditional: whether the class is a token before the text
+        "num_classes": 1000 if classes else 0,  # number of classes; 0 = as many as the data have
         "vocab_multiple": 1 if small else 128,  # rows are added to the token table to fill a multiple of this
-        "text_tokenizer": "",  # folder of a tokenizer; "" trains one on the captions of `train`
-        "text_vocab_size": {"emoji": 4096, "20B": 16384}.get(args.size, 1024),  # 0 = no text
-        "text_tokenizer_examples": 100_000,  # captions it is trained on
+        "text_tokenizer": "",  # folder of a text tokenizer; "" trains one on the captions of `train`
+        "text_vocab_size": {"emoji": 4096, "20B": 16384}.get(
+            args.size, 1024
+        ),  # of the text tokenizer that is trained; 0 = no text
+        "text_tokenizer_examples": 100_000,  # captions that the text tokenizer is trained on
         # Length of the text region, or with a text encoder number of its features; longer captions are cut.
         "text_length": 1 if classes else 12 if small else 128,
-        "text_weight": 0.0 if classes else 0.1,  # loss weights of text and image targets
-        "image_weight": 1.0,
+        "text_weight": 0.0 if classes else 0.1,  # loss weight of text tokens
+        "image_weight": 1.0,  # loss weight of image tokens
         "guidance_dropout": 0.1,  # share of sequences without their text, for classifier-free guidance
         "image_to_text": 0.0,  # share of sequences turned around: captioning
-        # Codes in random order (RAR) until a step, from there a falling share, none from another; 0 = raster order.
-        "order": {"random_until": 0, "raster_from": 0},
+        # Any-order training (RAR, arXiv:2411.00776).
+        "order": {
+            "random_until": 0,  # step until which all images have their codes in random order; 0 = raster order
+            "raster_from": 0,  # step from which all have raster order; between the two a falling share is random
+        },
         "quarantine": {"max_share": 0.1, "accept": ()},  # bad records, see imagegpt_jax/data/quarantine.py
     }
 
@@ -155,8 +161,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "dtype": "float32" if small else "bfloat16",
         "param_dtype": "float32",
     }
-    config.logit_chunk = 8192 if small else 4096  # ids scored at a time: bounds the memory of the loss
-    config.frozen = ()  # patterns of parameter paths that are not trained
+    config.logit_chunk = (
+        8192 if small else 4096
+    )  # ids of the vocabulary scored at a time, which bounds the memory of the loss
+    config.frozen = ()  # regular expressions: parameters whose path one of them is found in are not trained
 
     # --- Optimizer.
     config.optim = {
@@ -176,7 +184,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "weight_decay": 0.045 if args.size == "20B" else 0.05,
         "clip_norm": 4.0 if args.size == "20B" else 1.0,
     }
-    config.ema_decay = 0.99 if small else 0.0  # 0 = off
+    config.ema_decay = (
+        0.99 if small else 0.0
+    )  # decay of the moving average (EMA) of parameters that samples come from; 0 = off
 
     # --- Sampling: defaults of the sampling binary and of evaluations.
     config.sampling = {
@@ -187,16 +197,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "cfg_schedule": "constant",
         "cfg_power": 1.0,
     }
-    # Drawn for TensorBoard at every evaluation; () = none.
+    # Prompts of the samples that every evaluation draws for TensorBoard; () = none.
     config.sample_prompts = ("noto emoji of red heart", "twemoji emoji of dog face") if small else ()
 
     # --- Cadence, in steps.
     config.log_every = run["log"]
     config.eval_every = run["evaluate"]
-    # Samples of validation prompts that every evaluation generates and scores, 0 = none; and by whose features:
-    # "efficientnet_lite0" (KID, offline), "inception=pt_inception-2015-12-05-6726825d.pth" (FID, KID), "clip=FOLDER"
-    # (CLIPScore), with commas between them.
-    config.eval_samples = 0
+    config.eval_samples = 0  # samples of validation prompts that every evaluation generates and scores; 0 = none
+    # Networks by whose features those are scored, with commas between them: "efficientnet_lite0" (KID, offline),
+    # "inception=pt_inception-2015-12-05-6726825d.pth" (FID, KID), "clip=FOLDER" (CLIPScore).
     config.eval_features = "efficientnet_lite0"
     config.checkpoint = {"every": run["save"], "keep": 0 if small else 3, "keep_every_hours": 0.0, "keep_best": ""}
 

@@ -135,18 +135,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     small = args.size in ("test", "emoji")
     res = args.res or run["res"]
     config: Any = ConfigDict()
-    config.task = "tokenizer"
-    config.seed = 0
+    config.task = "tokenizer"  # what is trained: "tokenizer", "decoder", or your own module that has a TASK
+    config.seed = 0  # seed of everything random: first parameters, order of the data, random ops, dropout, samples
     config.res = res  # side of the training images in pixels; data and ops below follow it
-    config.steps = run["steps"]
-    config.batch_size = run["batch_size"]
+    config.steps = run["steps"]  # optimizer steps of the whole run
+    config.batch_size = run["batch_size"]  # examples per optimizer step, over all devices and micro-batches together
     # Micro-batches of a step: gradient accumulation, to save memory. The discriminator sees the difference: its
     # batch norm takes the statistics of a part, and so does the adaptive weight.
     config.accumulate = 1
-    config.eval_batch_size = 64 if small else run["batch_size"]
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
-    # Of XLA's compiler, for the training step: "xla_name=value,xla_name=value"; other platforms' are left out. This one
-    # saves CPUs a copy of the optimizer's state in each step.
+    config.eval_batch_size = 64 if small else run["batch_size"]  # examples per evaluation batch, all devices together
+    config.mesh = {
+        "data": -1,  # data parallelism: devices, or slices, with a whole copy of the parameters each; -1 = all left
+        "fsdp": 1,  # devices that parameters, gradients, optimizer state and batch are sharded over; -1 = all left
+        "tensor": 1,  # tensor parallelism: devices that heads, mlp, vocabulary and codebook are sharded over
+    }
+    # Options of XLA's compiler for the training step: "xla_name=value,xla_name=value"; other platforms' are left out.
+    # This one saves CPUs a copy of the optimizer's state in each step.
     config.compiler_options = "xla_cpu_copy_insertion_use_region_analysis=true"
     config.topology = (
         "" if small else "v5e-16"
@@ -155,11 +159,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # --- Data: where from, and what is done to a picture, in order.
     train, evaluation = f"decode|random_resized_crop({res})|flip_lr", f"decode|resize_small({res})|central_crop({res})"
     config.data = {
+        # Training data: emoji:SPLIT, folder:PATH, array_record:PATH, tfds:NAME,split=S, tokens:PATH, or a weighted
+        # mixture of several, "0.7*A + 0.3*B".
         "train": f"emoji:train,res={res}" if small else "tfds:imagenet2012,split=train",
+        # Data of the evaluations, written in the same way; never trained on.
         "validation": f"emoji:validation,res={res}" if small else "tfds:imagenet2012,split=validation",
+        # Preprocessing of training images: ops separated by "|", applied from left to right.
         "train_ops": ("decode|flip_lr" if small else train) + "|value_range(-1,1)",
+        # Preprocessing of validation images; nothing in it is random.
         "eval_ops": ("decode" if small else evaluation) + "|value_range(-1,1)",
-        "quarantine": {"max_share": 0.1, "accept": ()},  # bad records, see imagegpt_jax/data/quarantine.py
+        # Bad records are left out and listed in quarantine.jsonl, see imagegpt_jax/data/quarantine.py.
+        "quarantine": {
+            "max_share": 0.1,  # the run stops when a larger share of the records is bad
+            "accept": (),  # kinds to take nevertheless: "cmyk", "16-bit", "animated", "extension", "thin"
+        },
     }
 
     # --- Networks.
@@ -211,7 +224,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "dtype": "float32" if small else "bfloat16",
         "param_dtype": "float32",
     }
-    config.frozen = ()  # patterns of parameter paths that are not trained
+    config.frozen = ()  # regular expressions: parameters whose path one of them is found in are not trained
 
     # --- Losses. The demo is scored by PSNR, so it leaves the discriminator out: gan_start = -1 is "never".
     config.loss = {
@@ -250,22 +263,34 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "clip_norm": 1.0,
     }
     config.discriminator_optim = {**config.optim, "name": "adam"}
-    config.ema_decay = 0.99 if small else 0.999  # 0 = off
+    config.ema_decay = (
+        0.99 if small else 0.999
+    )  # decay of the moving average (EMA) of parameters that is evaluated; 0 = off
 
     # --- Cadence, in steps.
-    config.log_every = run["log"]
-    config.eval_every = run["evaluate"]
-    # By whose features reconstructions are also compared as sets: "" = none, "efficientnet_lite0" (KID, offline), or
-    # "inception=pt_inception-2015-12-05-6726825d.pth" (rFID and KID).
+    config.log_every = run["log"]  # steps between lines of metrics.jsonl and points in TensorBoard
+    config.eval_every = run["evaluate"]  # steps between evaluations on data.validation
+    # Network by whose features reconstructions are also compared as sets: "" = none, "efficientnet_lite0" (KID,
+    # offline), or "inception=pt_inception-2015-12-05-6726825d.pth" (rFID and KID).
     config.eval_features = ""
-    config.checkpoint = {"every": run["save"], "keep": 0 if small else 3, "keep_every_hours": 0.0, "keep_best": ""}
+    config.checkpoint = {
+        "every": run["save"],  # steps between checkpoints; the last step is always saved
+        "keep": 0 if small else 3,  # how many of the newest checkpoints stay; 0 = all
+        "keep_every_hours": 0.0,  # besides, one checkpoint of every so many hours stays; 0 = none
+        "keep_best": "",  # besides, the one with the highest of this validation score, or lowest: "-validation/loss"
+    }
 
     # --- What to do about steps that go wrong, see imagegpt_jax/training/step_guard.py.
-    config.guard = {"spike": 0.0, "window": 100, "patience": 10, "max_rollbacks": 3}
+    config.guard = {
+        "spike": 0.0,  # skip an update whose loss is so many standard deviations above its running mean; 0 = never
+        "window": 100,  # steps of that running mean, of which the first ones are not judged
+        "patience": 10,  # after so many bad steps in a row, return to the last checkpoint; 0 = never
+        "max_rollbacks": 3,  # after so many returns the run stops with an error
+    }
 
-    # --- A run whose parameters this one begins with; init_partial allows that some do not fit.
+    # --- Fine-tuning: workdir of a run, or published weights, whose parameters this run begins with; "" = random ones.
     config.init_from = ""
-    config.init_partial = False
+    config.init_partial = False  # whether to take the parameters that fit where some do not, and list the others
 
     # --- Recipe and quantizer: what differs from the size.
     config.update_from_flattened_dict(changes)

@@ -36,8 +36,8 @@ class DiscriminatorConfig:
       max_width: "style": channels double with every halving of the image up to so many.
       image_size: "style": side of the images, 4 times a power of two.
       deviation_group: "style": images among which the standard deviation is taken that the last layers see.
-      dtype: of the computation.
-      param_dtype: of the parameters.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
     """
 
     kind: str = "patch"

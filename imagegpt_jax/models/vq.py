@@ -47,13 +47,14 @@ class VQConfig:
       frames: frames of a film that become one grid of codes, with convolutions along time, see `temporal.Frames`;
         0 = a tokenizer of images.
       unit_pixels: the network's pixels lie in [0, 1]: images are mapped from [-1, 1] before it, and back after it.
-      decoder: whether there is one; some published tokenizers come without.
+      decoder: whether the tokenizer has a decoder; some published ones come without.
       logit_laplace: the decoder ends in a distribution of each pixel, `losses.basic.logit_laplace`, with twice the
-      channels. norm_groups: groups of every group normalisation.
+        channels.
+      norm_groups: groups of every group normalisation.
       conv_impl: "auto", "xla" or "winograd"; see `conv.Conv`.
       remat: whether to recompute each block in the backward pass instead of keeping its activations.
-      dtype: of the computation; norms' statistics and the quantizer stay in float32 (float64 if this is float64).
-      param_dtype: of the parameters.
+      dtype: dtype of the computation; norms' statistics and the quantizer stay in float32 (float64 if this is float64).
+      param_dtype: dtype of the parameters.
       quantizer: the vector quantizer.
     """
 

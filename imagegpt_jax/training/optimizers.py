@@ -8,13 +8,15 @@
                     last step) | "drops" (times drop_factor at each step of drops)
     warmup_steps    linear warm-up from 0
     decay_start     step at which the decay begins; 0 = after the warm-up
-    final_lr_ratio  see schedule
-    drops           see schedule
-    drop_factor     see schedule
-    b1, b2, eps     moments (Muon: of the Adam that trains vectors, embeddings and the output head)
+    final_lr_ratio  learning rate at the end of a decay, as a share of lr
+    drops           steps at which the schedule "drops" lowers the learning rate
+    drop_factor     what it is multiplied by at each of them
+    b1              decay of the first moment, or momentum (Muon: of the Adam that trains vectors, embeddings and head)
+    b2              decay of the second moment
+    eps             added to the root of the second moment
     mu_dtype        dtype in which Adam, Lion, Adafactor and Muon keep the first moment
     nu_dtype        dtype in which Adam keeps the second; computed with in float32 either way
-    weight_decay    decoupled, on parameters of two and more dimensions (stacked layers not counted)
+    weight_decay    decoupled weight decay, on parameters of two and more dimensions (stacked layers not counted)
     clip_norm       clip the gradient to this global L2 norm; 0 = off
 """
 

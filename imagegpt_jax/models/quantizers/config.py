@@ -91,12 +91,12 @@ class QuantizerConfig:
       l2_normalize: whether vectors and codes are compared on the unit sphere (ViT-VQGAN, arXiv:2110.04627).
       codebook_update: how "vq" learns its codes: "gradient", or "ema", moving averages of the vectors that chose them
         (arXiv:1711.00937, appendix A.1).
-      codebook_decay: of the moving averages of the codes' use, and with "ema" of the codes.
+      codebook_decay: decay of the moving averages of the codes' use, and with "ema" of the codes.
       commitment_weight: weight of |z - sg(code)|^2, which moves the encoder (the beta of VQ-VAE, arXiv:1711.00937).
       codebook_weight: weight of |sg(z) - code|^2, which moves the codebook; not of "ema", "fsq" and "lfq".
       index_weight: weight of |z - code|^2 with the gradient to all codes, for "ibq".
       entropy_weight: weight of the entropy loss; 0 leaves it out. Not for "fsq".
-      entropy_temperature: divides the negative distances in its softmax.
+      entropy_temperature: divides the negative distances in the softmax of the entropy loss.
       revival_steps: a code that no vector chose for so many steps is replaced by a vector of the batch; 0 is never. For
         kinds with a codebook.
       chunk_codes: codes compared at a time, which bounds memory at N x chunk_codes; must divide a larger K.

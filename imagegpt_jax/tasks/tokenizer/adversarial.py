@@ -45,7 +45,7 @@ class LossConfig:
       discriminator_first: in each step the discriminator is updated before it judges for the generator; else both
         gradients are taken at the same parameters.
       lecam: weight of the LeCam regulariser of the discriminator (arXiv:2104.03310); 0 = off.
-      lecam_decay: of its moving averages of the logits.
+      lecam_decay: decay of the moving averages of the logits that LeCam pulls to.
       r1: weight of the R1 gradient penalty of the discriminator (arXiv:1801.04406), gamma; 0 = off.
       others: losses of your own, as "WEIGHT*module:name + ...": functions (reconstructions, images) -> mean loss.
     """

@@ -8,6 +8,7 @@ taken as they are, with links that fit their place in the site. `make docs` runs
 """
 
 import argparse
+import json
 import pathlib
 import posixpath
 import re
@@ -80,15 +81,19 @@ def _named(text: str, folder: str) -> str:
 
 
 def _of_notebook(path: pathlib.Path) -> str:
-    """A notebook as Markdown, its pictures within the page."""
-    from nbconvert import MarkdownExporter
-
-    text, resources = MarkdownExporter().from_filename(str(path))
-    import base64
-
-    for name, data in resources["outputs"].items():
-        text = text.replace(f"]({name})", f"](data:image/png;base64,{base64.b64encode(data).decode()})")
-    return text
+    """A notebook as Markdown: code in blocks, with the outputs it was saved with, pictures within the page."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![output](data:image/png;base64,{''.join(data['image/png'].split())})")
+            else:
+                shown = "".join(output.get("text") or data.get("text/plain", ())).rstrip()
+                parts.append(f"```text\n{shown}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def gather(output: pathlib.Path) -> None:

@@ -2,9 +2,7 @@
 
 import pathlib
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
@@ -13,6 +11,9 @@ NOTEBOOKS = ROOT / "docs" / "notebooks"
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs a notebook in an empty folder, with some of its text replaced; gives the outputs of its cells."""
+    import nbformat
+    from nbclient import NotebookClient
+
     # As from a folder two below the top of a checkout.
     folder = tmp_path / "docs" / "notebooks"
     folder.mkdir(parents=True)

@@ -106,12 +106,7 @@ class Unknown(UserError):
 
 
 def recognise(source: Source, kind: str, options: Options | None = None) -> Published:
-    """Finds out what a source holds.
-
-    Args:
-      source: the files.
-      kind: TOKENIZER or DECODER: some folders hold both.
-      options: what the weights do not tell.
+    """Finds out what a source holds of a kind, TOKENIZER or DECODER: some folders hold both.
 
     Raises:
       Unknown: if it holds nothing that is known, or nothing of this kind.

@@ -177,12 +177,8 @@ def _decoder(
 ) -> Reader:
     """Reads a decoder of `transformers`, called `name` there too.
 
-    Args:
-      name: of the layout and its `model_type`.
-      parse: `config.json` -> config.
-      table: config, what stands before the names of the body -> rules.
-      body: what stands there in the class with a head, and a name that the body has without it.
-      layout: how its pictures become sequences.
+    `body` is what stands before the names of the body, which `table` takes beside the config, in the class with a head,
+    and a name that the body has without it; `layout` is how its pictures become sequences.
     """
 
     def read(source: Source, options: Options) -> Published | None:

@@ -72,12 +72,7 @@ def _open(local: pathlib.Path, kind: str) -> portable.Portable:
 
 
 def load(path: Any, kind: str, options: Options | None = None) -> Loaded:
-    """Reads weights.
-
-    Args:
-      path: file or folder.
-      kind: "tokenizer" or "decoder".
-      options: what published weights do not tell.
+    """Reads weights, a file or folder, of a "tokenizer" or "decoder"; `options` are what published ones do not tell.
 
     Raises:
       UserError: if they are not known, damaged, or do not fit the network that they describe.

@@ -120,11 +120,7 @@ def find_runs(settings: Settings) -> dict[str, str]:
 
 
 def kind_of(path: str) -> str:
-    """What a workdir, an exported folder or published weights hold: "tokenizer", "decoder", or a task's own kind.
-
-    Raises:
-      UserError: if it is none of these.
-    """
+    """What a path holds: "tokenizer", "decoder", or a task's own kind; raises UserError if it is none of these."""
     config_lib.load(path)  # a wrong folder is told before JAX starts
 
     from imagegpt_jax.inference import loading

@@ -61,11 +61,7 @@ def _per_prompt(settings: Settings) -> int:
 
 
 def draw(settings: Settings, rows: Sequence[Row]) -> None:
-    """Draws the pictures of `read_rows` that are not yet in `samples_dir`, together with the other processes.
-
-    Raises:
-      UserError: if the decoder cannot draw these, or the folder holds other pictures.
-    """
+    """Draws, with the other processes, what `samples_dir` lacks; raises UserError if it holds other pictures."""
     from imagegpt_jax.generation.pipeline import Pipeline
     from imagegpt_jax.inference import loading
     from imagegpt_jax.runtime import distributed

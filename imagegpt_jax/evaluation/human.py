@@ -86,11 +86,7 @@ class Study:
     """Two sets of pictures, and the votes on them."""
 
     def __init__(self, a: ImageSet, b: ImageSet, path: epath.PathLike, seed: int = 0):
-        """Pairs the pictures by name where both are folders of the same names, else by number.
-
-        Raises:
-          UserError: if the numbers differ, or the file of votes is of other pictures.
-        """
+        """Pairs the pictures by number; raises UserError if one has more, or the votes are on others."""
         if len(a) != len(b):
             raise UserError(
                 f"{a.path} has {len(a)} images and {b.path} has {len(b)}: compare samples of the same prompts."
@@ -166,11 +162,7 @@ class Study:
 
 
 def serve(study: Study, port: int) -> http.server.ThreadingHTTPServer:
-    """A server on this machine alone, ready for `serve_forever`; port 0 takes a free one.
-
-    Raises:
-      UserError: if the port is taken.
-    """
+    """A server on this machine alone, ready for `serve_forever`; port 0 is a free one; raises UserError if taken."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -65,11 +65,7 @@ class Opened:
 
 
 def parse_weights(values: Sequence[str], features: str) -> dict[str, str]:
-    """`FILE` (of the protocol's network) or `network=FILE` flags -> {network: file}.
-
-    Raises:
-      UserError: if a network is not known or comes twice, or a file is missing.
-    """
+    """`FILE` (of the protocol's network) or `network=FILE` flags -> {network: file}; raises UserError for others."""
     weights: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")
@@ -110,11 +106,7 @@ def _pairs(request: Request, images: sets.ImageSet, reference: Any) -> Pairs | N
 
 
 def open_reference(request: Request) -> sets.ImageSet | FileStatistics | None:
-    """Opens what images are compared with, None where nothing is, and checks everything but the images.
-
-    Raises:
-      UserError: if a metric lacks what it needs.
-    """
+    """Opens what images are compared with, if anything; raises UserError if a metric lacks what it needs besides."""
     protocol = request.protocol
     score.check_metrics(request.metrics)
     needed = {name: score.find(name).reference for name in request.metrics}

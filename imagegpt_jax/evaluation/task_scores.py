@@ -15,11 +15,7 @@ class TaskScorer:
     """A run of a task that has evaluators."""
 
     def __init__(self, settings: Settings, path: str):
-        """Opens what the task opens for training, with --data and --ops in place of its validation data.
-
-        Raises:
-          UserError: if the task cannot be set up, or has no evaluators.
-        """
+        """Opens the task's data, or --data with --ops; raises UserError if it cannot, or has no evaluators."""
         self._settings, self._path = settings, path
         config = checkpoint_data.config_of(path)
         for flag, key, value in (("data", "validation", settings.data), ("ops", "eval_ops", settings.ops)):

@@ -84,14 +84,10 @@ def extract(
     batch_size: int = 64,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> Iterator[Part]:
-    """Computes features of all images, and yields them in parts; every process all of them.
+    """Computes the `outputs`, (network, output), of all images, and yields them in parts; every process all of them.
 
-    Args:
-      images: the set; the same for every process.
-      networks: what computes.
-      outputs: the (network, output) that are wanted.
-      batch_size: images that a process reads at once; no result depends on it.
-      advance: called with how many images have been done since the last call.
+    No result depends on `batch_size`, the images that a process reads at once; `advance` is called with how many have
+    been done since the last call.
 
     Raises:
       UserError: if an image is damaged.

@@ -27,11 +27,7 @@ IN_TRAINING: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 
 def parse_features(features: str) -> dict[str, str]:
-    """`"efficientnet_lite0,clip=FOLDER"` -> {network: weights}, "" for those that need no file.
-
-    Raises:
-      UserError: for an unknown network, or one without the weights that it needs.
-    """
+    """`"efficientnet_lite0,clip=FOLDER"` -> {network: weights, or ""}; raises UserError for unknown or missing ones."""
     weights: dict[str, str] = {}
     for item in filter(None, features.split(",")):
         name, _, path = item.partition("=")

@@ -136,11 +136,7 @@ class _Compare:
 
 
 def pairs(names: Sequence[str], path: str) -> Network:
-    """The metrics of image pairs as a network, whose outputs have their names; `path` has the weights of LPIPS.
-
-    Raises:
-      UserError: if LPIPS is asked for without weights.
-    """
+    """The metrics of image pairs as a network, with outputs of their names; raises UserError if LPIPS lacks weights."""
     compared = {name: compare for name in names if (compare := score.find(name).compare)}
     functions = tuple((n, plugins.plug_in(c, "metric") if isinstance(c, str) else c) for n, c in compared.items())
     graph, params, about = None, {}, {}
@@ -152,11 +148,7 @@ def pairs(names: Sequence[str], path: str) -> Network:
 
 
 def embed_texts(path: str, texts: Sequence[str]) -> np.ndarray:
-    """CLIP's embeddings of texts, float32 [N, E], in batches of a fixed size; what is longer than its context is cut.
-
-    Raises:
-      UserError: if the folder has no tokenizer.
-    """
+    """CLIP's embeddings of texts, float32 [N, E], cut to its context; raises UserError if it has no tokenizer."""
     module = clip.CLIP.load(path)
     ids_NL = _tokenize(path, texts, module.length)
     return padding.map_batches(functools.partial(_embed, module), _TEXTS, ids_NL)

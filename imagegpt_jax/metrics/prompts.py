@@ -47,11 +47,7 @@ def coco_captions(path: epath.PathLike, count: int = COCO_COUNT, seed: int = 0) 
 
 
 def listed(path: epath.PathLike) -> list[dict[str, str]]:
-    """The prompts of a table with tabs, such as PartiPrompts, in order: [{"text", and "category", "challenge"}].
-
-    Raises:
-      UserError: if the file has no column `Prompt`.
-    """
+    """Prompts of a table with tabs, [{"text", "category", "challenge"}]; raises UserError without a column `Prompt`."""
     rows = [row for _, row in tables.rows(_text(path), path, ".tsv", ragged=True, any_line_end=True)]
     if not rows or "Prompt" not in rows[0]:
         raise UserError(f"{path} has no column Prompt: give PartiPrompts.tsv, or LlamaGen's coco_captions.csv.")
@@ -62,14 +58,9 @@ def listed(path: epath.PathLike) -> list[dict[str, str]]:
 def of_protocol(
     name: str, path: epath.PathLike, count: int, seed: int, read_others: Callable[[str], Sequence[str]]
 ) -> list[dict[str, Any]]:
-    """What a protocol draws pictures of: rows with "text", and what else the file of its authors says.
+    """What a protocol draws pictures of, the first `count`, 0 for all: rows with "text", and what else the file says.
 
-    Args:
-      name: of the protocol.
-      path: the file.
-      count: only so many; 0 for all.
-      seed: of the draw, where there is one.
-      read_others: reads the prompts of any file, for protocols without prompts of their own.
+    `seed` is that of the draw, where there is one; `read_others` reads any file, for protocols without prompts.
 
     Raises:
       UserError: if the file is none of the protocol's.

@@ -57,11 +57,7 @@ def drawn_by(images: ImageSet) -> dict[str, Any]:
 
 
 def read(path: epath.PathLike, *, flat: bool = False) -> dict[str, Any]:
-    """Scores of image sets, as `evaluate` writes them; if `flat`, those of checkpoints too.
-
-    Raises:
-      UserError: if the file is missing or holds something else.
-    """
+    """Scores of image sets by `evaluate`, if `flat` of checkpoints too; raises UserError for a file of others."""
     file = epath.Path(path)
     if not file.is_file():
         raise UserError(f"there is no file {path}: give what `evaluate --images=... --output=FILE` wrote.")

@@ -35,17 +35,10 @@ class SetScorer:
         besides: Sequence[str] = (),
         progress: bool = False,
     ):
-        """Loads the networks.
+        """Loads the networks, of the public files where `weights` has none.
 
-        Args:
-          names: of the metrics.
-          protocol: how they are computed.
-          weights: network -> file of its weights; a public file is downloaded where there is none.
-          options: intervals and extrapolation.
-          captions: of the images, for the metrics that need them.
-          batch_size: images that a process reads at once; no score depends on it.
-          besides: metrics whose statistics of the images are gathered too.
-          progress: whether a bar is shown.
+        `captions` are those of the images, for the metrics that need them; `besides` are metrics whose statistics of
+        the images are gathered too. No score depends on `batch_size`, the images that a process reads at once.
 
         Raises:
           UserError: for weights that are missing or do not fit.

@@ -268,14 +268,9 @@ class SourceImages:
     in_order = True
 
     def __init__(self, name: str, source: Any, ops: str, function: Callable[[np.ndarray], np.ndarray] | None = None):
-        """Reads the first image to learn the size.
+        """Reads the first image to learn the size, the same for all after `ops`.
 
-        Args:
-          name: what the set is called.
-          source: a data source with images.
-          ops: what is done to them; the same size for all.
-          function: images float32 [B, H, W, C] in [-1, 1] -> images of that kind, such as reconstructions; None leaves
-            them as they are.
+        `function` makes of images, float32 [B, H, W, C] in [-1, 1], others of that kind, such as reconstructions.
 
         Raises:
           UserError: if the images are not RGB.
@@ -312,12 +307,7 @@ class SourceImages:
 
 
 def open_images(path: epath.PathLike, limit: int = 0, crop: Crop | None = None) -> ImageSet:
-    """Opens a folder or a `.npz` of images.
-
-    Args:
-      path: of either.
-      limit: only so many images, the first ones; 0 is all.
-      crop: how images come to one size; None where they must be alike.
+    """Opens a folder or a `.npz` of images, all or the first `limit`; without a `crop` to one size, they must be alike.
 
     Raises:
       UserError: if there is no such thing, or its images cannot be scored.

@@ -288,11 +288,7 @@ class Inception(nnx.Module):
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Inception":
-        """Reads the PyTorch file of the weights (`FILE`, also known as torch-fidelity's), or NVIDIA's TorchScript file.
-
-        Raises:
-          UserError: if the file is missing, damaged, or its arrays are not exactly those of the network.
-        """
+        """Reads PyTorch's file of the weights (`FILE`), or NVIDIA's TorchScript; errors as `weights.set_units`."""
         model = nnx.eval_shape(lambda: cls(key=jax.random.key(0)))
         arrays = weights.read(path)
         arrays = inception_torchscript.renamed(arrays) if inception_torchscript.is_torchscript(arrays) else arrays

@@ -127,11 +127,7 @@ for _old, _new in RENAMED.items():
 
 
 def numbers(flag: Any, count: int) -> tuple[int, ...]:
-    """A list flag as whole numbers.
-
-    Raises:
-      UserError: if it is none, or of another length.
-    """
+    """A list flag as whole numbers. Raises UserError if it is none, or of another length."""
     try:
         values = tuple(int(part) for part in flag.value)
     except ValueError:
@@ -169,10 +165,7 @@ def own_fields(mode: str) -> dict[str, Any]:
 
 
 def request_of_flags(base: GenerationRequest | None) -> GenerationRequest:
-    """The request that the flags describe.
-
-    Args:
-      base: the request of --from_image, of which the flags that are given replace fields.
+    """The request that the flags describe, or `base`, that of --from_image, with the fields that they replace.
 
     Raises:
       UserError: for two modes at once, a mode without what it needs, or nothing to generate.

@@ -29,11 +29,7 @@ def root(workdir: epath.PathLike) -> epath.Path:
 
 
 def numbered(workdir: epath.PathLike) -> list[int]:
-    """All steps that have a folder, finished or not, ascending.
-
-    Raises:
-      UserError: if the folder of checkpoints is a file.
-    """
+    """All steps that have a folder, finished or not, ascending. Raises UserError if that of checkpoints is a file."""
     folder = root(workdir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: it should be the folder of a run's checkpoints; move it away.")

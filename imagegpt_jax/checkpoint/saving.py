@@ -55,18 +55,9 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         evaluated: bool = True,
     ) -> None:
-        """Starts to save; returns as soon as the arrays have left the devices.
+        """Starts to save; returns as soon as the arrays have left the devices. Arguments are fields of `Manifest`.
 
-        Args:
-          step: optimizer steps done.
-          state: the state after them; not needed any more when this returns.
-          position: examples drawn from the data.
-          skipped: windows of positions left out.
-          metrics: the newest validation scores.
-          evaluated: whether the evaluation that is due after this step, if any, is done.
-
-        Raises:
-          UserError: if the save before this one failed.
+        Raises UserError if the save before this one failed.
         """
         started = time.perf_counter()
         self.wait()
@@ -134,11 +125,7 @@ class Checkpoints:
             raise self._error
 
     def wait(self) -> None:
-        """Waits for the save under way.
-
-        Raises:
-          UserError: if it failed.
-        """
+        """Waits for the save under way, and raises its UserError if it failed."""
         if self._finishing is not None:
             self._finishing.join()
             self._finishing = None
@@ -220,10 +207,9 @@ class Checkpoints:
             ) from e
 
     def finish(self, last: int) -> None:
-        """At the end of a run: waits, and reads the last checkpoint back from the files.
+        """At the end of a run: waits, and reads the last checkpoint back.
 
-        Raises:
-          UserError: if the checkpoint of step `last` is not there as it was written.
+        Raises UserError if it is not as it was written.
         """
         self.wait()
         distributed.barrier()

@@ -28,7 +28,8 @@ from imagegpt_jax.metrics.metric import IMAGES, NOTHING, STATISTICS
 from imagegpt_jax.metrics.sets import InMemory, SourceImages
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.sampling.likelihood import FEATURES
-from imagegpt_jax.tasks import decoder as task
+from imagegpt_jax.tasks.decoder.batches import pack
+from imagegpt_jax.tasks.decoder.evaluation import predict_fns
 
 SHOWN_PROMPTS = 16  # on a page
 
@@ -65,7 +66,7 @@ class DecoderScorer:
                 f"the token shards {source.name} were made by another tokenizer ({made_by}) than {tok.path or 'this'}"
                 f" ({tok.fingerprint}): encode them again, or name their tokenizer by --tokenizer."
             )
-        ops, nll = settings.ops or config.data.eval_ops, task.predict_fns(decoder.setup)["nll"]
+        ops, nll = settings.ops or config.data.eval_ops, predict_fns(decoder.setup)["nll"]
 
         def packed() -> Iterator[dict[str, np.ndarray]]:
             for batch in checkpoint_data.batches(settings, "decoder", self._data, ops, mesh):
@@ -73,7 +74,7 @@ class DecoderScorer:
                 rest = {name: value for name, value in batch.items() if name != "image"}
                 features = decoder.read([str(c) for c in batch.get("caption", [""] * len(codes))])
                 prefix = {} if features is None else dict(zip(FEATURES, features, strict=True))
-                yield task.pack(decoder.setup, {**rest, "codes": codes}, train=False) | prefix
+                yield pack(decoder.setup, {**rest, "codes": codes}, train=False) | prefix
 
         columns = likelihood.COLUMNS
         if decoder.setup.layout.target_positions:

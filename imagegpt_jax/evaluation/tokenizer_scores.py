@@ -8,6 +8,7 @@ from imagegpt_jax.evaluation import checkpoint_data
 from imagegpt_jax.evaluation.checkpoint_data import Page, Scores, Settings
 from imagegpt_jax.evaluation.image_sets import score_sets
 from imagegpt_jax.inference import loading
+from imagegpt_jax.inference.tokenizer import read_tokenizer
 from imagegpt_jax.metrics import common
 from imagegpt_jax.metrics.reconstruction import ReconstructionEvaluator
 from imagegpt_jax.metrics.sets import SourceImages
@@ -28,7 +29,7 @@ class TokenizerScorer:
     def score(self, mesh: Mesh, page: Page) -> Scores:
         """Scores of reconstructions, one by one, and as a set where metrics of sets are asked for."""
         settings, path, data = self._settings, self._path, self._data
-        setup, params, step = loading.read_tokenizer(path, settings.step)
+        setup, params, step = read_tokenizer(path, settings.step)
         ops = settings.ops or checkpoint_data.config_of(path).data.eval_ops
         num_codes = setup.model.quantizer.num_ids
         evaluator = ReconstructionEvaluator(

@@ -12,11 +12,7 @@ from imagegpt_jax.sampling.settings import renamed
 
 
 def read(path: str) -> tuple[dict[str, Any], GenerationRequest]:
-    """The metadata of a PNG, and the request that it is of.
-
-    Raises:
-      UserError: if it is no picture of this program.
-    """
+    """The metadata of a PNG, and the request that it is of. Raises UserError if it is no picture of this program."""
     try:
         with open(path, "rb") as file:
             metadata = images.read_metadata(file.read())

@@ -18,6 +18,7 @@ from imagegpt_jax.errors import UserError
 from imagegpt_jax.generation import metadata
 from imagegpt_jax.generation.prompts import file_name, title
 from imagegpt_jax.generation.request import GenerationRequest
+from imagegpt_jax.runtime import filesystem
 
 if TYPE_CHECKING:
     from etils import epath
@@ -113,11 +114,10 @@ def _planned(row: Row) -> Row:
 def start(output: "epath.Path", rows: Sequence[Row]) -> tuple["epath.Path", list[Row]]:
     """The folder to write into, and the lines of the images that an earlier run has left there for the same request.
 
-    Raises:
-      UserError: if it cannot be written.
+    Raises UserError if it cannot be written.
     """
     beside = output.parent / f".{output.name}.unfinished"
-    try:
+    with filesystem.writing(output):
         done = read_rows(beside) if beside.is_dir() else []
         if done and same(done, rows[: len(done)]) and all((beside / row["file"]).exists() for row in done):
             write_rows(beside, done)  # without a line that was cut off
@@ -125,8 +125,6 @@ def start(output: "epath.Path", rows: Sequence[Row]) -> tuple["epath.Path", list
         if beside.exists():
             beside.rmtree()
         beside.mkdir(parents=True)
-    except OSError as e:
-        raise UserError(f"--output={output} cannot be written ({e.strerror}).") from e
     return beside, []
 
 
@@ -161,14 +159,9 @@ def write_images(parts: Iterator["GeneratedImages"], rows: Sequence[Row], folder
 
 
 def overviews(request: GenerationRequest, folder: "epath.Path", grid: tuple[int, int], gif: bool, npz: bool) -> None:
-    """Writes grid.png, samples.gif and samples.npz from the images in the folder.
+    """Writes grid.png from the images in the folder; if asked for, samples.gif and, for ADM's evaluation, samples.npz.
 
-    Args:
-      request: of the images.
-      folder: theirs.
-      grid: rows and columns of codes, by which the images fill in samples.gif.
-      gif: whether to write samples.gif.
-      npz: whether to write samples.npz, all images as ADM's evaluation takes them.
+    In samples.gif they fill code by code; `grid` is the rows and columns of those.
     """
     rows, each = read_rows(folder), request.num_images
 
@@ -189,11 +182,11 @@ def overviews(request: GenerationRequest, folder: "epath.Path", grid: tuple[int,
         frames = [images.grid([images.Tile("", list(step))]) for step in zip(*series, strict=True)]
         (folder / GIF_FILE).write_bytes(images.gif_bytes(frames))
     if npz:
-        buffer = io.BytesIO()
         labels = [row["class"] for row in rows]
         arrays: dict[str, Any] = {"arr_0": np.stack([read(row) for row in rows])}
         if None not in labels:
             arrays["arr_1"] = np.asarray(labels, np.int64)
+        buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         (folder / NPZ_FILE).write_bytes(buffer.getvalue())
 
@@ -205,12 +198,8 @@ def write_captions(
     texts, each = pipeline.captions(request), request.num_images
     captions = [(image.path, texts[i * each : (i + 1) * each]) for i, image in enumerate(request.images)]
     decoder = pipeline.decoder
-    made_by = {
-        "seed": request.seed,
-        "decoder": decoder.path,
-        "step": decoder.step,
-        "decoder_hash": decoder.fingerprint(),
-    }
+    made_by = {"seed": request.seed, "decoder": decoder.path, "step": decoder.step}
+    made_by["decoder_hash"] = decoder.fingerprint()
     write_rows(folder, [{"image": path, "captions": words} | made_by for path, words in captions])
     pictures = pipeline.sources(request)
     tiles = [images.Tile(" / ".join(words), [pixels]) for (_, words), pixels in zip(captions, pictures, strict=True)]
@@ -219,14 +208,8 @@ def write_captions(
 
 
 def finish(folder: "epath.Path", output: "epath.Path") -> None:
-    """Gives the finished folder its name.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
-    try:
+    """Gives the finished folder its name. Raises UserError if it cannot be written."""
+    with filesystem.writing(output):
         if output.exists():
             output.rmtree()
         folder.rename(output)
-    except OSError as e:
-        raise UserError(f"--output={output} cannot be written ({e.strerror}).") from e

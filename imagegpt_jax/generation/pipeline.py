@@ -29,11 +29,7 @@ from imagegpt_jax.sampling.settings import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A decoder and its image tokenizer, which make images of requests.
-
-    Attributes:
-      decoder: from `load_decoder`.
-      tokenizer: the one that the decoder was trained with.
+    """A decoder and the image tokenizer that it was trained with, which make images of requests.
 
     Raises:
       UserError: for a tokenizer that does not fit the decoder.
@@ -69,8 +65,7 @@ class Pipeline:
     def sources(self, request: GenerationRequest) -> np.ndarray:
         """The pictures of a request: uint8 [B, H, W, C].
 
-        Raises:
-          UserError: for files that are no pictures, or pictures of several shapes.
+        Raises UserError for files that are none, or several shapes.
         """
         pictures = [image.load(self.size) for image in request.images]
         shapes = sorted({f"{picture.dtype} {picture.shape}" for picture in pictures})
@@ -97,9 +92,7 @@ class Pipeline:
           request: what to generate.
           features: a text encoder's output [B, P, E] and its mask [B, P] in place of the prompts' own, for a decoder
             that has features before its codes.
-          batch_size: images that a device samples at once.
-          mesh: devices to sample on, see `sampling.batching.run`.
-          on_step: called after every code, see `sampling.batching.run`.
+          batch_size, mesh, on_step: see `sampling.batching.run`.
 
         Returns:
           a function that is given the number of the image to begin with. All images are `num_images` of the first
@@ -221,9 +214,7 @@ class Pipeline:
     def captions(self, request: GenerationRequest, **how: Any) -> list[str]:
         """Captions of a request's pictures: `num_images` of the first, then of the second; beams give the likeliest.
 
-        Args:
-          request: of the mode "caption".
-          **how: `batch_size` and `mesh` of `prepare`.
+        `how` is `batch_size` and `mesh` of `prepare`.
 
         Raises:
           UserError: for a decoder without words, fewer beams than captions, or settings that a search has no use for.
@@ -312,11 +303,7 @@ class Pipeline:
 
 
 def layout_of(gpt: Decoder, grid: modes.Grid | None) -> Layout:
-    """The decoder's layout, with another grid of codes.
-
-    Raises:
-      UserError: for a grid whose positions the decoder does not know.
-    """
+    """The decoder's layout, with another grid of codes. Raises UserError if the decoder does not know its positions."""
     layout = gpt.setup.layout
     if grid is None or tuple(grid) == tuple(layout.grid):
         return layout

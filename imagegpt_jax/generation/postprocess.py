@@ -43,8 +43,7 @@ class Postprocessing:
 class Postprocessor:
     """Does to images what the settings say.
 
-    Raises:
-      UserError: for a size, a file or a plug-in that does not exist, before any image.
+    Raises UserError for a size, file or plug-in that there is not, before any.
     """
 
     def __init__(self, settings: Postprocessing):

@@ -18,10 +18,9 @@ def title(prompt: str, label: int | str | None) -> str:
 
 
 def check_prompt(text: str, where: str) -> str:
-    """Returns the prompt without white space around it.
+    """The prompt without white space around it.
 
-    Raises:
-      UserError: naming `where` it is, if it is too long or no text.
+    Raises UserError, naming `where` it is, if it is too long or no text.
     """
     if len(text) > MAX_PROMPT:
         raise UserError(f"{where} has {len(text)} characters: a prompt has at most {MAX_PROMPT}.")

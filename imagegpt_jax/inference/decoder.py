@@ -23,9 +23,9 @@ from imagegpt_jax.models.gpt import GPT, Output, Sequence, plain_sequence
 from imagegpt_jax.sampling import settings as settings_lib
 from imagegpt_jax.sampling.batching import place
 from imagegpt_jax.sampling.settings import Sampling
-from imagegpt_jax.tasks import decoder as decoder_task
 from imagegpt_jax.tasks import interface
 from imagegpt_jax.tasks.decoder import text_encoder as encoders
+from imagegpt_jax.tasks.decoder.setup import Setup, tokenizer_params
 
 
 class Decoder(nnx.Module):
@@ -38,7 +38,7 @@ class Decoder(nnx.Module):
       step: its checkpoint.
     """
 
-    def __init__(self, gpt: GPT, setup: decoder_task.Setup, *, path: str, step: int):
+    def __init__(self, gpt: GPT, setup: Setup, *, path: str, step: int):
         self.gpt = gpt
         self.setup = setup
         self.path, self.step = path, step
@@ -165,8 +165,7 @@ class Decoder(nnx.Module):
         """
         if self.config.tokenizer:
             return load_tokenizer(self.config.tokenizer)
-        params = decoder_task.tokenizer_params(self.setup)
-        return Tokenizer(self.setup.tokenizer, params, path="", step=0)
+        return Tokenizer(self.setup.tokenizer, tokenizer_params(self.setup), path="", step=0)
 
 
 # What `Decoder.placed` made, and of which parameters; outside the module, whose copies have parameters of their own.
@@ -206,21 +205,19 @@ def load_decoder(
     Raises:
       UserError: if there is no such run, checkpoint or decoder.
     """
-    loaded = None
-    if reading.is_weights(path):
-        loaded = reading.load(path, "decoder", Options(heads=heads, grid=grid))
-        if not loaded.run:
-            model: Any = loaded.config
-            beside, encoder = str(tokenizer or ""), None
-            if text_encoder is not None:
-                encoder = encoders.open_encoder(text_encoder, model.feature_length, model.feature_width, model.dtype)
-            setup: Any = reading.DecoderSetup(model, loaded.layout, str(path), beside, loaded.text, encoder)
-            return Decoder(loaded.module(), setup, path=str(path), step=0)
-    changes = {"tokenizer": tokenizer, "text_encoder": text_encoder}
-    changes = {key: str(value) for key, value in changes.items() if value is not None}
-    if loaded is not None:
+    named = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    changes = {key: str(value) for key, value in named.items() if value is not None}
+    if not reading.is_weights(path):
+        run = runs.read(path, "decoder", step, changes)
+        return Decoder(run.module(), run.setup, path=str(path), step=run.step)
+    loaded = reading.load(path, "decoder", Options(heads=heads, grid=grid))
+    if loaded.run:
         loaded.run.update(changes)
-        setup = interface.find(loaded.run.task).setup_for_inference(loaded.run, path)
-        return Decoder(loaded.module(), setup, path=str(path), step=0)
-    run = runs.read(path, "decoder", step, changes)
-    return Decoder(run.module(), run.setup, path=str(path), step=run.step)
+        setup: Any = interface.find(loaded.run.task).setup_for_inference(loaded.run, path)
+    else:
+        model: Any = loaded.config
+        encoder = None
+        if text_encoder is not None:
+            encoder = encoders.open_encoder(text_encoder, model.feature_length, model.feature_width, model.dtype)
+        setup = reading.DecoderSetup(model, loaded.layout, str(path), str(tokenizer or ""), loaded.text, encoder)
+    return Decoder(loaded.module(), setup, path=str(path), step=0)

@@ -10,20 +10,8 @@ from imagegpt_jax.convert import formats, reading
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.inference import runs
 from imagegpt_jax.inference.decoder import Decoder, load_decoder
-from imagegpt_jax.inference.tokenizer import Images, Tokenizer, load_tokenizer, read_tokenizer
+from imagegpt_jax.inference.tokenizer import Tokenizer, load_tokenizer
 from imagegpt_jax.tasks import interface
-
-__all__ = [
-    "Decoder",
-    "Images",
-    "LoadedModel",
-    "Tokenizer",
-    "kind_of",
-    "load",
-    "load_decoder",
-    "load_tokenizer",
-    "read_tokenizer",
-]
 
 
 @dataclasses.dataclass(frozen=True)

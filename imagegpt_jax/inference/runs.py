@@ -38,13 +38,9 @@ class Run:
 def read(
     path: epath.PathLike, kind: str = "", step: int | None = None, changes: Mapping[str, Any] | None = None
 ) -> Run:
-    """Reads a run.
+    """Reads the run of a workdir, which must be of a `kind`, at a checkpoint, the newest by default.
 
-    Args:
-      path: its workdir.
-      kind: what it must be; "" = anything.
-      step: checkpoint; the newest by default.
-      changes: keys of its config -> values that are used in place of its own.
+    `changes` are keys of its config -> values that are used in place of its own.
 
     Raises:
       UserError: if the folder is no workdir, one of another kind, or without such a checkpoint.

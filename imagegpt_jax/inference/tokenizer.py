@@ -54,15 +54,7 @@ class Tokenizer:
         step: int,
         batch_size: int = BATCH_SIZE,
     ):
-        """Puts the parameters onto every device of this process.
-
-        Args:
-          setup: static part of the tokenizer's run.
-          params: parameters of its "generator".
-          path: workdir.
-          step: checkpoint.
-          batch_size: images that each device runs at once.
-        """
+        """Puts the parameters of "generator" onto every device of this process; `batch_size` is of each device."""
         self._mesh = mesh = sharding.local_mesh()
         self.config = setup.model
         self.path, self.step = path, step

@@ -154,12 +154,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str 
 
 
 def check_divides(sizes: Mapping[str, int], axis: str, mesh: Any) -> None:
-    """Checks that sizes divide over a mesh axis of the config.
-
-    Args:
-      sizes: config key -> number of heads, columns, ...
-      axis: "fsdp" or "tensor".
-      mesh: the mesh.
+    """Checks that sizes (config key -> number of heads, columns, ...) divide over an axis, "fsdp" or "tensor".
 
     Raises:
       UserError: for the first that does not; it names sizes of that axis that all of them and the devices divide by,

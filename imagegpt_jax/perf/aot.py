@@ -27,10 +27,7 @@ def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Con
     inputs of blocks that the backward pass keeps should take no more than a third of the memory. What the command line
     gave of these (`--config.mesh.tensor=2`, `--config.accumulate=1`) stays.
 
-    Args:
-      config: of either task.
-      topology: the slice.
-      batch_size: global batch; 0 takes the config's, rounded up to a multiple of the devices.
+    A `batch_size` of 0 takes the config's, rounded up to a multiple of the devices.
 
     Raises:
       UserError: for an `accumulate` below 1, or a mesh of the command line that does not fit the slice.
@@ -38,7 +35,8 @@ def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Con
     config = ConfigDict(config.to_dict())
     if config.accumulate < 1:
         raise UserError(f"accumulate={config.accumulate} is not possible: use 1 or more.")
-    own, given = config.topology == topology.name and topology.slices == 1, _given()
+    own = config.topology == topology.name and topology.slices == 1
+    given = config_flags.get_override_values(flags.FLAGS["config"]) if "config" in flags.FLAGS else {}
     if not own:
         mesh = {axis: given[f"mesh.{axis}"] for axis in sharding.CONFIG_AXES if f"mesh.{axis}" in given}
         config.mesh = filled(mesh, topology.slices)
@@ -66,17 +64,8 @@ def filled(given: Mapping[str, int], slices: int = 1) -> dict[str, int]:
     return sizes
 
 
-def _given() -> Mapping[str, Any]:
-    """What --config.KEY=VALUE gave this program; nothing where it has no such flag."""
-    return config_flags.get_override_values(flags.FLAGS["config"]) if "config" in flags.FLAGS else {}
-
-
 class Plan:
-    """A config on the devices of a slice: everything needed to compile, and no array.
-
-    Args:
-      config: as `fit` gives it.
-      topology: the slice.
+    """A config, as `fit` gives it, on the devices of a slice: everything needed to compile, and no array.
 
     Raises:
       UserError: if the config does not fit the slice.

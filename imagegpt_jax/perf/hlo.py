@@ -88,14 +88,7 @@ class _Computation:
 
 
 def count(hlo: str) -> dict[str, Total]:
-    """Kind -> total of all that the entry computation runs; kinds that do not occur are left out.
-
-    Args:
-      hlo: text of an optimized module (`compiled.as_text()`).
-
-    Raises:
-      ValueError: if the text has no entry computation.
-    """
+    """Kind -> total of all that an optimized module runs, of kinds that occur. Raises ValueError without an entry."""
     computations, entry = _parse(hlo)
     if entry is None:
         raise ValueError("the HLO text has no ENTRY computation")

@@ -49,8 +49,7 @@ class Samples:
 def place(gpt: GPT, weights: str = "", mesh: Mesh | None = None) -> GPT:
     """`prepare`, with every device of a mesh holding all parameters, but for those that `tensor` cuts.
 
-    Raises:
-      UserError: if heads, columns or the vocabulary do not divide over `tensor`.
+    Raises UserError if heads, columns or the vocabulary do not divide over `tensor`.
     """
     if prepared(gpt):
         return gpt

@@ -280,11 +280,7 @@ def _advance(gpt: GPT, rows: Rows, settings: Settings, state: State, stop: jax.A
 def start(gpt: GPT, rows: Rows, settings: Settings, *, shape: Shape) -> State:
     """Runs the prompts into a cache for the first of the `cache_segments`, and draws the first token.
 
-    Args:
-      gpt: from `prepare`.
-      rows: the samples; on a mesh the rows of one device after those of another.
-      settings: how to draw.
-      shape: what the program is compiled for.
+    `gpt` is from `prepare`; on a mesh the rows of one device follow those of another.
     """
     return manual_collectives.map_rows(functools.partial(_start, shape=shape), (False, True, False))(
         gpt, rows, settings

@@ -110,8 +110,7 @@ def _shown(features: Features) -> dict[str, np.ndarray]:
 def caption_job(layout: Layout, codes_BN: np.ndarray, sampling: Sampling) -> Job:
     """The job of sampling a caption for each picture.
 
-    Raises:
-      UserError: if the codes do not fit the layout, the layout has no text, or guidance is asked for.
+    Raises UserError if the codes do not fit the layout, the layout has no text, or guidance is asked for.
     """
     if sampling.guided:
         raise UserError("captions are sampled without guidance: leave cfg_scale at 1.")

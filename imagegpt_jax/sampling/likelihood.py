@@ -47,9 +47,7 @@ def log_likelihood(
     Args:
       gpt: the decoder, as trained.
       layout: how it was trained.
-      texts: token ids of each example.
-      labels: class of each, or None.
-      codes_BN: its codes.
+      texts, labels, codes_BN: token ids of each example, its class, and its codes.
       of: "image" (given the words) or "text" (given the image; with its end).
       features: a text encoder's output [B, P, E] and its mask [B, P], for a decoder with `feature_width`.
       batch_size: examples in one pass.

@@ -31,10 +31,7 @@ def decode(
     """Samples `tokens_per_step` tokens in each forward pass.
 
     Arguments are those of `engine.start`, of a decoder with `target_positions`. The k tokens of a pass are neighbours
-    in `settings.offsets`, and should be far apart in the picture.
-
-    Returns:
-      the tokens, and the sum of their log-probabilities, each as if those of its pass did not depend on each other.
+    in `settings.offsets`, should be far apart in the picture, and count as if they did not depend on each other.
 
     Raises:
       UserError: for a prompt of features alone.

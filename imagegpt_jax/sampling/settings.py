@@ -104,9 +104,5 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(values: Mapping[str, Any]) -> Sampling:
-    """The `Sampling` of settings by name, old names among them.
-
-    Raises:
-      UserError: for a setting that there is not, or one that is out of range.
-    """
+    """The `Sampling` of settings by name, old names too. Raises UserError for what there is not, or is out of range."""
     return to_dataclass(Sampling, renamed(values))

@@ -37,13 +37,7 @@ class Filters:
 
 
 def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], filters: Filters) -> Int[Array, " B"]:
-    """Draws one token per row with that row's key; see `Sampling` for the filters.
-
-    Args:
-      logits_BV: logits, taken in fp32; -inf for tokens that must not be drawn.
-      keys_B: one key per row.
-      filters: how to draw.
-    """
+    """Draws a token per row with that row's key, from logits, taken in fp32, that are -inf where none must be drawn."""
     weights_BV = filtered_probabilities(logits_BV, filters)
     drawn_B = sample_index(weights_BV, jax.vmap(functools.partial(jax.random.uniform, dtype=jnp.float32))(keys_B))
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -209,23 +209,12 @@ class Task(Generic[S]):
 
 
 def locate(name: str) -> str:
-    """The module of a task, which is there but not imported yet.
-
-    Raises:
-      UserError: for a name that is neither one of ours nor a module.
-    """
+    """The module of a task, not imported yet. Raises UserError for a name that is neither one of ours nor a module."""
     return TASKS[name] if name in TASKS else plugins.find_module(name, "config.task", TASKS)
 
 
 def find(name: str) -> Task[Any]:
-    """The task that a config names.
-
-    Args:
-      name: "tokenizer", "decoder", or the dotted module of a user's own task.
-
-    Raises:
-      UserError: if there is none, or what is there is no Task.
-    """
+    """The task that a config names. Raises UserError if there is none, or what is there is no Task."""
     module = importlib.import_module(locate(name))
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task):

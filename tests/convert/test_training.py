@@ -25,6 +25,7 @@ from imagegpt_jax.models.gpt import GPT, Sequence
 from imagegpt_jax.models.gpt_config import GPTConfig
 from imagegpt_jax.runtime import event_log
 from imagegpt_jax.tasks import decoder as decoder_task
+from imagegpt_jax.tasks.decoder.setup import tokenizer_params
 from imagegpt_jax.training import warm_start
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ def test_a_decoder_is_trained_over_a_published_tokenizer(form, tmp_path):
     config.data.grid = (4, 4)
     setup = decoder_task.setup_abstract(config)
     assert setup.space.num_codes == 16
-    params = decoder_task.tokenizer_params(setup)
+    params = tokenizer_params(setup)
     network = setup.tokenizer.networks["generator"].module(params)
     images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
     codes = ig.load_tokenizer(path, batch_size=1).encode(images)

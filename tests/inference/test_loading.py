@@ -14,7 +14,7 @@ from PIL import Image
 import imagegpt_jax as ig
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.generation import functional
-from imagegpt_jax.inference import loading
+from imagegpt_jax.inference.tokenizer import read_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_decoded_images_are_in_range(tok):
 
 
 def test_tokenizer_equals_its_network(tok, workdirs):
-    setup, params, _ = loading.read_tokenizer(workdirs.tokenizer)
+    setup, params, _ = read_tokenizer(workdirs.tokenizer)
     model = setup.networks["generator"].module(params)
     images = _images(4).reshape(2, 16, 32, 3).astype(np.float32) / 127.5 - 1
     codes_Bhw = np.asarray(model.encode_codes(jnp.asarray(images)))

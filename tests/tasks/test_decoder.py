@@ -17,7 +17,8 @@ from imagegpt_jax.models import gpt
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.tasks import decoder
 from imagegpt_jax.tasks.decoder.batches import orders as orders_of
-from imagegpt_jax.tasks.decoder.batches import random_share
+from imagegpt_jax.tasks.decoder.batches import pack, random_share
+from imagegpt_jax.tasks.decoder.train_step import token_nll
 from imagegpt_jax.train_state import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -79,7 +80,7 @@ def test_codes_made_in_the_step_are_those_that_packing_would_place(setup, batch,
 def test_likelihood_is_the_softmax_over_the_ids_of_the_targets_kind(setup, batch, state):
     arrays = decoder.prepare_batch(setup, state, {k: jnp.asarray(v) for k, v in batch.items()})
     module = setup.networks["decoder"].module(state.params("decoder"))
-    nll = np.asarray(decoder.token_nll(setup, module, arrays))
+    nll = np.asarray(token_nll(setup, module, arrays))
 
     logits = np.asarray(module(gpt.Sequence.from_batch(arrays)).logits, np.float64)
     first = setup.space.image_start
@@ -96,7 +97,7 @@ def test_likelihood_is_the_softmax_over_the_ids_of_the_targets_kind(setup, batch
 def test_loss_is_weighted_by_kind(setup, batch, state):
     arrays = decoder.prepare_batch(setup, state, {k: jnp.asarray(v) for k, v in batch.items()})
     module = setup.networks["decoder"].module(state.params("decoder"))
-    nll = np.asarray(decoder.token_nll(setup, module, arrays))
+    nll = np.asarray(token_nll(setup, module, arrays))
     _, values = decoder.train_step(setup, "train", state, arrays)
     image, text = (np.asarray(arrays["kind"]) == k for k in (packing.IMAGE, packing.TEXT))
     weight = setup.config.data.text_weight
@@ -139,12 +140,12 @@ def test_draws_of_an_example_depend_on_its_position_alone(setup, batch):
 def test_guidance_dropout_and_directions_have_their_shares(setup):
     count = 4000
     plain = {"position": np.arange(count), "caption": np.array(["a red heart"] * count, object)}
-    packed = decoder.pack(setup, plain, train=True)
+    packed = pack(setup, plain, train=True)
     reverse = packed["tokens"][:, 0] == setup.space.boi
     empty = packed["tokens"][:, 0] == setup.space.pad
     assert reverse.mean() == pytest.approx(0.5, abs=0.03)
     assert empty[~reverse].mean() == pytest.approx(setup.config.data.guidance_dropout, abs=0.02)
-    evaluated = decoder.pack(setup, plain, train=False)
+    evaluated = pack(setup, plain, train=False)
     assert not (evaluated["tokens"][:, 0] == setup.space.boi).any()
     assert not (evaluated["tokens"][:, 0] == setup.space.pad).any()
 
@@ -152,7 +153,7 @@ def test_guidance_dropout_and_directions_have_their_shares(setup):
 def test_labels_can_take_the_place_of_captions():
     setup = decoder.setup(get_config(**{"data.use_labels": True, "data.text_length": 1}))
     assert setup.space.num_classes == len(setup.labels) == 9
-    packed = decoder.pack(
+    packed = pack(
         setup, {"position": np.arange(3), "label": np.array([0, 4, 8]), "caption": np.array(["x"] * 3)}, train=False
     )
     np.testing.assert_array_equal(packed["tokens"][:, 0], setup.space.class_start + np.array([0, 4, 8]))

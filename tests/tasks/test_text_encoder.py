@@ -23,6 +23,7 @@ from imagegpt_jax.sampling.jobs import image_job
 from imagegpt_jax.sampling.likelihood import log_likelihood
 from imagegpt_jax.sampling.settings import Sampling
 from imagegpt_jax.tasks import decoder
+from imagegpt_jax.tasks.decoder.batches import pack
 from imagegpt_jax.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -82,7 +83,7 @@ def test_features_of_a_batch_are_the_states_of_the_language_model(run, encoder):
         alone = gpt(plain_sequence(jnp.asarray(ids)[None])).hidden[0]
         np.testing.assert_allclose(prepared["features"][row, LENGTH - len(ids) :], alone, atol=1e-5)
         assert not np.asarray(prepared["features"][row, : LENGTH - len(ids)]).any()
-    plain = decoder.pack(setup, {"position": np.arange(4), "caption": np.array(PROMPTS, object)}, train=False)
+    plain = pack(setup, {"position": np.arange(4), "caption": np.array(PROMPTS, object)}, train=False)
     np.testing.assert_array_equal(plain["prompt_mask"].sum(1), [2, 0, 5, 1])
     assert plain["prompt_mask"][0].tolist() == [False] * 3 + [True] * 2
 

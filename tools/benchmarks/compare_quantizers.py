@@ -150,11 +150,11 @@ def compare(name: str) -> dict[str, Any]:
 
     import imagegpt_jax as ig
     from imagegpt_jax import train_state
-    from imagegpt_jax.inference import loading
+    from imagegpt_jax.inference.tokenizer import read_tokenizer
 
     workdir = folder() / name
     train(name, workdir)
-    setup, params, step = loading.read_tokenizer(workdir)
+    setup, params, step = read_tokenizer(workdir)
     quantizer = setup.model.quantizer
     real_NHWC = pictures(setup.config)
     bits = quantizer.codes_per_vector * math.log2(quantizer.num_codes)

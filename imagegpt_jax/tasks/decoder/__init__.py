@@ -4,28 +4,11 @@ Trains on token shards made by `imagegpt_jax.encode`, or on images that a frozen
 """
 
 from imagegpt_jax.tasks import interface
-from imagegpt_jax.tasks.decoder.batches import abstract_batch, batches, pack, prepare_batch
-from imagegpt_jax.tasks.decoder.evaluation import evaluators, predict_fns
+from imagegpt_jax.tasks.decoder.batches import abstract_batch, batches, prepare_batch
+from imagegpt_jax.tasks.decoder.evaluation import evaluators
 from imagegpt_jax.tasks.decoder.programs import PERF
-from imagegpt_jax.tasks.decoder.setup import (
-    Setup,
-    check_mesh,
-    facts,
-    save_assets,
-    setup,
-    setup_abstract,
-    setup_for_inference,
-    tokenizer_params,
-)
-from imagegpt_jax.tasks.decoder.train_step import (
-    check_frozen,
-    forward_flops,
-    init_state,
-    load_frozen,
-    step_flops,
-    token_nll,
-    train_step,
-)
+from imagegpt_jax.tasks.decoder.setup import check_mesh, facts, save_assets, setup, setup_abstract, setup_for_inference
+from imagegpt_jax.tasks.decoder.train_step import check_frozen, init_state, load_frozen, step_flops, train_step
 
 TASK = interface.Task(
     kind="decoder",
@@ -50,26 +33,3 @@ TASK = interface.Task(
     assets=("text_tokenizer", "labels.json"),
     facts=facts,
 )
-
-__all__ = [
-    "TASK",
-    "Setup",
-    "abstract_batch",
-    "batches",
-    "check_frozen",
-    "check_mesh",
-    "forward_flops",
-    "init_state",
-    "load_frozen",
-    "pack",
-    "predict_fns",
-    "prepare_batch",
-    "save_assets",
-    "setup",
-    "setup_abstract",
-    "setup_for_inference",
-    "step_flops",
-    "token_nll",
-    "tokenizer_params",
-    "train_step",
-]

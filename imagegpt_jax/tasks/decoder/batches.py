@@ -54,24 +54,20 @@ def pack(setup: Setup, batch: dict[str, np.ndarray], *, train: bool) -> dict[str
 
     Where the batch holds images, the places of their codes are filled in by `prepare_batch`.
     """
-    data, seed = setup.config.data, setup.config.seed
-    positions_B = batch["position"]
+    data, positions_B = setup.config.data, batch["position"]
     captions = [str(caption) for caption in batch.get("caption", [""] * len(positions_B))]
     texts = setup.text.encode_batch(captions) if "caption" in batch else None
     codes_BN = batch.get("codes")
     if codes_BN is None:
         codes_BN = np.zeros((len(positions_B), setup.layout.num_codes), np.int32)
-    draws = {
-        name: order.hash_positions(positions_B, seed, use) / 2.0**64
-        for name, use in (("drop", _DROP), ("direction", _DIRECTION))
-    }
     orders_BN = orders(setup, positions_B) if train else None
-    dropped_B = (draws["drop"] < data.guidance_dropout) if train else None
+    dropped_B = _draws(setup, positions_B, _DROP) < data.guidance_dropout if train else None
+    turned_B = _draws(setup, positions_B, _DIRECTION) < data.image_to_text if train else None
     packed = setup.layout.pack(
         texts if setup.layout.text_length else None,
         batch["label"] if data.use_labels else None,
         codes_BN,
-        (draws["direction"] < data.image_to_text) * packing.IMAGE_TO_TEXT if train else None,
+        None if turned_B is None else turned_B * packing.IMAGE_TO_TEXT,
         dropped_B,
         orders_BN,
     )
@@ -93,6 +89,11 @@ def _prompts(setup: Setup, captions: Sequence[str]) -> dict[str, np.ndarray]:
     return dict(zip(PROMPTS, setup.encoder.place(captions), strict=True))
 
 
+def _draws(setup: Setup, positions_B: np.ndarray, use: int) -> np.ndarray:
+    """A random number from 0 to 1 for the example at each position."""
+    return order.hash_positions(positions_B, setup.config.seed, use) / 2.0**64
+
+
 def random_share(setup: Setup, positions_B: np.ndarray) -> np.ndarray:
     """Share of sequences in random order among the examples at these positions of the run (arXiv:2411.00776, eq. 5).
 
@@ -107,11 +108,10 @@ def orders(setup: Setup, positions_B: np.ndarray) -> np.ndarray | None:
     """int32 [B, N]: the order of each sequence's codes, a function of its position; None if all are in raster order."""
     if not setup.config.data.order.raster_from:
         return None
-    count, seed = setup.layout.num_codes, setup.config.seed
+    count = setup.layout.num_codes
     places_BN = positions_B[:, None] * count + np.arange(count)
-    shuffled_BN = np.argsort(order.hash_positions(places_BN, seed, _ORDER), axis=1)
-    draws_B = order.hash_positions(positions_B, seed, _RANDOM) / 2.0**64
-    random_B = draws_B < random_share(setup, positions_B)
+    shuffled_BN = np.argsort(order.hash_positions(places_BN, setup.config.seed, _ORDER), axis=1)
+    random_B = _draws(setup, positions_B, _RANDOM) < random_share(setup, positions_B)
     return np.where(random_B[:, None], shuffled_BN, np.arange(count)).astype(np.int32)
 
 
@@ -168,12 +168,9 @@ def prepare_batch(setup: Setup, state: TrainState, batch: dict[str, jax.Array]) 
 
 
 def encode(setup: Setup, params: Mapping[str, train_state.Params], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Puts codes of the batch's images into the sequences, and features of its words beside them.
+    """Puts codes of the batch's images into its packed sequences, and features of its words beside them.
 
-    Args:
-      setup: static part of the task.
-      params: of "tokenizer" and "encoder", as far as the setup has these networks.
-      batch: packed sequences.
+    `params` are of "tokenizer" and "encoder", as far as the setup has these networks.
     """
     if "tokenizer" in setup.networks:
         batch = encode_into(setup, params["tokenizer"], batch)
@@ -188,8 +185,7 @@ def encode(setup: Setup, params: Mapping[str, train_state.Params], batch: dict[s
 def encode_into(setup: Setup, params: train_state.Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Encodes the batch's images with these parameters of the tokenizer and puts the codes into the sequences.
 
-    Raises:
-      UserError: if the images give another grid than the config's.
+    Raises UserError if the images give another grid than the config's.
     """
     module: Any = setup.networks["tokenizer"].module(params)
     codes_Bhw = module.encode_codes(batch["image"])

@@ -32,21 +32,17 @@ from imagegpt_jax.train_state import TrainState
 
 
 class Sampling:
-    """Prefill with its first scores, and one guided step; rows are twice the samples, and each device has its own.
+    """Prefill with its first scores, and one guided step, of as many pictures as a training batch has.
+
+    Rows are twice the pictures, and each device has its own.
 
     Weights are laid out as `sampling.batching.place` does: sharded over `tensor` alone, in the compute dtype. They are
-    traced where they are first asked for.
-
-    Args:
-      setup: the decoder's static part.
-      mesh: the devices.
-      params: abstract parameters of the decoder, as trained.
-      samples: number of pictures.
+    traced, from abstract parameters as trained, where they are first asked for.
     """
 
-    def __init__(self, setup: Setup, mesh: Mesh, params: Any, samples: int):
-        self.setup, self.mesh, self.params = setup, mesh, params
-        self.rows = 2 * samples
+    def __init__(self, setup: Setup, mesh: Mesh, state: TrainState):
+        self.setup, self.mesh, self.params = setup, mesh, state.params("decoder")
+        self.rows = 2 * setup.config.batch_size
         self.cut = sharding.batch_sharding(self.mesh)
         layout, model = self.setup.layout, self.setup.model
         slots = layout.prompt_length + (model.feature_length if model.conditioning == "prefix" else 0)
@@ -56,25 +52,14 @@ class Sampling:
     def programs(self) -> Iterator[Program]:
         """ "prefill" and "decode"."""
         count = functools.partial(forward_flops, self.setup, self.rows)
+        flops = count(self.setup.layout.prompt_length, 1)
+        yield Program("prefill", self._lower_prefill, flops, lambda: self.weights, trains=False)
+        flops = count(1, 1, self.capacity)
+        yield Program("decode", self._lower_step, flops, lambda: self.weights, self._reads, trains=False)
 
-        def weights() -> Any:
-            return self.weights
-
-        def reads() -> dict[str, int]:
-            cache = self.cache
-            return {
-                "weights": train_state.held_bytes(self.weights),
-                "cache": train_state.held_bytes((cache.keys, cache.values)),
-            }
-
-        yield Program(
-            "prefill",
-            lambda: self.start_rows.lower(self.weights, self.prompt),
-            count(self.setup.layout.prompt_length, 1),
-            weights,
-            trains=False,
-        )
-        yield Program("decode", self._lower_step, count(1, 1, self.capacity), weights, reads, trains=False)
+    def _reads(self) -> dict[str, int]:
+        parts = {"weights": self.weights, "cache": (self.cache.keys, self.cache.values)}
+        return {name: train_state.held_bytes(part) for name, part in parts.items()}
 
     def _array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct((self.rows, *shape), dtype, sharding=self.cut)
@@ -118,6 +103,9 @@ class Sampling:
         hidden_RD, cache = prefill(weights, prompt, self.capacity)
         return score(hidden_RD, weights.output_table(*self.setup.layout.image_ids)), cache
 
+    def _lower_prefill(self) -> Any:
+        return self.start_rows.lower(self.weights, self.prompt)
+
     def _lower_step(self) -> Any:
         model, ids = self.setup.model, self.setup.layout.image_ids
         table_VD = jax.eval_shape(lambda weights: weights.output_table(*ids), self.weights)
@@ -148,8 +136,7 @@ def inputs_of(config: Config) -> str:
 def with_inputs(config: Config, inputs: str) -> Config:
     """A copy of a config whose step is given "images" or "tokens"; token shards need not be there.
 
-    Raises:
-      UserError: for images, if `data.train` names token shards.
+    Raises UserError for images, if `data.train` names token shards.
     """
     config = ConfigDict(config.to_dict())
     if inputs_of(config) != inputs:
@@ -182,11 +169,6 @@ def encoding_reads(setup: Setup) -> dict[str, list[bool]]:
     return {"tokenizer": [x in read for x in jaxpr.invars[: len(jax.tree.leaves(params))]]}
 
 
-def sampling_programs(setup: Setup, mesh: Mesh, state: TrainState) -> Iterator[Program]:
-    """The two programs of sampling as many pictures as a training batch has."""
-    return Sampling(setup, mesh, state.params("decoder"), setup.config.batch_size).programs()
-
-
 def kept_activations(config: Config) -> int:
     """Numbers that the inputs of all blocks are for one example."""
     return (math.prod(config.data.grid) + config.data.text_length) * config.model.width * config.model.depth
@@ -205,7 +187,7 @@ PERF = Perf(
     inputs=inputs_of,
     with_inputs=with_inputs,
     setup=setup_to_compile,
-    programs=sampling_programs,
+    programs=lambda setup, mesh, state: Sampling(setup, mesh, state).programs(),
     remats=("none", "dots", "attention", "full"),
     frozen_reads=encoding_reads,
     kept_activations=kept_activations,

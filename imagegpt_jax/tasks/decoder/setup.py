@@ -230,11 +230,7 @@ def setup(config: Config) -> Setup:
 
 
 def sampling_of(config: Config) -> settings.Sampling:
-    """How evaluations draw: `config.sampling`.
-
-    Raises:
-      UserError: for a value that is not possible.
-    """
+    """How evaluations draw: `config.sampling`. Raises UserError for a value that is not possible."""
     try:
         return settings.read(config.sampling)
     except UserError as e:

@@ -121,17 +121,7 @@ def token_nll(setup: Setup, module: Any, batch: dict[str, jax.Array], key: jax.A
 
 
 def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Any]:
-    """One optimizer step.
-
-    Args:
-      setup: static part of the task.
-      phase: "train".
-      state: before the step.
-      batch: packed sequences, see `data/packing.py`.
-
-    Returns:
-      (state after the step, metrics)
-    """
+    """One optimizer step on packed sequences, see `data/packing.py`."""
     del phase
     config, net, frozen = setup.config, setup.networks["decoder"], state.frozen["decoder"]
     params = state.trainable["decoder"]

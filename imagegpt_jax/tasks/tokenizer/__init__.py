@@ -235,17 +235,7 @@ def load_frozen(setup: Setup, state: TrainState, layout: TrainState) -> TrainSta
 
 
 def train_step(setup: Setup, phase: str, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Any]:
-    """One optimizer step of the generator, and of the discriminator once it takes part.
-
-    Args:
-      setup: static part of the task.
-      phase: see `phase`.
-      state: before the step.
-      batch: {"image": float [B, H, W, C] in [-1, 1]}.
-
-    Returns:
-      (state after the step, metrics)
-    """
+    """One optimizer step of the generator, and of the discriminator once it takes part, on images in [-1, 1]."""
     config, loss = setup.config, setup.loss
     adversarial = phase == "adversarial"
     trainable: dict[str, Any] = dict(state.trainable)

@@ -146,8 +146,7 @@ def gradients(
 
     Args:
       networks: "generator"; if adversarial "discriminator"; if there is an LPIPS loss "perceptual".
-      loss: weights of the losses.
-      state: of the run.
+      loss, state: of the run.
       images_BHWC: in [-1, 1].
       adversarial: whether the discriminator takes part.
       judge: whether its own gradient is taken too, on the same reconstructions.

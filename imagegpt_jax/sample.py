@@ -167,8 +167,7 @@ def own_fields(mode: str) -> dict[str, Any]:
 def request_of_flags(base: GenerationRequest | None) -> GenerationRequest:
     """The request that the flags describe, or `base`, that of --from_image, with the fields that they replace.
 
-    Raises:
-      UserError: for two modes at once, a mode without what it needs, or nothing to generate.
+    Raises UserError for two modes at once, a mode without what it needs, or nothing to generate.
     """
     named = [name for name in (*modes.OF_IMAGES, "caption", "interpolate") if flags.FLAGS[name].value]
     if len(named) > 1:

@@ -13,10 +13,7 @@ from imagegpt_jax.checkpoint import manifest as manifest_lib
 def compare(workdir: epath.PathLike, a: int, b: int) -> list[str]:
     """Lines that tell what differs from step `a` to step `b`: manifest, config, and how far each parameter moved.
 
-    The distance of a parameter is |x_b - x_a| / |x_a|, Frobenius norms.
-
-    Raises:
-      Damaged: if one of the steps does not verify.
+    The distance of a parameter is |x_b - x_a| / |x_a|, Frobenius norms. Raises Damaged if a step does not verify.
     """
     first, second = (manifest_lib.check(folders.root(workdir) / str(step)) for step in (a, b))
     lines = [f"step: {a} -> {b}", f"position: {first.position} -> {second.position}"]

@@ -76,10 +76,9 @@ Raises:
 
 
 def with_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Shows the options of `**options: Unpack[...]` in a function's signature, and refuses arguments it does not have.
+    """Shows the options of `**options: Unpack[...]` in a function's signature.
 
-    Raises:
-      UserError: when it is called with an unknown argument, with the nearest one.
+    Raises UserError when it is called with an argument that it does not have, with the nearest one.
     """
     own = inspect.signature(function)
     (options,) = typing.get_args(typing.get_type_hints(function)["options"])
@@ -137,8 +136,7 @@ def request(
 def inputs(pictures: Any, size: tuple[int, int], *, mask: bool = False) -> tuple[ImageInput, ...]:
     """One picture or many: arrays of uint8 [H, W, C], for masks bool [H, W], as they are; Pillow's in (height, width).
 
-    Raises:
-      UserError: for what is no picture.
+    Raises UserError for what is no picture.
     """
     single = isinstance(pictures, Image.Image | str | Path) or np.ndim(pictures) == (2 if mask else 3)
     several: Any = [pictures] if single else pictures

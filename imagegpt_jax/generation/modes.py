@@ -56,8 +56,7 @@ class Mode:
 def check(request: GenerationRequest) -> Mode:
     """The mode of a request.
 
-    Raises:
-      UserError: if there is no such mode, or the request lacks what it needs or has fields that are not its own.
+    Raises UserError if there is none, the request lacks what it needs, or has what it does not.
     """
     if request.mode not in MODES:
         raise UserError(f"unknown mode {request.mode!r}.{suggest(request.mode, MODES)}")

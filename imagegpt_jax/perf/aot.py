@@ -27,10 +27,8 @@ def fit(config: Config, topology: hardware.Topology, batch_size: int = 0) -> Con
     inputs of blocks that the backward pass keeps should take no more than a third of the memory. What the command line
     gave of these (`--config.mesh.tensor=2`, `--config.accumulate=1`) stays.
 
-    A `batch_size` of 0 takes the config's, rounded up to a multiple of the devices.
-
-    Raises:
-      UserError: for an `accumulate` below 1, or a mesh of the command line that does not fit the slice.
+    A `batch_size` of 0 takes the config's, rounded up to a multiple of the devices. Raises UserError for an
+    `accumulate` below 1, or a mesh of the command line that does not fit the slice.
     """
     config = ConfigDict(config.to_dict())
     if config.accumulate < 1:
@@ -67,8 +65,7 @@ def filled(given: Mapping[str, int], slices: int = 1) -> dict[str, int]:
 class Plan:
     """A config, as `fit` gives it, on the devices of a slice: everything needed to compile, and no array.
 
-    Raises:
-      UserError: if the config does not fit the slice.
+    Raises UserError if the config does not fit the slice.
     """
 
     def __init__(self, config: Config, topology: hardware.Topology):

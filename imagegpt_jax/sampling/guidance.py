@@ -55,8 +55,7 @@ SCHEDULES: dict[str, Callable[..., Shares]] = {
 def scales(schedule: str, steps: int, scale: float, *, power: float, start: float, end: float) -> Shares:
     """The scale at each of `steps` tokens, float32.
 
-    Raises:
-      UserError: if a schedule of your own gives something else than a finite number for each token.
+    Raises UserError if a schedule of your own gives something else than a finite number for each token.
     """
     t_N = np.arange(steps, dtype=np.float64) / max(steps, 1)
     share_N = np.asarray(resolve(schedule, "cfg_schedule", SCHEDULES)(t_N, power=power, start=start, end=end))

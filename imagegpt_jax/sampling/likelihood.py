@@ -17,7 +17,7 @@ from imagegpt_jax.models import layers
 from imagegpt_jax.models.gpt import GPT, Sequence
 from imagegpt_jax.parallel import padding
 
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # examples in one pass
 FEATURES = ("features", "feature_mask")
 
 
@@ -40,7 +40,6 @@ def log_likelihood(
     *,
     of: str = "image",
     features: tuple[np.ndarray, np.ndarray] | None = None,
-    batch_size: int = BATCH_SIZE,
 ) -> Float[np.ndarray, " B"]:
     """log P(image | words), or log P(words | image), in nats, without guidance.
 
@@ -50,7 +49,6 @@ def log_likelihood(
       texts, labels, codes_BN: token ids of each example, its class, and its codes.
       of: "image" (given the words) or "text" (given the image; with its end).
       features: a text encoder's output [B, P, E] and its mask [B, P], for a decoder with `feature_width`.
-      batch_size: examples in one pass.
 
     Raises:
       UserError: if the examples do not fit the layout, `of` is neither, or the decoder writes no words.
@@ -68,7 +66,7 @@ def log_likelihood(
         packed |= dict(zip(FEATURES, features, strict=True))
         names += FEATURES
     out_B = np.zeros(total, np.float32)
-    for part, rows in padding.padded_batches(total, batch_size):
+    for part, rows in padding.padded_batches(total, BATCH_SIZE):
         batch = {name: packed[name][rows] for name in names if name in packed}
         scores_B = _log_likelihood(gpt, batch, start=start, size=size, kind=kind)
         out_B[part] = np.asarray(scores_B)[: part.stop - part.start]

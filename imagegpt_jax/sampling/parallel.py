@@ -28,13 +28,10 @@ Drawn = tuple[Int[Array, "B N"], Float[Array, " B"]]  # tokens, and the sum of t
 def decode(
     gpt: GPT, rows: engine.Rows, settings: engine.Settings, *, shape: engine.Shape, tokens_per_step: int
 ) -> Drawn:
-    """Samples `tokens_per_step` tokens in each forward pass.
+    """Samples `tokens_per_step` tokens in each forward pass. Raises UserError for a prompt of features alone.
 
     Arguments are those of `engine.start`, of a decoder with `target_positions`. The k tokens of a pass are neighbours
     in `settings.offsets`, should be far apart in the picture, and count as if they did not depend on each other.
-
-    Raises:
-      UserError: for a prompt of features alone.
     """
     mapped = manual_collectives.map_rows(
         functools.partial(_decode, shape=shape, tokens_per_step=tokens_per_step), (False, True, False)

@@ -19,10 +19,8 @@ def ops_key(split: str) -> str:
 def first_shape(config: Config, split: str, source: Any) -> tuple[int, int, int] | None:
     """Height, width and channels that the ops of a split give its first image.
 
-    None where that cannot be decoded, which is for the quarantine to tell.
-
-    Raises:
-      UserError: if the ops leave its pixels at 0 to 255.
+    None where that cannot be decoded, which is for the quarantine to tell. Raises UserError if the ops leave its pixels
+    at 0 to 255.
     """
     key = ops_key(split)
     tf = ops_lib.import_tf()

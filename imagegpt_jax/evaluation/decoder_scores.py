@@ -29,7 +29,7 @@ from imagegpt_jax.metrics.sets import InMemory, SourceImages
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.sampling.likelihood import FEATURES
 from imagegpt_jax.tasks.decoder.batches import pack
-from imagegpt_jax.tasks.decoder.evaluation import predict_fns
+from imagegpt_jax.tasks.decoder.train_step import token_nll
 
 SHOWN_PROMPTS = 16  # on a page
 
@@ -66,7 +66,7 @@ class DecoderScorer:
                 f"the token shards {source.name} were made by another tokenizer ({made_by}) than {tok.path or 'this'}"
                 f" ({tok.fingerprint}): encode them again, or name their tokenizer by --tokenizer."
             )
-        ops, nll = settings.ops or config.data.eval_ops, predict_fns(decoder.setup)["nll"]
+        ops, setup = settings.ops or config.data.eval_ops, decoder.setup
 
         def packed() -> Iterator[dict[str, np.ndarray]]:
             for batch in checkpoint_data.batches(settings, "decoder", self._data, ops, mesh):
@@ -82,7 +82,10 @@ class DecoderScorer:
         if decoder.setup.encoder is not None:
             columns = (*columns, *FEATURES)
         evaluator = likelihood.LikelihoodEvaluator(
-            lambda params, batch: (nll(params["decoder"], batch), batch["targets"]),
+            lambda params, batch: (
+                token_nll(setup, setup.networks["decoder"].module(params["decoder"]), batch),
+                batch["targets"],
+            ),
             packed,
             decoder.setup.space.vocab_size,
             mesh,

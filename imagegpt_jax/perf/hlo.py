@@ -53,16 +53,7 @@ class Array(NamedTuple):
 
 def arrays(text: str) -> list[Array]:
     """The arrays of a type, or of a whole module, in order; tuples are flattened."""
-    return [_array(*match) for match in _ARRAY.findall(text)]
-
-
-def distinct_arrays(text: str) -> set[Array]:
-    """`arrays` without repetitions, in less time where a module has many."""
-    return {_array(*match) for match in set(_ARRAY.findall(text))}
-
-
-def _array(kind: str, dims: str, layout: str) -> Array:
-    return Array(kind, tuple(int(d) for d in dims.split(",") if d), layout)
+    return [Array(kind, tuple(map(int, filter(None, dims.split(",")))), at) for kind, dims, at in _ARRAY.findall(text)]
 
 
 @dataclasses.dataclass(frozen=True)

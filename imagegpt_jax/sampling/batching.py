@@ -78,7 +78,6 @@ def run(
     sample_indices: Sequence[int] | np.ndarray | None = None,
     batch_size: int = BATCH_SIZE,
     mesh: Mesh | None = None,
-    progress: Callable[[int, int], None] | None = None,
     on_step: OnStep | None = None,
 ) -> Samples:
     """Decodes a job, a batch on every device at a time.
@@ -92,7 +91,6 @@ def run(
       batch_size: samples that a device decodes at once.
       mesh: devices to decode on: rows are sharded over its `data` and `fsdp` axes, heads and matrices over `tensor`. By
         default the device that the parameters are on.
-      progress: called with (samples done, samples in all) after each batch.
       on_step: called after every token with (tokens drawn, those of all samples of the batch [b, N], zero where not
         yet drawn); this leaves the compiled loop at every token.
 
@@ -139,8 +137,6 @@ def run(
                 drawn = _one_by_one(gpt, rows, settings, shape, see)
             results.tokens[part] = placed(drawn[0], count)
             results.log_likelihood[part] = _fetch(drawn[1])[:count]
-            if progress is not None:
-                progress(part.stop, total)
     return results
 
 

@@ -273,12 +273,6 @@ def test_another_grid(guided):
     assert np.abs(given - image_logits(GPT_SMALL, TEXTS, None, codes_BN)).max() > 0.1, "where codes stand matters"
 
 
-def test_progress_counts_samples():
-    seen = []
-    generate_codes(GPT_SMALL, LAYOUT, TEXTS, None, batch_size=4, progress=lambda *counts: seen.append(counts))
-    assert seen == [(4, 5), (5, 5)]
-
-
 def test_captions_are_the_argmax_of_a_full_pass_and_end_at_eot():
     space = TokenSpace(text_vocab=3, num_classes=0, num_codes=30)
     layout = Layout(space=space, text_length=5, grid=(2, 3))

@@ -64,7 +64,7 @@ def largest(text: str, kind: str) -> int:
       text: `compiled.as_text()`.
       kind: name of the type in HLO.
     """
-    return max((array.bytes for array in hlo.distinct_arrays(text) if array.kind == kind and array.dims), default=0)
+    return max((array.bytes for array in hlo.arrays(text) if array.kind == kind and array.dims), default=0)
 
 
 def largest_square(text: str, length: int) -> int:
@@ -75,5 +75,5 @@ def largest_square(text: str, length: int) -> int:
       length: tokens of a sequence; one less, and the next multiple of 128, count as well.
     """
     lengths = length - 1, length, -(-length // 128) * 128
-    squares = (a.bytes for a in hlo.distinct_arrays(text) if sum(d in lengths for d in a.dims) > 1)
+    squares = (a.bytes for a in hlo.arrays(text) if sum(d in lengths for d in a.dims) > 1)
     return max(squares, default=0)

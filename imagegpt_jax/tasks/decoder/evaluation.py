@@ -4,7 +4,7 @@ Shapes: B batch, L sequence, N image codes.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,16 +31,6 @@ Params = Mapping[str, train_state.Params]
 _REFERENCES = 10_000
 
 
-def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
-    """Pure functions: "nll" of (parameters of "decoder", packed batch) -> [B, L] in nats."""
-    net = setup.networks["decoder"]
-
-    def nll(params: train_state.Params, batch: dict[str, jax.Array]) -> jax.Array:
-        return token_nll(setup, net.module(params), batch)
-
-    return {"nll": nll}
-
-
 def evaluators(setup: Setup, mesh: Mesh) -> Sequence[Evaluator]:
     """Likelihoods; a grid of `config.sample_prompts` if there are any; scores of `config.eval_samples` samples."""
     config = setup.config
@@ -53,8 +43,7 @@ def evaluators(setup: Setup, mesh: Mesh) -> Sequence[Evaluator]:
 
 
 def _likelihood(setup: Setup, mesh: Mesh) -> likelihood.LikelihoodEvaluator:
-    nll, size = predict_fns(setup)["nll"], setup.config.eval_batch_size
-    columns = likelihood.COLUMNS
+    size, columns = setup.config.eval_batch_size, likelihood.COLUMNS
     if "tokenizer" in setup.networks:
         columns = (*columns, "image")
     if "encoder" in setup.networks:
@@ -64,7 +53,7 @@ def _likelihood(setup: Setup, mesh: Mesh) -> likelihood.LikelihoodEvaluator:
 
     def score(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         batch = encode(setup, params, batch)
-        return nll(params["decoder"], batch), batch["targets"]
+        return token_nll(setup, setup.networks["decoder"].module(params["decoder"]), batch), batch["targets"]
 
     split = functools.partial(batches, setup, "validation", batch_size=size, rows=sharding.host_rows(mesh, size))
     vocab_size = setup.space.vocab_size

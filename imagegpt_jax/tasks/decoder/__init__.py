@@ -7,6 +7,7 @@ from imagegpt_jax.tasks import interface
 from imagegpt_jax.tasks.decoder.batches import abstract_batch, batches, prepare_batch
 from imagegpt_jax.tasks.decoder.evaluation import evaluators
 from imagegpt_jax.tasks.decoder.programs import PERF
+from imagegpt_jax.tasks.decoder.setup import Setup as Setup  # a user's own task may be a variant of this one
 from imagegpt_jax.tasks.decoder.setup import check_mesh, facts, save_assets, setup, setup_abstract, setup_for_inference
 from imagegpt_jax.tasks.decoder.train_step import check_frozen, init_state, load_frozen, step_flops, train_step
 

@@ -107,9 +107,7 @@ def write(folder: epath.Path, manifest: Manifest) -> Manifest:
 def read(folder: epath.Path) -> Manifest:
     """Reads the manifest of a step's folder, and checks that it is as it was written.
 
-    Raises:
-      Damaged: if there is none, or it has changed.
-      UserError: if it cannot be read for a reason that is not its own.
+    Raises Damaged if there is none, or it has changed; UserError if it cannot be read for a reason that is not its own.
     """
     path = folder / NAME
     with _reading(path):
@@ -161,9 +159,8 @@ def _hash(body: Mapping[str, Any]) -> str:
 def verify(folder: epath.Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
     """Reads files of a step and compares them with the manifest: all of them, or those of `names`.
 
-    Raises:
-      Damaged: for the first that is missing or different.
-      UserError: if one cannot be read for a reason that is not its own.
+    Raises Damaged for the first that is missing or different, UserError if one cannot be read for a reason that
+    is not its own.
     """
     names = sorted(manifest.files if names is None else names)
     with _reading(folder):

@@ -16,10 +16,8 @@ from imagegpt_jax.train_state import Params, TrainState, join
 def choose_step(workdir: epath.PathLike, step: int | None = None) -> int:
     """The newest step that verifies, or `step` if it does; every file is read.
 
-    A newer step that is damaged is left out, with a line on stderr.
-
-    Raises:
-      UserError: if there is no such checkpoint, or it is damaged.
+    A newer step that is damaged is left out, with a line on stderr. Raises UserError if there is no such checkpoint,
+    or it is damaged.
     """
     have = folders.finished(workdir)
     if not have:

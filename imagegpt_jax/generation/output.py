@@ -62,13 +62,8 @@ def plan(request: GenerationRequest, pipeline: "Pipeline") -> list[Row]:
 def check_output(output: "epath.Path", rows: Sequence[Row] | None, overwrite: bool) -> bool:
     """Checks before any work that the folder may be written; True if it already holds these very samples.
 
-    Args:
-      output: the folder.
-      rows: the lines its samples.jsonl would have; None before they are known.
-      overwrite: whether other samples may be replaced.
-
-    Raises:
-      UserError: if it holds other samples, or files that are none.
+    `rows` are the lines that its samples.jsonl would have, None before they are known; with `overwrite` other samples
+    may be replaced. Raises UserError if it holds other samples, or files that are none.
     """
     if not output.exists():
         return False

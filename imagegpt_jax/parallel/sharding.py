@@ -51,8 +51,7 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
 def mesh_shape(shape: Mapping[str, int], count: int) -> dict[str, int]:
     """The sizes of a config's mesh such as `{"data": -1, "fsdp": 1, "tensor": 1}`; one -1 takes what is left.
 
-    Raises:
-      UserError: if the sizes do not multiply to the number of devices; it names the two nearest meshes that do.
+    Raises UserError, with the two nearest meshes that fit, if they do not multiply to the number of devices.
     """
     sizes = [int(shape[a]) for a in CONFIG_AXES]
     text = " x ".join(f"{a}={s}" for a, s in zip(CONFIG_AXES, sizes, strict=True))
@@ -83,8 +82,7 @@ def minor_sizes(fsdp: int) -> list[int]:
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Makes the device mesh of a config. Over several TPU slices, `data` spans the slices.
 
-    Raises:
-      UserError: if the sizes do not multiply to the number of devices, or `data` not to a multiple of the slices.
+    Raises UserError if the sizes do not multiply to the devices, or `data` not to a multiple of the slices.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = mesh_shape(shape, len(devices))
@@ -156,9 +154,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str 
 def check_divides(sizes: Mapping[str, int], axis: str, mesh: Any) -> None:
     """Checks that sizes (config key -> number of heads, columns, ...) divide over an axis, "fsdp" or "tensor".
 
-    Raises:
-      UserError: for the first that does not; it names sizes of that axis that all of them and the devices divide by,
-        with `data` taking what is left.
+    Raises UserError for the first that does not; it names sizes of that axis that all of them and the devices divide
+    by, with `data` taking what is left.
     """
     parts = _parts(FSDP if axis == "fsdp" else (axis,), mesh)
     for key, size in sizes.items():

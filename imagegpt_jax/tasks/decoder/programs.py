@@ -92,12 +92,8 @@ class Sampling:
             cache = jax.eval_shape(self.start_rows, self.weights, self.prompt)[1]
         heads = NamedSharding(self.mesh, sharding.activation_spec(("batch", "kv_heads", None, None), self.mesh))
         where = {4: heads, 2: self.cut}
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=where.get(x.ndim, sharding.replicated(self.mesh))
-            ),
-            cache,
-        )
+        layout = jax.tree.map(lambda x: where.get(x.ndim, sharding.replicated(self.mesh)), cache)
+        return train_state.with_shardings(cache, layout)
 
     def _begin(self, weights: Any, prompt: gpt.Sequence) -> Any:
         hidden_RD, cache = prefill(weights, prompt, self.capacity)

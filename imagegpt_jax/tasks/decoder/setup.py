@@ -174,8 +174,7 @@ def _text_encoder(config: Config) -> tuple[text_encoder.TextEncoder | None, dict
 def setup(config: Config) -> Setup:
     """Reads the config, opens the data, and reads or trains the text tokenizer.
 
-    Raises:
-      UserError: for a value that cannot work, or data that are not there.
+    Raises UserError for a value that cannot work, or data that are not there.
     """
     data = config.data
     for name in ("train_ops", "eval_ops"):

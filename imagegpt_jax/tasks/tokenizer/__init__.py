@@ -90,8 +90,7 @@ def _build(
 def setup(config: Config) -> Setup:
     """Reads the config and opens the data.
 
-    Raises:
-      UserError: for a value that cannot work, or data that are not there.
+    Raises UserError for a value that cannot work, or data that are not there.
     """
     for split in ("train_ops", "eval_ops"):
         ops.parse(config.data[split])

@@ -6,6 +6,7 @@
 # make scale    compile every preset for TPU slices, keep docs/scale.json and docs/scale.md (installs libtpu; an hour)
 # make scale-check   recompile one small cell and compare it with what is kept (a minute or two)
 # make chaos         kill real trainings six times, compare with undisturbed ones (a few minutes)
+# make package-check   build the wheel, install it alone, train to evaluate from an empty folder (a few minutes)
 # make gpu-check     both trainings and sampling on the GPUs of this machine, with throughput and memory
 # make format   rewrite the sources in the project's format
 #
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := imagegpt_jax configs tests tools
 
-.PHONY: demo test lint docs parity scale scale-check chaos gpu-check format setup clean
+.PHONY: demo test lint docs parity scale scale-check chaos package-check lock gpu-check format setup clean
 
 setup: $(VENV)/.stamp-base
 
@@ -48,7 +49,7 @@ $(VENV)/.stamp-scale: $(VENV)/.stamp-base
 	touch $@
 
 demo: $(VENV)/.stamp-base
-	$(BIN)/python tools/demo.py --output=runs/demo
+	$(BIN)/imagegpt-jax demo --output=runs/demo
 
 test: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity
@@ -74,6 +75,14 @@ scale-check: $(VENV)/.stamp-scale
 
 chaos: $(VENV)/.stamp-base
 	$(BIN)/python tools/robustness/chaos.py --kills=6
+
+package-check: $(VENV)/.stamp-dev
+	$(BIN)/python tools/check_package.py
+
+# What the tests last passed with, for one who wants the same versions: pip install -c requirements-dev.lock -e '.[dev]'
+lock: $(VENV)/.stamp-dev
+	$(BIN)/uv pip compile --quiet --universal --python-version=3.11 --extra=dev --no-annotate --upgrade \
+	  --custom-compile-command='make lock' --output-file=requirements-dev.lock pyproject.toml
 
 gpu-check: $(VENV)/.stamp-base
 	$(BIN)/python tools/gpu_check.py --output=gpu.json

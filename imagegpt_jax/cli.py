@@ -1,6 +1,7 @@
 """What every binary does around its `main`: parse flags, run, and end with one sentence when something is wrong."""
 
 import os
+import pathlib
 import signal
 import sys
 import textwrap
@@ -11,6 +12,9 @@ from ml_collections import ConfigDict, config_flags
 
 from imagegpt_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError, suggest
 from imagegpt_jax.runtime import filesystem, logs
+
+# The repository's folder of the same name, which is installed with the package.
+_CONFIGS = pathlib.Path(__file__).with_name("configs")
 
 
 def fail(message: object, code: int = EXIT_FAILURE) -> None:
@@ -32,13 +36,33 @@ def print_help() -> None:
         print(f"  --{flag.name}\n{text}")
 
 
+def find_config(name: str) -> str:
+    """The config file that `--config` means, with its arguments: one of the working folder, or one of ours.
+
+    Args:
+      name: a path such as `configs/decoder.py:size=B`, or in short `decoder:size=B`.
+
+    Raises:
+      UserError: if there is no such file.
+    """
+    file, colon, arg = name.partition(":")
+    ours = {path.stem: path for path in sorted(_CONFIGS.glob("*.py"))}
+    path = pathlib.PurePath(f"configs/{file}.py" if file in ours else file)  # a name is short for this path
+    if os.path.exists(path):
+        return f"{path}{colon}{arg}"
+    if path.stem in ours and path.parts == ("configs", f"{path.stem}.py"):
+        return f"{ours[path.stem]}{colon}{arg}"
+    hint = suggest(path.stem, ours)
+    raise UserError(f"there is no config file {file}.{hint} Give a file, or one of ours: {', '.join(ours)}.")
+
+
 def define_config() -> flags.FlagHolder:
-    """Defines `--config`, a file with `get_config`, whose keys `--config.a.b=value` overrides."""
+    """Defines `--config`, a file with `get_config` (see `find_config`), whose keys `--config.a.b=value` overrides."""
     holder = config_flags.DEFINE_config_file(
         "config",
         None,
-        "Config file and its arguments, such as configs/tokenizer.py:size=emoji; any key of it is set by"
-        " --config.key=value.",
+        "Config file and its arguments, such as configs/tokenizer.py:size=emoji, or tokenizer:size=emoji in short; any"
+        " key of it is set by --config.key=value.",
     )
     flags.mark_flag_as_required("config")
     return holder
@@ -50,7 +74,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         print_help()
         raise SystemExit(0)
     try:
-        rest = flags.FLAGS(list(argv))
+        rest = flags.FLAGS(_with_config(list(argv)) if "config" in flags.FLAGS else list(argv))
         _expand_home()
         if "config" in flags.FLAGS and not isinstance(flags.FLAGS.config, ConfigDict):
             flags.FLAGS.config.to_dict()  # a config that could not be made stands for its error until it is used
@@ -69,6 +93,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (UserError, ValueError, TypeError) as e:
         fail(e, EXIT_USAGE)
     raise AssertionError("unreachable")
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """The arguments with the path of the config file that is meant."""
+    for i, argument in enumerate(argv):
+        if argument in ("--config", "-config") and i + 1 < len(argv):
+            argv[i + 1] = find_config(argv[i + 1])
+        elif argument.startswith(("--config=", "-config=")):
+            argv[i] = f"--config={find_config(argument.partition('=')[2])}"
+    return argv
 
 
 def _expand_home() -> None:

@@ -14,7 +14,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").r
 
 def parts(folder):
     """The folders and Python files of a folder, as the map writes them."""
-    folders = [path.parent for path in folder.glob("*/*.py")]
+    folders = [path.parent for path in folder.glob("*/*.py") if not path.parent.is_symlink()]  # but the configs' own
     names = {f"{path.relative_to(ROOT)}/" for path in folders}
     return names | {str(path.relative_to(ROOT)) for path in folder.glob("*.py")}
 

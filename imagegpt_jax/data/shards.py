@@ -268,7 +268,7 @@ class ShardSource:
             except (ValueError, TypeError, KeyError, msgpack.UnpackException) as e:
                 raise UserError(
                     f"{self.paths[shard]} holds a record that is not in this package's format: pack the data with"
-                    " tools/pack_dataset.py (a prepared TFDS set is opened with tfds:NAME)."
+                    " `imagegpt-jax pack` (a prepared TFDS set is opened with tfds:NAME)."
                 ) from e
         return out
 
@@ -286,7 +286,7 @@ def _read_info(folder: epath.Path, kind: str) -> dict[str, Any]:
         if (folder / PLAN).exists():
             raise UserError(f"{folder} was not finished: run the command that was writing it again.") from None
         raise UserError(
-            f"{folder} holds no {SIDECAR}: make it with tools/pack_dataset.py, or name the files by a pattern such as"
+            f"{folder} holds no {SIDECAR}: make it with `imagegpt-jax pack`, or name the files by a pattern such as"
             f" {folder}/*{SUFFIX}."
         ) from None
     except ValueError as e:

@@ -132,7 +132,7 @@ class TfdsSource:
             where = f" --data_dir={data_dir}" if data_dir else ""
             raise UserError(
                 f"{name} is prepared as {builder.info.file_format.value}, which has no random access: pack it once with"
-                f" python tools/pack_dataset.py --tfds={name} --split={split}{where} --output=DIR, then use"
+                f" imagegpt-jax pack --tfds={name} --split={split}{where} --output=DIR, then use"
                 " array_record:DIR."
             ) from e
         except ValueError as e:

@@ -373,7 +373,7 @@ def test_tfds_captions(tfds_folder):
 
 
 def test_tfds_that_cannot_be_used_says_what_to_do(tfds_folder, tmp_path):
-    with pytest.raises(UserError, match=r"python tools/pack_dataset.py --tfds=labelled --split=train .*--output=DIR"):
+    with pytest.raises(UserError, match=r"imagegpt-jax pack --tfds=labelled --split=train .*--output=DIR"):
         open_source(f"tfds:labelled,split=train,data_dir={tfds_folder}")
     with pytest.raises(UserError, match=r"TFDS knows no data set 'mnits'. Did you mean 'mnist'"):
         open_source("tfds:mnits,split=train")

@@ -1,20 +1,17 @@
-"""The whole way, through the binaries as a user runs them: the script of `make demo` at `size=test`."""
+"""The whole way, through the binaries as a user runs them: `make demo` at `size=test`."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--size=test", f"--output={out}"]
+    command = [sys.executable, "-m", "imagegpt_jax", "demo", "--size=test", f"--output={out}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
@@ -57,6 +54,6 @@ def test_logs_of_both_stages_are_there(demo):
 
 def test_it_says_what_it_runs_and_where_to_look(demo):
     out, said = demo
-    assert said.count("$ python -m imagegpt_jax.") == 6
+    assert said.count("$ imagegpt-jax ") == 6
     assert str(out / "samples" / "grid.png") in said
     assert "Done in" in said

@@ -2,8 +2,8 @@
 
 Every step is a command that works by itself; it is printed before it runs.
 
-  python tools/demo.py --output=runs/demo
-  python tools/demo.py --output=/tmp/demo --size=test      # seconds, for tests; pictures are noise
+  imagegpt-jax demo --output=runs/demo
+  imagegpt-jax demo --output=/tmp/demo --size=test      # seconds, for tests; pictures are noise
 """
 
 import json
@@ -21,7 +21,6 @@ OUTPUT = flags.DEFINE_string("output", "runs/demo", "Folder for everything that 
 SIZE = flags.DEFINE_enum("size", "emoji", ["emoji", "test"], "Size of both networks: see configs/.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the trainings and samples.", lower_bound=0)
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 RES = {"emoji": 32, "test": 16}
 GENERATION = {"emoji": (100, 4), "test": (4, 1)}  # prompts and samples of each that are scored
 PROMPTS = (
@@ -46,10 +45,10 @@ def run(title: str, module: str, *arguments: str) -> None:
     Raises:
       UserError: if it fails.
     """
-    command = [sys.executable, "-m", f"imagegpt_jax.{module}", *arguments]
-    print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}", flush=True)
+    command = [sys.executable, "-m", "imagegpt_jax", module, *arguments]
+    print(f"\n== {title}\n$ {shlex.join(['imagegpt-jax', module, *arguments])}", flush=True)
     started = time.perf_counter()
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    code = subprocess.run(command, check=False).returncode
     if code:
         raise errors.UserError(
             f"the demo stopped because `{module}` failed with exit status {code}: see its last words above."
@@ -70,7 +69,7 @@ def main() -> None:
     run(
         "1/5 Train the image tokenizer",
         "train",
-        f"--config=configs/tokenizer.py:size={size}",
+        f"--config=tokenizer:size={size}",
         f"--workdir={tokenizer}",
         f"--config.seed={seed}",
     )
@@ -85,7 +84,7 @@ def main() -> None:
     run(
         "3/5 Train the decoder on words and codes",
         "train",
-        f"--config=configs/decoder.py:size={size}",
+        f"--config=decoder:size={size}",
         f"--workdir={decoder}",
         f"--config.seed={seed}",
         f"--config.tokenizer={tokenizer}",

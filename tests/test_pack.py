@@ -11,20 +11,18 @@ from PIL import Image
 from imagegpt_jax.data.sources import open_source
 from imagegpt_jax.errors import UserError
 
-TOOL = Path(__file__).parents[2] / "tools" / "pack_dataset.py"
-
 
 @pytest.fixture
-def pack(load_tool, capsys):
-    """Runs the tool; returns what it printed, or its error."""
+def pack(binary, capsys):
+    """Runs the binary; returns what it printed, or its error."""
 
     def run(*flags, ok=True):
-        tool = load_tool("pack_dataset.py", *flags)
+        module = binary("pack", *flags)
         if ok:
-            tool.main()
+            module.main()
             return capsys.readouterr().out
         with pytest.raises(UserError) as e:
-            tool.main()
+            module.main()
         return f"error: {e.value}"
 
     return run
@@ -88,9 +86,9 @@ def test_an_interrupted_run_is_continued(tmp_path, pack):
         "def _read(self, file):\n"
         "  if file == 'b/1.jpg': os.kill(os.getpid(), signal.SIGTERM)\n"
         "  return read(self, file)\n"
-        "folder.FolderSource._read = _read; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "folder.FolderSource._read = _read; runpy.run_module('imagegpt_jax.pack', run_name='__main__')"
     )
-    launch = f"import sys; sys.argv = {[str(TOOL), *flags]!r}\n{stop}"
+    launch = f"import sys; sys.argv = {['pack', *flags]!r}\n{stop}"
     done = subprocess.run([sys.executable, "-c", launch], capture_output=True, text=True)
     assert done.returncode == 130
     shards = [f"train-{i:05d}-of-00003.array_record" for i in range(3)]

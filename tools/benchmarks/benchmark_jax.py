@@ -28,7 +28,7 @@ SECONDS = flags.DEFINE_float("seconds", 30.0, "Time steps for at least this long
 def random_batch(setup: Any, config: Any) -> dict[str, np.ndarray]:
     """One batch of random codes or pictures."""
     rng = np.random.default_rng(0)
-    if config.task == "decoder":
+    if WORKLOAD.value == "decoder":
         codes_BN = rng.integers(0, setup.space.num_codes, (config.batch_size, setup.layout.num_codes))
         return setup.layout.pack(None, None, codes_BN)
     shape = (config.batch_size, config.res, config.res, 3)
@@ -143,7 +143,7 @@ def main() -> None:
     gemm = gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
     measured = workloads.timed(call, SECONDS.value)
     gemm += gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
-    if config.task == "decoder":
+    if WORKLOAD.value == "decoder":
         tokens = workloads.units_per_step("decoder", config)
         measured["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
         measured["piece_seconds"] = piece_seconds([shapes for shapes, _ in benchmark_pieces.shapes(config).values()])

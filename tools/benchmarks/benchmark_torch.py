@@ -166,7 +166,7 @@ def main() -> None:
     gemm = gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
     measured = workloads.timed(call, SECONDS.value)
     gemm += gemm_seconds(workloads.GEMM_SIDE[SIZE.value])
-    if config.task == "decoder":
+    if WORKLOAD.value == "decoder":
         tokens = workloads.units_per_step("decoder", config)
         measured["product_seconds"] = product_seconds(tokens, benchmark_floor.matrices(config))
         measured["piece_seconds"] = piece_seconds([shapes for shapes, _ in benchmark_pieces.shapes(config).values()])

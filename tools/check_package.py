@@ -82,7 +82,7 @@ def main() -> None:
         wheel = build(folder / "dist")
         run([PYTHON.value, "-m", "venv", str(folder / "env")])
         binaries = folder / "env" / "bin"
-        run([str(binaries / "pip"), "install", "--quiet", "--no-compile", str(wheel)])
+        run([str(binaries / "pip"), "install", "--quiet", "--no-compile", str(wheel)], PYTHONPATH="")
         empty = folder / "empty"
         empty.mkdir()
         offline = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"), NOWHERE)

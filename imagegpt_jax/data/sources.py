@@ -1,13 +1,15 @@
 """`open_source("kind:argument,option=value")`: every data set by one line of text, and what a source is.
 
-emoji:train                            the built-in set: train, validation, heldout_style or all; res=32,
-                                       styles=noto+twemoji, captions=name or keywords
-folder:/path                           images with captions or classes (see folder.py)
-array_record:/path                     a folder made by `imagegpt-jax pack`, or a pattern of its files
-tokens:/path                           token shards made by imagegpt_jax.encode
-tfds:coco_captions,split=train         a TFDS set prepared as array_record; data_dir=/path
-0.7*emoji:train + 0.3*folder:/path     a mixture; without weights, in proportion to size
-my_package.data:shapes:/path,res=32    a source of your own: `shapes("/path", res=32)` gives an `interface.Source`
+The kinds:
+
+    emoji:train                            the built-in set: train, validation, heldout_style or all; res=32,
+                                           styles=noto+twemoji, captions=name or keywords
+    folder:/path                           images with captions or classes (see folder.py)
+    array_record:/path                     a folder made by `imagegpt-jax pack`, or a pattern of its files
+    tokens:/path                           token shards made by imagegpt_jax.encode
+    tfds:coco_captions,split=train         a TFDS set prepared as array_record; data_dir=/path
+    0.7*emoji:train + 0.3*folder:/path     a mixture; without weights, in proportion to size
+    my_package.data:shapes:/path,res=32    a source of your own: `shapes("/path", res=32)` gives an `interface.Source`
 """
 
 import inspect

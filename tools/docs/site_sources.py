@@ -7,7 +7,6 @@ taken as they are, with links that fit their place in the site. `make docs` runs
     python tools/docs/site_sources.py --output=build/docs
 """
 
-import argparse
 import json
 import pathlib
 import posixpath
@@ -15,6 +14,14 @@ import re
 import shutil
 
 import config_keys
+from absl import flags
+
+from imagegpt_jax import cli
+from imagegpt_jax.errors import UserError
+
+OUTPUT = flags.DEFINE_string(
+    "output", "build/docs", "Folder to write the sources of the site into; new, or of an earlier call."
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # File of the repository -> its place in the site. What is in docs/ has its own place.
@@ -26,6 +33,7 @@ ELSEWHERE = {
     "imagegpt_jax/data/emoji/ATTRIBUTION.md": "attribution.md",
     "LICENSE": "LICENSE.txt",
 }
+_MARK = ".sources-of-the-site"
 _CODE = re.compile(r"(^```.*?^```$|^ {4}.*?$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _TARGET = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -97,7 +105,13 @@ def _of_notebook(path: pathlib.Path) -> str:
 
 
 def gather(output: pathlib.Path) -> None:
-    """Writes the sources into a folder, which is emptied first."""
+    """Writes the sources into a folder of their own, in place of those that an earlier call wrote.
+
+    Raises:
+      UserError: for a folder that holds anything else.
+    """
+    if output.exists() and not (output / _MARK).exists():
+        raise UserError(f"--output={output} is a folder of something else: give one that is not there yet.")
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(ROOT / "docs", output, ignore=shutil.ignore_patterns("*.md", "*.ipynb", ".ipynb_checkpoints"))
     for place, text in pages().items():
@@ -106,9 +120,13 @@ def gather(output: pathlib.Path) -> None:
     for home, place in ELSEWHERE.items():
         if not home.endswith(".md"):
             shutil.copy(ROOT / home, output / place)
+    (output / _MARK).write_text("written by tools/docs/site_sources.py\n")
+
+
+def main() -> None:
+    """Gathers the sources."""
+    gather(pathlib.Path(OUTPUT.value))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "build" / "docs", help="folder to write")
-    gather(parser.parse_args().output)
+    cli.run(main)

@@ -97,6 +97,19 @@ def test_links_fit_their_place_in_the_site(site):
     )
 
 
+def test_sources_are_written_again_and_nothing_else_is_deleted(load_tool, tmp_path):
+    output = tmp_path / "docs"
+    tool = load_tool("docs/site_sources.py", f"--output={output}")
+    tool.main()
+    (output / "left.md").write_text("of an earlier call")
+    tool.main()
+    assert not (output / "left.md").exists()
+    assert "# First steps" in (output / "notebooks" / "first_steps.md").read_text()
+    assert {"index.md", "grid.png", "scale.json", "LICENSE.txt"} <= {path.name for path in output.iterdir()}
+    with pytest.raises(UserError, match="something else"):
+        load_tool("docs/site_sources.py", f"--output={tmp_path}").main()
+
+
 def test_every_config_key_is_explained(config_keys):
     for file in config_keys.FILES:
         keys = {key.name: key for key in config_keys.keys(file)}

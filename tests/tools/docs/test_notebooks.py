@@ -14,10 +14,6 @@ def run(tmp_path, monkeypatch):
     import nbformat
     from nbclient import NotebookClient
 
-    # As from a folder two below the top of a checkout.
-    folder = tmp_path / "docs" / "notebooks"
-    folder.mkdir(parents=True)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def run(name, **replaced):
@@ -26,7 +22,9 @@ def run(tmp_path, monkeypatch):
         for cell in notebook.cells:
             for old, new in replaced.items():
                 cell.source = cell.source.replace(old, new)
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+        NotebookClient(
+            notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        ).execute()
         return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
     return run

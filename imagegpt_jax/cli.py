@@ -1,17 +1,20 @@
 """What every binary does around its `main`: parse flags, run, and end with one sentence when something is wrong."""
 
+import contextlib
 import os
 import pathlib
+import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from imagegpt_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError, suggest
-from imagegpt_jax.runtime import filesystem, logs
+from imagegpt_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError, suggest, suggest_key
+from imagegpt_jax.runtime import compiled, filesystem, logs
 
 # The repository's folder of the same name, which is installed with the package.
 _CONFIGS = pathlib.Path(__file__).with_name("configs")
@@ -24,16 +27,42 @@ def fail(message: object, code: int = EXIT_FAILURE) -> None:
     raise SystemExit(code)
 
 
+def _own_flags() -> list[flags.Flag]:
+    """The flags of the program, in the order of their definition, without other names of the same."""
+    modules = (sys.modules[__name__], sys.modules["__main__"])
+    own = {flag.name: flag for module in modules for flag in flags.FLAGS.get_key_flags_for_module(module)}
+    return [flag for flag in own.values() if not (flag.help or "").startswith("Alias for")]
+
+
+def _is_required(flag: flags.Flag) -> bool:
+    return any("other than None" in validator.message for validator in flag.validators)
+
+
+def _describe(flag: flags.Flag) -> str:
+    """A flag and what it is for, without what absl adds."""
+    several = isinstance(flag, flags.MultiFlag) and "several times" not in flag.help
+    text = (flag.help or "").partition(";\n")[0] + several * " May be given several times."
+    if flag.default not in (None, "", [], False):
+        text += f" (default: {','.join(flag.default) if isinstance(flag.default, list) else flag.default})"
+    return f"  --{flag.name}\n" + textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
 def print_help() -> None:
-    """Prints what the binary does (its module docstring) and its own flags, one paragraph each."""
-    main_module = sys.modules["__main__"]
-    print((main_module.__doc__ or "").strip() + "\n\nflags:")
-    own = flags.FLAGS.get_key_flags_for_module(main_module)
-    shared = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    for flag in sorted({*own, *shared}, key=lambda f: f.name):
-        default = "" if flag.default in (None, "", []) else f" (default: {flag.default_as_str})"
-        text = textwrap.fill(f"{flag.help}{default}", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        print(f"  --{flag.name}\n{text}")
+    """Prints what the binary does (its module docstring) and its own flags, a paragraph each, the required ones first.
+
+    A binary with many flags has `FLAG_GROUPS`: the first flag of a group -> its title.
+    """
+    main_module, own = sys.modules["__main__"], _own_flags()
+    titles = getattr(main_module, "FLAG_GROUPS", {})
+    parts = [(main_module.__doc__ or "").strip()]
+    if required := [flag for flag in own if _is_required(flag)]:
+        parts += ["\nRequired:", *map(_describe, required)]
+    if own[len(required) :] and not titles:
+        parts.append("\nOptional:")
+    for flag in own:
+        parts += [f"\n{titles[flag.name]}:"] if flag.name in titles else []
+        parts += [] if flag in required else [_describe(flag)]
+    print("\n".join(parts))
 
 
 def find_config(name: str) -> str:
@@ -80,13 +109,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
             flags.FLAGS.config.to_dict()  # a config that could not be made stands for its error until it is used
         return rest
     except flags.UnrecognizedFlagError as e:
-        known = {n for n in flags.FLAGS if not n.startswith(("test_", "only_check", "pdb", "profile", "run_with"))}
+        known = [flag.name for flag in _own_flags()]
         fail(f"unknown flag --{e.flagname}.{suggest(e.flagname, known)} See --help.", EXIT_USAGE)
     except flags.Error as e:
-        fail(f"{str(e).rstrip('.')}. See --help.", EXIT_USAGE)
-    except (AttributeError, KeyError) as e:  # an override of a key the config does not have
-        words = " ".join(str(e.args[0] if e.args else e).split())
-        fail(f"the config has no such key: {words}", EXIT_USAGE)
+        fail(f"{_plainly(e)} See --help.", EXIT_USAGE)
+    except (AttributeError, KeyError) as e:
+        fail(_no_such_key(argv, e), EXIT_USAGE)
     except OSError as e:
         why = str(e.__cause__ or e).replace("Failed loading config file", "")
         fail(f"the config could not be read: {why}", EXIT_USAGE)
@@ -105,6 +133,41 @@ def _with_config(argv: list[str]) -> list[str]:
     return argv
 
 
+def _plainly(error: flags.Error) -> str:
+    """What absl or ml_collections says of a flag, in our words."""
+    missing = [flag for flag in _own_flags() if _is_required(flag) and flag.value is None]
+    if "other than None" in str(error) and missing:
+        return " ".join(f"--{flag.name} is required: {flag.help}" for flag in missing)
+    wrong = re.match(r"flag --(\S+?)=(.*?): ", str(error), re.DOTALL)
+    if not wrong or wrong[1] not in flags.FLAGS:
+        return f"{str(error).rstrip('.')}."
+    name, value, parser = wrong[1], wrong[2], flags.FLAGS[wrong[1]].parser
+    if isinstance(parser, flags.EnumParser):
+        return f"--{name}={value} is unknown.{suggest(value, parser.enum_values)} All: {', '.join(parser.enum_values)}."
+    if "as a ConfigDict" in str(error):
+        return f"--{name}={value}: {name} is a group of keys; set one of them, --{name}.KEY=VALUE."
+    kind = "true or false" if isinstance(parser, flags.BooleanParser) else parser.syntactic_help
+    return f"--{name}={value} is not {kind}." if kind else f"--{name}={value}: {str(error)[wrong.end() :].rstrip('.')}."
+
+
+def _no_such_key(argv: Sequence[str], error: Exception) -> str:
+    """Which override is of a key that the config does not have, and what was meant."""
+
+    def keys(config: Any, prefix: str = "") -> list[str]:
+        inner = {k: keys(v, f"{prefix}{k}.") if isinstance(v, Mapping | ConfigDict) else [] for k, v in config.items()}
+        return [key for k in inner for key in (inner[k] or [f"{prefix}{k}"])]
+
+    given = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]+)", arg))]
+    files = [match[1] for match in re.finditer(r"(?:^|\0)--?config[=\0]([^\0]+)", "\0".join(argv))]
+    with contextlib.suppress(Exception):  # the file itself may be what is wrong
+        known = keys(flags.FLAGS["config"].parser.parse(find_config(files[-1])))
+        for path in given:
+            if not any(f"{key}.".startswith(f"{path}.") for key in known):
+                return f"the config has no key {path!r}.{suggest_key(path, known)}"
+    what = str(error.args[0] if error.args else error).strip("\"'")
+    return f"the config file could not be run: {type(error).__name__}: {what}"
+
+
 def _expand_home() -> None:
     """Does for --name=~/folder what shells do for words that begin so."""
     for name in flags.FLAGS:
@@ -118,36 +181,16 @@ def _expand_home() -> None:
 def _check_buckets() -> None:
     """`filesystem.check` of all that the program is told: flags, the config, and variables of TFDS and JAX."""
     told = [v.to_dict() if hasattr(v, "to_dict") else v for v in flags.FLAGS.flag_values_dict().values()]
-    filesystem.check(told, [os.environ.get(name, "") for name in ("TFDS_DATA_DIR", "JAX_COMPILATION_CACHE_DIR")])
+    filesystem.check(told, [os.environ.get(name, "") for name in ("TFDS_DATA_DIR", compiled.VARIABLE)])
 
 
-def prepare_cache() -> None:
-    """Makes the folder of compiled programs private, if JAX_COMPILATION_CACHE_DIR names one.
-
-    What lies there is run: nobody else may write it.
-
-    Raises:
-      UserError: if others may.
-    """
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if not folder or "://" in folder:
-        return
-    if not os.path.isdir(folder):
-        os.makedirs(folder, mode=0o700)
-        os.chmod(folder, 0o700)  # whatever the umask is
-    elif os.name == "posix" and os.stat(folder).st_mode & 0o022:
-        raise UserError(
-            f"others may write the compilation cache {folder}, from which programs are run: chmod go-w it, or set"
-            " JAX_COMPILATION_CACHE_DIR to a folder of your own."
-        )
-
-
-def run(main: Callable[[], None], *, joins: bool = False) -> None:
+def run(main: Callable[[], None], *, joins: bool = False, cache: bool = False) -> None:
     """Runs a binary: parses flags, calls `main`, exits 0, or non-zero with one sentence.
 
     Args:
       main: the program.
       joins: whether it runs in many processes. One that fails before it has joined the others then still tells them.
+      cache: whether compiled programs are kept for the next start; not in tools that measure compiling.
     """
     logs.quiet()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
@@ -159,7 +202,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
             logs.errors_only()
 
         try:
-            prepare_cache()
+            compiled.prepare(default=cache)
             _check_buckets()
             main()
         except UserError as e:

@@ -55,7 +55,8 @@ def _as_type(key: str, text: str, kind: type) -> Any:
 def choose(what: str, name: str, table: Mapping[str, T]) -> T:
     """Returns `table[name]`; an unknown name is a UserError with a suggestion."""
     if name not in table:
-        raise UserError(f"unknown {what} {name!r}.{suggest(name, table)} All: {', '.join(table)}.")
+        hint = suggest(name, table)
+        raise UserError(f"unknown {what} {name!r}.{hint}" + f" All: {', '.join(table)}." * ("?" in hint))
     return table[name]
 
 
@@ -157,10 +158,14 @@ def check_workdir(config: Config, workdir: epath.PathLike, *, allow_changes: boo
     return []
 
 
+def to_text(config: Config) -> str:
+    """The config as JSON, a key a line."""
+    return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
+
+
 def save(config: Config, workdir: epath.PathLike) -> None:
     """Writes `config.json` into the workdir, whole or not at all."""
-    text = json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
-    filesystem.write_whole(epath.Path(workdir) / "config.json", text)
+    filesystem.write_whole(epath.Path(workdir) / "config.json", to_text(config))
 
 
 def load(workdir: epath.PathLike) -> Config:

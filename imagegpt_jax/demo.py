@@ -11,7 +11,9 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
+from collections.abc import Mapping
 
 from absl import flags
 
@@ -117,6 +119,24 @@ def main() -> None:
     report(out, time.perf_counter() - started)
 
 
+def explain(scores: Mapping[str, float]) -> list[str]:
+    """What it means where a score is not better than its control; empty where all are."""
+    notes = []
+    if scores["decoder/val_image_bits_per_token"] >= scores["decoder/unigram_image_bits_per_token"]:
+        notes.append(
+            "The decoder predicts codes no better than the unigram control, which knows only how often each code"
+            " occurs: so far it has learned nothing from captions or from neighbouring codes. It needs more steps"
+            " (--size=test takes 8, for tests)."
+        )
+    if scores["generation/retrieval_top1"] <= scores["generation/retrieval_top1_shuffled"]:
+        notes.append(
+            "The samples show their prompts no better than the control, the same samples with their prompts shuffled:"
+            " the decoder does not follow captions yet. It needs more steps, or a tokenizer whose reconstructions show"
+            " what they should (reconstructions.png)."
+        )
+    return [textwrap.fill(f"Worse than its control: {note}", 100, subsequent_indent="  ") for note in notes]
+
+
 def report(out: pathlib.Path, seconds: float) -> None:
     """Says what came out and where to look."""
     scores = json.loads((out / "metrics.json").read_text())
@@ -135,6 +155,8 @@ def report(out: pathlib.Path, seconds: float) -> None:
     for name, value in lines:
         print(f"  {name:36}{value}")
     print()
+    for note in explain(scores):
+        print(f"  {note}\n")
     for path in (out / "samples" / "grid.png", out / "report.html", out / "metrics.json"):
         print(f"  {path}")
     print(f"  tensorboard --logdir {out}\n")

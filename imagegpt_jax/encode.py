@@ -98,9 +98,7 @@ def write(
     tok: "Tokenizer", source: "Source", ops: str, writer: "ShardWriter", shards: Sequence[int], seed: int
 ) -> None:
     """Writes those of `shards` that are not finished, with a progress bar."""
-    from tqdm import tqdm
-
-    from imagegpt_jax.runtime import distributed
+    from imagegpt_jax.runtime import distributed, progress
 
     missing = [shard for shard in shards if not writer.is_finished(shard)]
     planned = sum(stop - start for start, stop in writer.ranges)
@@ -108,7 +106,7 @@ def write(
     if total < planned and distributed.is_main_process():
         print(f"{planned - total} of {planned} images are finished or another process's.", file=sys.stderr)
     grids = set()
-    with tqdm(total=total, desc="encode", unit="image", mininterval=1.0) as bar:
+    with progress.bar(total=total, desc="encode", unit="image") as bar:
         for first, last in runs(missing):
             stream = records(tok, source, ops, writer.ranges[first][0], writer.ranges[last - 1][1], seed)
             try:
@@ -212,4 +210,4 @@ def encode() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, joins=True)
+    cli.run(main, joins=True, cache=True)

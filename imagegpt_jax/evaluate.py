@@ -33,6 +33,12 @@ from imagegpt_jax.metrics.metric import Options
 from imagegpt_jax.runtime import distributed, filesystem
 
 FLAGS = flags.FLAGS
+# First flag of a group -> its title in --help.
+FLAG_GROUPS = {
+    "checkpoint": "Scores of checkpoints",
+    "images": "Scores of a set of images",
+    "report": "Reports, votes, comparisons",
+}
 CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint", None, "Workdir or exported folder of a tokenizer or a decoder; give it twice to score both."
 )
@@ -260,4 +266,4 @@ def joined(argv: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv = joined(sys.argv)
-    cli.run(main, joins=True)
+    cli.run(main, joins=True, cache=True)

@@ -27,6 +27,15 @@ from imagegpt_jax.generation.prompts import check_prompt, read_prompts
 from imagegpt_jax.generation.request import GenerationRequest, ImageInput, mode_of_entry
 from imagegpt_jax.sampling.settings import RENAMED, Sampling
 
+# First flag of a group -> its title in --help.
+FLAG_GROUPS = {
+    "prompt": "What to generate",
+    "caption": "From images and between prompts: captioning, inpainting, outpainting, editing, interpolation",
+    "decoder": "Networks, number of images, output",
+    "temperature": "Sampling, by default the decoder's own settings",
+    "upscaler": "Post-processing, safety filters, watermarks",
+}
+
 # ------------------------------------------------------------------------------------------- flags: what to generate
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to generate; give it several times for several prompts.")
@@ -286,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cache=True)

@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, joins=True)
+    cli.run(main, joins=True, cache=True)

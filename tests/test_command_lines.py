@@ -20,6 +20,8 @@ def test_help_is_quick_and_names_every_flag(name):
     assert out.returncode == 0
     assert f"python -m imagegpt_jax.{name} --" in out.stdout
     assert "\n  --output\n" in out.stdout
+    for words in ("repeat this option", "Alias for", "default: 'false'", "default: 'True'"):
+        assert words not in out.stdout
     loaded = "import sys, runpy; sys.argv = ['x', '--help']\n"
     loaded += f"try: runpy.run_module('imagegpt_jax.{name}', run_name='__main__')\n"
     loaded += "except SystemExit: print([m for m in ('jax', 'tensorflow', 'flax', 'orbax') if m in sys.modules])"
@@ -28,9 +30,53 @@ def test_help_is_quick_and_names_every_flag(name):
     assert seconds < 3
 
 
+def help_of(name):
+    done = subprocess.run([sys.executable, "-m", f"imagegpt_jax.{name}", "--help"], capture_output=True, text=True)
+    groups, title = {}, ""
+    for line in done.stdout.splitlines():
+        if line.endswith(":") and line[0] != " ":
+            title = line
+        elif line.startswith("  --"):
+            groups.setdefault(title, []).append(line.strip(" -"))
+    return groups
+
+
+def test_help_has_groups_of_which_the_required_flags_are_the_first():
+    groups = help_of("encode")
+    assert list(groups) == ["Required:", "Optional:"]
+    assert groups["Required:"] == ["tokenizer", "data", "output"]
+    groups = help_of("sample")
+    assert next(iter(groups)) == "Required:"
+    assert groups["Required:"] == ["output"]
+    assert groups["What to generate:"][:2] == ["prompt", "prompts_file"]
+    assert groups["Sampling, by default the decoder's own settings:"][:2] == ["temperature", "top_k"]
+    named = [name for group in groups.values() for name in group]
+    assert len(named) == len(set(named)) > 50
+    assert next(iter(help_of("evaluate"))) == "Scores of checkpoints:"
+
+
+@pytest.mark.parametrize("name", ["train", "encode", "sample", "evaluate"])
+def test_compiled_programs_are_kept_in_the_users_cache(name, tmp_path):
+    given = {"encode": ["--tokenizer=/no/such", "--data=emoji:train"], "sample": ["--decoder=/no/such", "--prompt=a"]}
+    given |= {"evaluate": ["--checkpoint=/no/such"], "train": ["--config=configs/tokenizer.py", "--config.task=none"]}
+    output = f"--{'workdir' if name == 'train' else 'output'}={tmp_path}/o"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment.pop("IMAGEGPT_JAX_CACHE", None)
+    command = [sys.executable, "-m", f"imagegpt_jax.{name}", *given[name], output]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert (tmp_path / "imagegpt_jax" / "compiled").is_dir()
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "words"),
     [
+        ("sample", ["--decoder=x", "--prompt=a"], "--output is required: Folder to write the pictures into."),
+        ("encode", ["--output=y"], "--tokenizer is required: Workdir of a trained image tokenizer. --data is required"),
+        ("sample", ["--output=y", "--num_samples=4"], "Did you mean 'num_images'"),
+        ("sample", ["--output=y", "--num_images=0"], "--num_images=0 is not a positive integer."),
+        ("evaluate", ["--protocol=clean-fid"], "Did you mean 'clean_fid'"),
         ("sample", ["--decoder=x", "--output=y", "--promt=a"], "Did you mean 'prompt'"),
         ("sample", ["--output=y", "--prompt=a"], "decoder"),
         ("sample", ["--decoder=x", "--output=y", "--num_images=0"], "num_images"),

@@ -57,3 +57,14 @@ def test_it_says_what_it_runs_and_where_to_look(demo):
     assert said.count("$ imagegpt-jax ") == 6
     assert str(out / "samples" / "grid.png") in said
     assert "Done in" in said
+
+
+def test_it_explains_what_is_no_better_than_its_control(demo):
+    out, said = demo
+    scores = json.loads((out / "metrics.json").read_text())
+    bits, unigram = (scores[f"decoder/{name}_image_bits_per_token"] for name in ("val", "unigram"))
+    assert bits > unigram  # of 8 steps
+    top1, shuffled = scores["generation/retrieval_top1"], scores["generation/retrieval_top1_shuffled"]
+    text = " ".join(said.split())
+    assert "Worse than its control: The decoder predicts codes no better than the unigram control" in text
+    assert ("Worse than its control: The samples show their prompts no better" in text) == (top1 <= shuffled)

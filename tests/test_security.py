@@ -7,7 +7,8 @@ import stat
 
 import pytest
 
-from imagegpt_jax import cli, errors
+from imagegpt_jax import errors
+from imagegpt_jax.runtime import compiled
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for folder in ("imagegpt_jax", "tools", "configs") for p in (ROOT / folder).rglob("*.py"))
@@ -85,7 +86,7 @@ def test_the_compilation_cache_is_private(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     old = os.umask(0)
     try:
-        cli.prepare_cache()
+        compiled.prepare()
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
@@ -95,7 +96,7 @@ def test_a_cache_that_others_can_write_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     tmp_path.chmod(0o777)
     with pytest.raises(errors.UserError, match="others may write"):
-        cli.prepare_cache()
+        compiled.prepare()
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "a/../../outside.png", "..\\outside.png"])

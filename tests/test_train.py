@@ -22,8 +22,13 @@ def train(*arguments, timeout=60):
     [
         (["--config=configs/tokenizer.py:size=tesst"], "Did you mean 'test'"),
         (["--config=configs/tokenizer.py:sise=test"], "Did you mean 'size'"),
-        ([GOOD, "--config.optim.lrr=1"], 'Did you mean "lr"'),
-        ([GOOD, "--config.steps=many"], "many"),
+        (["--config=configs/decoder.py:size=xl"], "Did you mean 'XL'"),
+        ([GOOD, "--config.optim.lrr=1"], "no key 'optim.lrr'. Did you mean 'optim.lr'?"),
+        ([GOOD, "--config.optim.learning_rate=1"], "Did you mean 'optim.lr'"),
+        (["--config", "configs/decoder.py:size=test", "--config.model.num_layers", "3"], "Did you mean 'model.depth'"),
+        ([GOOD, "--config.optim=3"], "config.optim is a group of keys"),
+        ([GOOD, "--config.steps=many"], "--config.steps=many is not an integer."),
+        ([GOOD, "--config.model.remat=perhaps"], "--config.model.remat=perhaps is not true or false."),
         ([GOOD, "--config.task=tokeniser"], "Did you mean 'tokenizer'"),
         (["--config=configs/tokeniser.py"], "No such file"),
         ([GOOD, "--workdri=x"], "Did you mean 'workdir'"),
@@ -37,8 +42,19 @@ def test_mistakes_cost_one_sentence_and_no_device(arguments, words, tmp_path):
     assert len(last) == 1, done.stderr
     assert last[0].startswith("error: ")
     assert words in last[0]
+    assert not set(last[0]) & set('\\"')  # quotes within quotes, as of a KeyError
     assert seconds < 3
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("override", [[], ["--config.a=2"]])
+def test_a_config_file_that_fails_is_not_an_unknown_key(override, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    c = ConfigDict({'a': 1})\n    c.b = c.absent\n"
+    )
+    done, _ = train(f"--config={file}", *override, f"--workdir={tmp_path / 'w'}")
+    assert done.stderr == "error: the config file could not be run: AttributeError: absent\n"
 
 
 @pytest.mark.parametrize(

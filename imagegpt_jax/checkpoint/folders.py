@@ -58,6 +58,14 @@ def is_unfinished(folder: epath.Path) -> bool:
     return any((folder / name).exists() for name in (manifest_lib.PENDING, _DELETED)) or not (folder / STATE).exists()
 
 
+def ever_saved(workdir: epath.PathLike) -> bool:
+    """Whether the run has, or had, a checkpoint: anything but what a first save that was cut off leaves."""
+    folder = root(workdir)
+    steps = [folder / str(step) for step in numbered(workdir)]
+    cut_off = {path.name for path in steps if is_unfinished(path) and not (path / _DELETED).exists()}
+    return folder.exists() and any(path.name not in cut_off for path in folder.iterdir())
+
+
 def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
     """Moves a damaged step out of the way; returns where to."""
     aside = root(workdir) / _ASIDE

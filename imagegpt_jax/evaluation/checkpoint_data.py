@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import errors
 from imagegpt_jax.data import pipeline, sources
+from imagegpt_jax.runtime import progress
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -94,7 +94,7 @@ def batches(settings: Settings, name: str, data: Data, ops: str, mesh: "Mesh", *
     size = -(-(settings.batch_size or BATCH_SIZE) // whole) * whole
     one_pass: Any = {"rows": sharding.host_rows(mesh, size), "shuffle": False, "epochs": 1, **columns}
     read = pipeline.Batches(data.source, ops=ops, batch_size=size, **one_pass)
-    return tqdm(read, desc=name, unit="batch", total=-(-len(data.source) // size), mininterval=1.0)
+    return progress.bar(read, desc=name, unit="batch", total=-(-len(data.source) // size))
 
 
 def find_runs(settings: Settings) -> dict[str, str]:

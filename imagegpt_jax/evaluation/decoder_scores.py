@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from imagegpt_jax import images, train_state
 from imagegpt_jax.data import pipeline, sources
@@ -27,6 +26,7 @@ from imagegpt_jax.metrics.generation import GenerationEvaluator
 from imagegpt_jax.metrics.metric import IMAGES, NOTHING, STATISTICS
 from imagegpt_jax.metrics.sets import InMemory, SourceImages
 from imagegpt_jax.parallel import sharding
+from imagegpt_jax.runtime import progress
 from imagegpt_jax.sampling.likelihood import FEATURES
 from imagegpt_jax.tasks.decoder.batches import pack
 from imagegpt_jax.tasks.decoder.train_step import token_nll
@@ -139,7 +139,7 @@ class DecoderScorer:
         def draw(params: Mapping[str, Any]) -> np.ndarray:
             del params  # the decoder has them
             drawn = []
-            with tqdm(total=len(records) * each, desc="generation", unit="image", mininterval=1.0) as bar:
+            with progress.bar(total=len(records) * each, desc="generation", unit="image") as bar:
                 for part in Pipeline(decoder, tok).prepare(GenerationRequest(**wanted))(0):
                     drawn.append(part.pixels)
                     bar.update(len(part))

@@ -17,7 +17,7 @@ from imagegpt_jax.evaluation.checkpoint_data import Settings
 from imagegpt_jax.generation import output
 from imagegpt_jax.generation.prompts import read_prompts
 from imagegpt_jax.metrics import prompts, protocols
-from imagegpt_jax.runtime import filesystem
+from imagegpt_jax.runtime import filesystem, progress
 from imagegpt_jax.sampling.settings import RENAMED, Sampling, renamed
 
 if TYPE_CHECKING:
@@ -116,7 +116,6 @@ def _begin(folder: epath.Path, plan: Mapping[str, Any]) -> None:
 def _draw(pipeline: "Pipeline", asked: Sequence[Row], about: Mapping[str, Any], folder: epath.Path) -> None:
     """Draws this process's share of what is missing."""
     import jax
-    from tqdm import tqdm
 
     from imagegpt_jax import images
     from imagegpt_jax.generation.request import GenerationRequest
@@ -133,7 +132,7 @@ def _draw(pipeline: "Pipeline", asked: Sequence[Row], about: Mapping[str, Any], 
         wanted |= {"mode": "class_conditional", "classes": tuple(asked[i]["class"] for i in mine)}
     else:
         wanted["prompts"] = tuple(asked[i]["text"] for i in mine)
-    with tqdm(desc="draw", unit="image", total=len(mine), mininterval=1.0) as bar:
+    with progress.bar(desc="draw", unit="image", total=len(mine)) as bar:
         for part in pipeline.prepare(GenerationRequest(**wanted), mesh=output.local_mesh())(0):
             for i, pixels, metadata in zip(part.sample_indices, part.pixels, part.metadata, strict=True):
                 text = "" if by_class else asked[i]["text"]

@@ -140,9 +140,9 @@ def local_mesh(tensor: int = 1) -> "Mesh | None":
 
 def write_images(parts: Iterator["GeneratedImages"], rows: Sequence[Row], folder: "epath.Path", first: int) -> None:
     """Writes images, from number `first` on, as they are made, each with its line of `plan`."""
-    from tqdm import tqdm
+    from imagegpt_jax.runtime import progress
 
-    with tqdm(total=len(rows), initial=first, desc="sample", unit="image", mininterval=0.5) as bar:
+    with progress.bar(total=len(rows), initial=first, desc="sample", unit="image") as bar:
         for part in parts:
             every = zip(part.numbers, part.sample_indices, part.pixels, part.results, strict=True)
             for number, i, pixels, results in every:

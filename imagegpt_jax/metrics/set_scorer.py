@@ -7,7 +7,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from imagegpt_jax.metrics import feature_statistics, networks, score
 from imagegpt_jax.metrics.feature_statistics import VALUES, FeatureStatistics, Output
@@ -16,6 +15,7 @@ from imagegpt_jax.metrics.metric import CAPTIONS, Options, Result
 from imagegpt_jax.metrics.protocols import Protocol
 from imagegpt_jax.metrics.sets import ImageSet
 from imagegpt_jax.metrics.statistics_files import FileStatistics
+from imagegpt_jax.runtime import progress
 
 BATCH_SIZE = 64
 
@@ -68,7 +68,7 @@ class SetScorer:
         needs = {form: outputs for form, outputs in needs.items() if forms is None or form in forms}
         used = {output[0] for outputs in needs.values() for output in outputs}
         chosen = [network for network in self.networks if network.name in used]
-        with tqdm(desc=role, unit="image", total=len(images), mininterval=1.0, disable=not self._progress) as bar:
+        with progress.bar(desc=role, unit="image", total=len(images), disable=not self._progress) as bar:
             return feature_statistics.collect(
                 images, needs, chosen, self.protocol, batch_size=self._batch_size, advance=bar.update
             )

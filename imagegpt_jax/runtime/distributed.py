@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from imagegpt_jax.errors import EXIT_FAILURE, UserError
-from imagegpt_jax.runtime import event_log, exit_report, malloc
+from imagegpt_jax.runtime import compiled, event_log, exit_report, malloc
 from imagegpt_jax.runtime.cluster import INDEX, Cluster, find, first_line, may_have_others, start_seconds
 from imagegpt_jax.runtime.group import DAY_MS, KEY, Group
 from imagegpt_jax.runtime.watchdog import EXIT_HANG, Watchdog, silence_seconds, stall_seconds
@@ -67,6 +67,10 @@ def initialize(preemptible: bool = False, patience: float = math.inf) -> None:
     import jax
     from jax._src import distributed  # the key-value store of the coordinator has no public name
 
+    if compiled.is_default:
+        # Hosts read their own folders, and only process 0 writes: on GPUs one that finds a program there would leave
+        # the others waiting for its part of the autotuning.
+        jax.config.update("jax_compilation_cache_dir", None)
     seconds = min(start_seconds(), patience)
     # With it JAX takes SIGTERM for itself, as the notice of a preemption that somebody has to ask about.
     jax.config.update("jax_enable_preemption_service", preemptible)

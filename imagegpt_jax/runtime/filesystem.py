@@ -32,6 +32,14 @@ _CHECK = (
 )
 
 
+def cache_dir() -> pathlib.Path:
+    """Returns the folder for files that can be made again: $IMAGEGPT_JAX_CACHE, or the user's cache folder."""
+    if chosen := os.environ.get("IMAGEGPT_JAX_CACHE"):
+        return pathlib.Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "imagegpt_jax"
+
+
 def paths(*values: Any) -> list[str]:
     """The `gs://` paths in strings, however deep in dicts, lists and tuples: one of each bucket, in their order."""
     by_bucket: dict[str, str] = {}

@@ -150,6 +150,8 @@ class Task(Generic[S]):
       phases: setup -> all values of `phase`.
       check_mesh: (setup, mesh): raises UserError if the networks cannot be sharded over the mesh.
       evaluators: (setup, mesh) -> what scores the networks while they train, in order.
+      learning_rates: (setup, phase -> updates that counted so far, on the devices) -> name -> learning rate of the
+        newest update, as `training.optimizers.learning_rate` gives it; logged beside the training metrics.
       progress_metrics: training metrics beside the progress bar.
       finite_metrics: those that show any NaN of an update: a step in which one is not finite is left out.
       prepare_batch: (setup, state, batch) -> batch, on the devices, within the step.
@@ -179,6 +181,7 @@ class Task(Generic[S]):
     phases: Callable[[S], tuple[str, ...]] = lambda setup: ("train",)
     check_mesh: Callable[[S, Mesh], None] = _check_layout
     evaluators: Callable[[S, Mesh], Sequence[Evaluator]] = lambda setup, mesh: ()
+    learning_rates: Callable[[S, Mapping[str, Any]], dict[str, Any]] = lambda setup, updates: {}
     progress_metrics: tuple[str, ...] = ("loss",)
     finite_metrics: tuple[str, ...] = ("loss", "gradient_norm")
     prepare_batch: Callable[[S, TrainState, Any], Any] = lambda setup, state, batch: batch

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import io
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,13 @@ from tqdm import tqdm
 
 from imagegpt_jax import checkpoint, train_state
 from imagegpt_jax import config as config_lib
+from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.config import Config
 from imagegpt_jax.data import quarantine
 from imagegpt_jax.data.pipeline import position_after
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.parallel import sharding
-from imagegpt_jax.runtime import distributed, event_log, filesystem, hardware, preemption
+from imagegpt_jax.runtime import distributed, event_log, filesystem, hardware, preemption, progress
 from imagegpt_jax.training import config_checks, step_guard, train_metrics
 from imagegpt_jax.training.steps import Steps, host_batch
 from imagegpt_jax.training.warm_start import load_params
@@ -55,7 +57,8 @@ def run(
       UserError: for a config, data set or workdir that cannot work; before any step, leaving nothing behind.
     """
     # --- Everything a person can get wrong, before devices and files.
-    changes = config_lib.check_workdir(config, workdir, allow_changes=allow_changes)
+    begins = not folders.ever_saved(workdir)
+    changes = config_lib.check_workdir(config, workdir, allow_changes=allow_changes or begins)
     config_checks.check_loop(config)
     setup = task.setup(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -70,12 +73,15 @@ def run(
         make = functools.partial(task.init_state, setup)
         state, layout = train_state.init_sharded(make, setup.networks, mesh, config.seed)
         if distributed.is_main_process():
+            if begins and changes:
+                print(f"note: the run in {workdir} made no checkpoint; this config takes its place.", file=sys.stderr)
             with filesystem.writing(workdir):
                 config_lib.save(config, workdir)
                 task.save_assets(setup, workdir)
         distributed.wait_for_file(epath.Path(workdir) / "config.json")
         log = event_log.Log(workdir if distributed.is_main_process() else None)
-        log.write("start", task=config.task, devices=mesh.size, processes=jax.process_count(), config_changes=changes)
+        facts = {"task": config.task, "devices": mesh.size, "processes": jax.process_count()}
+        log.write("start", **facts, config_changes=changes, config=config_lib.to_dict(config))
         quarantine.attach(setup.sources, config.data.quarantine, quarantine.Report(workdir, jax.process_index(), log))
         checkpoints = checkpoint.Checkpoints(workdir, config, log)
         restored = checkpoints.restore(state)
@@ -85,6 +91,7 @@ def run(
             else ResumePoint(_load_pretrained(task, setup, state, layout, log), 0)
         )
         writer = train_metrics.Writer(workdir, int(begin.state.step))
+        writer.text(int(begin.state.step), "config", config_lib.to_text(config))
         with (
             _closing(writer),
             _closing(checkpoints),
@@ -166,6 +173,12 @@ class _Training:
         self.chip = hardware.chip_of(jax.devices()[0].device_kind)
         self.clock = train_metrics.Throughput(self.mesh.size, None if self.chip is None else self.chip.flops)
         self.scores: dict[str, float] = {}
+        # A program of its own, so that the step's stays as it is.
+        self.learning_rates = jax.jit(self._learning_rates, out_shardings=sharding.replicated(self.mesh))
+
+    def _learning_rates(self, guard: Mapping[str, Mapping[str, Any]]) -> train_metrics.Totals:
+        rates = self.task.learning_rates(self.setup, {phase: state["count"] for phase, state in guard.items()})
+        return {name: train_metrics.mean(rate) for name, rate in rates.items()}
 
     @functools.cached_property
     def evaluators(self) -> "Sequence[Evaluator]":
@@ -203,7 +216,7 @@ class _Training:
             initial=first,
             desc=config.task,
             unit="step",
-            disable=jax.process_index() != 0,
+            disable=jax.process_index() != 0 or None,  # None: where stderr is no terminal, `_write` prints lines
             mininterval=1.0,
         )
         try:
@@ -237,6 +250,7 @@ class _Training:
                     pending = None
                 self.clock.count(config.batch_size, tokens, flops)  # this step is of the interval after
                 if step % config.log_every == 0 or step == last or task.phase(setup, step) != phase:
+                    totals["metrics"] |= self.learning_rates(totals["guard"])
                     pending, totals = (step, totals), None
 
                 # --- Evaluations and checkpoints.
@@ -277,9 +291,13 @@ class _Training:
         values["train/skipped_steps"] = float(skipped)
         values = {k: v for k, v in values.items() if math.isfinite(v)}  # no step of the interval counted
         self.writer.scalars(step, values)
-        self.writer.scalars(step, self.clock.read(), file="timing")
-        shown = {k: values[f"train/{k}"] for k in self.task.progress_metrics if f"train/{k}" in values}
-        bar.set_postfix({k: f"{value:.4g}" for k, value in shown.items()}, refresh=False)
+        timing = self.clock.read()
+        self.writer.scalars(step, timing, file="timing")
+        shown = {k: f"{values[f'train/{k}']:.4g}" for k in self.task.progress_metrics if f"train/{k}" in values}
+        bar.set_postfix(shown, refresh=False)
+        if bar.disable and distributed.is_main_process():
+            steps_per_second = timing["timing/examples_per_second"] / self.config.batch_size
+            progress.print_step(self.config.task, step, self.config.steps, shown, steps_per_second)
         self.log.write("steps", step=step, **self.clock.last)
         if skipped > self.skipped_steps:
             newest = step_guard.newest(finished["guard"])

@@ -77,6 +77,11 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
+def learning_rate(config: Config, steps: int, updates: jax.Array) -> jax.Array:
+    """The learning rate of the newest of so many updates by `make(config, steps, ...)`; NaN before the first."""
+    return jnp.where(updates > 0, schedule(config, steps)(jnp.maximum(updates - 1, 0)), jnp.nan)
+
+
 def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple)
 

@@ -140,6 +140,12 @@ class Writer:
                 self._files[file].flush()
                 self._board.write_scalars(step, dict(values))
 
+    def text(self, step: int, name: str, text: str) -> None:
+        """Writes a text to TensorBoard, which shows it as it is."""
+        if self._active:
+            with filesystem.writing(self._workdir):
+                self._board.write_texts(step, {name: "".join(f"    {line}\n" for line in text.splitlines())})
+
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes pictures, uint8 [n, H, W, 3], to TensorBoard."""
         if self._active and images:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from imagegpt_jax.data.emoji import STYLES, EmojiSource, catalog, pictures, render
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import filesystem
 
 # Update these when tools/build_emoji.py or the splits change, which changes every result on the set.
 COUNTS = {
@@ -303,8 +304,8 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("IMAGEGPT_JAX_CACHE", raising=False)
-    assert str(render.cache_dir()) == "/home/somebody/.cache/imagegpt_jax"
+    assert str(filesystem.cache_dir()) == "/home/somebody/.cache/imagegpt_jax"
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert str(render.cache_dir()) == "/x/imagegpt_jax"
+    assert str(filesystem.cache_dir()) == "/x/imagegpt_jax"
     monkeypatch.setenv("IMAGEGPT_JAX_CACHE", "~/mine")
-    assert str(render.cache_dir()) == "/home/somebody/mine"
+    assert str(filesystem.cache_dir()) == "/home/somebody/mine"

@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.tasks import decoder, tokenizer
-from imagegpt_jax.training import loop, train_metrics
+from imagegpt_jax.training import loop, optimizers, train_metrics
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 TASKS = {"tokenizer": tokenizer.TASK, "decoder": decoder.TASK}
@@ -65,6 +65,18 @@ def test_one_host_sync_for_each_logged_interval(finished):
     task, workdir, _, _, fetches = finished
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert fetches == sum("train/gradient_norm" in line for line in lines) == make_config(task).steps
+
+
+def test_learning_rates_are_logged_of_every_optimizer_since_its_first_update(finished):
+    task, workdir, _, _, _ = finished
+    config = make_config(task)
+    rate = optimizers.schedule(config.optim, config.steps)
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for name, before in (("learning_rate", 0), ("discriminator_learning_rate", 4)):
+        logged = {line["step"]: line[f"train/{name}"] for line in lines if f"train/{name}" in line}
+        assert list(logged) == (list(range(before + 1, 9)) if task == "tokenizer" or not before else [])
+        for step, value in logged.items():
+            assert value == pytest.approx(float(rate(step - before - 1)), rel=1e-6)
 
 
 def test_checkpoints_are_kept(finished):

@@ -18,24 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from imagegpt_jax.data.emoji import catalog
 from imagegpt_jax.errors import UserError
-from imagegpt_jax.runtime import filesystem
+from imagegpt_jax.runtime import filesystem, progress
 
 # Part of the cache key: raise it when worker.py or svg_document give other pixels for the same drawing.
 _RENDERING = 1
 _WORKER = Path(__file__).with_name("worker.py")
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry: only the lengths of name and extra field matter here
-
-
-def cache_dir() -> Path:
-    """Returns the folder for files that can be made again: $IMAGEGPT_JAX_CACHE, or the user's cache folder."""
-    if chosen := os.environ.get("IMAGEGPT_JAX_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "imagegpt_jax"
 
 
 def svg_document(picture: catalog.Picture, body: str, res: int) -> str:
@@ -130,7 +120,7 @@ def open_archive(style: str, res: int) -> Archive:
       UserError: when the cache folder cannot be written.
     """
     key = f"{catalog.drawings_sha256(style)} {renderer_version()}"
-    path = cache_dir() / "emoji" / f"{style}-{res}px-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zip"
+    path = filesystem.cache_dir() / "emoji" / f"{style}-{res}px-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zip"
     rows = [p for p in catalog.pictures() if p.style == style]
     rows.sort(key=lambda p: p.row)
     if path.is_file():
@@ -141,6 +131,6 @@ def open_archive(style: str, res: int) -> Archive:
         if archive is not None and len(archive) == len(rows):
             return archive
     documents = [svg_document(p, body, res) for p, body in zip(rows, catalog.drawings(style), strict=True)]
-    progress = tqdm(render(documents), total=len(rows), desc=f"Drawing {style} emoji at {res} px", unit="picture")
-    _write_zip(path, (f"{p.concept}.png" for p in rows), progress)
+    about = {"total": len(rows), "desc": f"Drawing {style} emoji at {res} px", "unit": "picture"}
+    _write_zip(path, (f"{p.concept}.png" for p in rows), progress.bar(render(documents), **about))
     return Archive(path)

@@ -10,6 +10,7 @@ from imagegpt_jax.tasks.decoder.programs import PERF
 from imagegpt_jax.tasks.decoder.setup import Setup as Setup  # a user's own task may be a variant of this one
 from imagegpt_jax.tasks.decoder.setup import check_mesh, facts, save_assets, setup, setup_abstract, setup_for_inference
 from imagegpt_jax.tasks.decoder.train_step import check_frozen, init_state, load_frozen, step_flops, train_step
+from imagegpt_jax.training import optimizers
 
 TASK = interface.Task(
     kind="decoder",
@@ -22,6 +23,9 @@ TASK = interface.Task(
     batches=batches,
     check_mesh=check_mesh,
     evaluators=evaluators,
+    learning_rates=lambda setup, updates: {
+        "learning_rate": optimizers.learning_rate(setup.config.optim, setup.config.steps, updates["train"])
+    },
     progress_metrics=("loss", "image_bits_per_token", "unigram_image_bits_per_token"),
     prepare_batch=prepare_batch,
     load_frozen=load_frozen,

@@ -195,6 +195,16 @@ def phases(setup: Setup) -> tuple[str, ...]:
     return ("reconstruction", "adversarial") if setup.loss.gan_start >= 0 else ("reconstruction",)
 
 
+def learning_rates(setup: Setup, updates: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of the generator, which every phase trains, and of the discriminator, if there is one."""
+    config, rates = setup.config, {}
+    if "adversarial" in updates:
+        steps = config.steps, updates["adversarial"]
+        rates["discriminator_learning_rate"] = optim.learning_rate(config.discriminator_optim, *steps)
+    every = jnp.stack(list(updates.values())).sum()
+    return {"learning_rate": optim.learning_rate(config.optim, config.steps, every), **rates}
+
+
 def step_flops(setup: Setup, phase: str, batch: Mapping[str, Any]) -> float:
     """Model FLOPs of a training step, counted in its trace with plain convolutions and without recomputation."""
     config: Any = ConfigDict(setup.config.to_dict())
@@ -352,6 +362,7 @@ TASK = interface.Task(
     phases=phases,
     check_mesh=check_mesh,
     evaluators=evaluators,
+    learning_rates=learning_rates,
     progress_metrics=("reconstruction", "psnr", "codebook_usage"),
     finite_metrics=("loss", "gradient_norm", "gan_discriminator", "discriminator_gradient_norm"),
     load_frozen=load_frozen,

@@ -21,13 +21,13 @@ from typing import Any
 
 from absl import flags
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from imagegpt_jax import cli
 from imagegpt_jax.data.images import FORMATS
 from imagegpt_jax.data.pack_inputs import TfdsInput, open_input
 from imagegpt_jax.data.shards import ShardWriter, shard_ranges
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import progress
 
 INPUT = flags.DEFINE_string("input", None, "A folder of images, or a pattern of .tar or .parquet files.")
 TFDS = flags.DEFINE_string("tfds", None, "Instead of --input: name of a TFDS set that is prepared on this machine.")
@@ -38,14 +38,14 @@ NAME = flags.DEFINE_string("name", "train", "First part of the names of the file
 SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Largest number of images in one file.")
 
 
-def checked(records: Iterator[dict[str, Any]], progress: tqdm) -> Iterator[dict[str, Any]]:
+def checked(records: Iterator[dict[str, Any]], bar: Any) -> Iterator[dict[str, Any]]:
     """Passes records on; raises UserError for one whose image is none (by its header: nothing is decoded)."""
     for record in records:
         try:
             Image.open(io.BytesIO(record["image"]), formats=FORMATS).close()
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e:
             raise UserError(f"{record['id']} is not an image: replace or remove it, then run this again.") from e
-        progress.update()
+        bar.update()
         yield record
 
 
@@ -59,12 +59,12 @@ def main() -> None:
     ranges = shard_ranges(len(source), SHARD_SIZE.value)
     writer = ShardWriter(OUTPUT.value, NAME.value, ranges, kind="images", made_from=source.fingerprint)
     try:
-        with tqdm(total=len(source), desc="Packing", unit="image") as progress:
+        with progress.bar(total=len(source), desc="Packing", unit="image") as bar:
             for shard, (start, stop) in enumerate(ranges):
                 if writer.is_finished(shard):
-                    progress.update(stop - start)
+                    bar.update(stop - start)
                 else:
-                    writer.write(shard, checked(source.records(start, stop), progress))
+                    writer.write(shard, checked(source.records(start, stop), bar))
         about = writer.finish(label_names=source.label_names, source=INPUT.value or f"tfds:{TFDS.value},{SPLIT.value}")
     except UserError:  # what is packed has to change, so nothing of this can be continued
         writer.abandon(keep_finished=False)

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from etils import epath
-from tqdm import tqdm
 
 from imagegpt_jax import errors
 from imagegpt_jax.data.folder import FolderSource
 from imagegpt_jax.data.images import EXTENSIONS
 from imagegpt_jax.errors import UserError
+from imagegpt_jax.runtime import progress
 
 Record = dict[str, Any]
 CAPTIONS = ("captions", "caption", "text", "txt")
@@ -60,7 +60,7 @@ class TarInput:
     def __init__(self, paths: list[epath.Path]):
         self._samples: list[tuple[epath.Path, str, dict[str, tarfile.TarInfo]]] = []
         classes: set[int] = set()
-        for path in tqdm(paths, "Reading tar headers", unit="file", leave=False):
+        for path in progress.bar(paths, "Reading tar headers", unit="file", leave=False):
             groups: dict[str, dict[str, tarfile.TarInfo]] = {}
             try:
                 with tarfile.open(path) as tar:

@@ -1,8 +1,8 @@
 """The command line of the training binary: mistakes are found in seconds and cost one sentence."""
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -10,11 +10,11 @@ GOOD = "--config=configs/tokenizer.py:size=test"
 
 
 def train(*arguments, timeout=60):
-    started = time.perf_counter()
+    before = os.times()
     done = subprocess.run(
         [sys.executable, "-m", "imagegpt_jax.train", *arguments], capture_output=True, text=True, timeout=timeout
     )
-    return done, time.perf_counter() - started
+    return done, os.times().children_user - before.children_user  # of a processor, whatever else the machine does
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def train(*arguments, timeout=60):
         ([GOOD, "--config.steps=many"], "--config.steps=many is not an integer."),
         ([GOOD, "--config.model.remat=perhaps"], "--config.model.remat=perhaps is not true or false."),
         ([GOOD, "--config.task=tokeniser"], "Did you mean 'tokenizer'"),
-        (["--config=configs/tokeniser.py"], "No such file"),
+        (["--config=configs/tokeniser.py"], "Did you mean 'tokenizer'"),
         ([GOOD, "--workdri=x"], "Did you mean 'workdir'"),
         ([GOOD, "extra"], "unexpected argument 'extra'"),
     ],

@@ -81,9 +81,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.compiler_options = "xla_cpu_copy_insertion_use_region_analysis=true"
     config.topology = topology  # what mesh, batch and remat were chosen for; read by tools/scale/compile_ahead.py alone
 
-    # --- Image tokenizer: workdir of stage 1, or published weights; "" is an untrained one, drawn with `seed`, of the
-    # shape below.
-    config.tokenizer = ""
+    # --- Image tokenizer: workdir of stage 1, or published weights. "untrained" is one drawn with `seed`, of the shape
+    # below: its codes are noise, good for tests. "" is none: token shards can be trained on, nothing can be drawn.
+    config.tokenizer = "untrained" if args.size == "test" else ""
     config.untrained_tokenizer = sibling(__file__, "tokenizer.py").get_config(f"size={run['tokenizer']},res={res}")
     if args.size == "20B":
         config.untrained_tokenizer.model.quantizer.num_codes = 8192

@@ -5,10 +5,12 @@ label. Finished shards are skipped, so the same command again continues where it
 writes a part of the shards, and the result does not depend on how many there are.
 
   python -m imagegpt_jax.encode --tokenizer=runs/tokenizer --data=emoji:train --output=runs/tokens/train
+  python -m imagegpt_jax.encode --tokenizer=runs/tokenizer --data=emoji:validation --output=runs/tokens/validation
   python -m imagegpt_jax.encode --tokenizer=runs/tokenizer --data=folder:/data/photos --output=runs/tokens/photos \\
       --ops="decode|resize_small(256)|central_crop(256)|value_range(-1,1)"
   python -m imagegpt_jax.train --config=configs/decoder.py:size=emoji --workdir=runs/decoder \\
-      --config.tokenizer=runs/tokenizer --config.data.train=tokens:runs/tokens/train
+      --config.tokenizer=runs/tokenizer --config.data.train=tokens:runs/tokens/train \\
+      --config.data.validation=tokens:runs/tokens/validation
 """
 
 import hashlib

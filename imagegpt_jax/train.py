@@ -7,7 +7,7 @@ with status 75, which means: start the same command again.
   python -m imagegpt_jax.train --config=configs/decoder.py:size=emoji --workdir=runs/decoder \\
       --config.tokenizer=runs/tokenizer
   python -m imagegpt_jax.train --config=configs/tokenizer.py:size=vq16 --workdir=gs://bucket/vq16 \\
-      --config.data.train=tfds:imagenet2012,split=train --config.batch_size=256
+      --config.loss.lpips_weights=lpips_vgg16.safetensors --config.batch_size=256
 """
 
 import sys

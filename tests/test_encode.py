@@ -1,12 +1,17 @@
 """The encoding binary: codes of the right pictures, whatever the shards, interrupted or not."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
+from imagegpt_jax import config as config_lib
 from imagegpt_jax.data import images, sources
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.inference import loading
+from imagegpt_jax.tasks import decoder
 
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 SPEC = "emoji:validation,res=16,styles=noto"
 
 
@@ -139,3 +144,14 @@ def test_token_shards_cannot_be_encoded_again(encode, tmp_path):
     with pytest.raises(UserError, match="no image"):
         encode("u", f"--data=tokens:{tmp_path / 't'}")
     assert not (tmp_path / "u").exists()
+
+
+def test_a_decoder_of_token_shards_needs_a_tokenizer_only_to_draw(encode, tmp_path):
+    encode("t")
+    config = config_lib.sibling(str(CONFIGS / "x.py"), "decoder.py").get_config("size=test")
+    config.tokenizer, config.sample_prompts = "", ()
+    config.data.train = config.data.validation = f"tokens:{tmp_path / 't'}"
+    assert set(decoder.setup(config).networks) == {"decoder"}
+    config.sample_prompts = ("noto emoji of red heart",)
+    with pytest.raises(UserError, match="draws samples .*--config.tokenizer=untrained"):
+        decoder.setup(config)

@@ -25,7 +25,7 @@ from imagegpt_jax.sampling.batching import place
 from imagegpt_jax.sampling.settings import Sampling
 from imagegpt_jax.tasks import interface
 from imagegpt_jax.tasks.decoder import text_encoder as encoders
-from imagegpt_jax.tasks.decoder.setup import Setup, tokenizer_params
+from imagegpt_jax.tasks.decoder.setup import Setup, tokenizer_params, trained_tokenizer
 
 
 class Decoder(nnx.Module):
@@ -161,10 +161,15 @@ class Decoder(nnx.Module):
         """The image tokenizer that the decoder was trained with.
 
         Raises:
-          UserError: if it is not where the decoder's config says.
+          UserError: if it is not where the decoder's config says, or the config names none.
         """
-        if self.config.tokenizer:
-            return load_tokenizer(self.config.tokenizer)
+        if not self.config.tokenizer:
+            raise UserError(
+                f"{self.path} was trained on token shards alone, without a tokenizer: name the one that made them,"
+                " by --tokenizer=WORKDIR or load_decoder(..., tokenizer=WORKDIR)."
+            )
+        if source := trained_tokenizer(self.config):
+            return load_tokenizer(source)
         return Tokenizer(self.setup.tokenizer, tokenizer_params(self.setup), path="", step=0)
 
 

@@ -211,6 +211,8 @@ def test_decoder_finds_its_tokenizer(gpt, class_gpt, tok, workdirs, tmp_path):
     untrained = class_gpt.load_tokenizer()
     assert (untrained.path, untrained.step) == ("", 0)
     assert untrained.fingerprint == class_gpt.load_tokenizer().fingerprint != tok.fingerprint
+    with pytest.raises(UserError, match="without a tokenizer: .*--tokenizer=WORKDIR"):
+        ig.load_decoder(workdirs.classes, tokenizer="").load_tokenizer()
     moved = ig.load_decoder(workdirs.classes, tokenizer=workdirs.tokenizer)
     assert moved.load_tokenizer().fingerprint == tok.fingerprint
 

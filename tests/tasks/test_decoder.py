@@ -163,6 +163,7 @@ def test_labels_can_take_the_place_of_captions():
     ("changes", "words"),
     [
         ({"tokenizer": "/no/such/run"}, "/no/such/run"),
+        ({"tokenizer": ""}, r"encodes the images of emoji:\S+ .*tokenizer=WORKDIR.*--config.tokenizer=untrained"),
         ({"data.text_tokenizer": "/no/such/folder"}, "/no/such/folder"),
         ({"data.text_vocab_size": 10}, "text_vocab_size=10"),
         ({"model.kv_heads": 3}, "kv_heads=3"),

@@ -58,7 +58,7 @@ def test_the_modest_size_is_one_that_training_takes(stage, load_tool, tmp_path):
     config.data.train = config.data.validation = "emoji:validation,res=16,styles=noto"
     config.data.train_ops = config.data.eval_ops = "decode|resize(128)|value_range(-1,1)"
     if stage == "decoder":
-        config.tokenizer = ""
+        config.tokenizer = "untrained"
     task = importlib.import_module(f"imagegpt_jax.tasks.{stage}")
     setup = task.setup(config)
     state = jax.eval_shape(lambda key: task.init_state(setup, key), jax.eval_shape(jax.random.key, 0))

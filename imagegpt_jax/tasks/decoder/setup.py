@@ -33,6 +33,8 @@ from imagegpt_jax.train_state import Network
 from imagegpt_jax.training import config_checks
 from imagegpt_jax.training import optimizers as optim
 
+# Of `config.tokenizer`: an image tokenizer of random parameters.
+UNTRAINED = "untrained"
 RANGES = {
     "data.order.random_until": at_least(0, "0 never draws an order"),
     "data.vocab_multiple": at_least(1, "1 adds no rows"),
@@ -85,9 +87,14 @@ class Setup:
         return jax.device_get(draw(jax.random.key(self.tokenizer.config.seed)))
 
 
+def trained_tokenizer(config: Config) -> str:
+    """Where the trained image tokenizer lies that a decoder's config names; "" where it names none."""
+    return "" if config.tokenizer == UNTRAINED else config.tokenizer
+
+
 def tokenizer_config(config: Config) -> Config:
-    """Config of the image tokenizer that a decoder's config names; "" is an untrained one, seeded by `config.seed`."""
-    if config.tokenizer:
+    """Config of the image tokenizer that a decoder's config names, else of an untrained one of `config.seed`."""
+    if trained_tokenizer(config):
         try:
             trained = config_lib.load(config.tokenizer)
             kind = interface.find(trained.task).kind
@@ -103,7 +110,7 @@ def tokenizer_config(config: Config) -> Config:
 
 def _image_tokenizer(config: Config) -> tokenizer_task.Setup:
     """Static part of the image tokenizer: of a run, of published or portable weights, or untrained."""
-    if reading.is_weights(config.tokenizer):
+    if reading.is_weights(trained_tokenizer(config)):
         return tokenizer_task.setup_for_weights(*reading.describe(config.tokenizer, "tokenizer"))
     trained = tokenizer_config(config)
     return interface.find(trained.task).setup_for_inference(trained, config.tokenizer)
@@ -179,7 +186,7 @@ def setup(config: Config) -> Setup:
     data = config.data
     for name in ("train_ops", "eval_ops"):
         ops_lib.parse(data[name])
-    if not reading.is_weights(config.tokenizer):
+    if not reading.is_weights(trained_tokenizer(config)):
         tokenizer_config(config)
     featured = words_are_features(config)
     if featured and not config.text_encoder:
@@ -191,13 +198,19 @@ def setup(config: Config) -> Setup:
         raise UserError("a decoder over a text encoder writes no captions: set data.image_to_text=0.")
     needs = "label" if data.use_labels else "captions" if data.text_vocab_size or featured else None
     opened = {split: sources.open_source(data[split], require=needs) for split in ("train", "validation")}
+    encode = "codes" not in sources.first_record(opened["train"])
+    if not config.tokenizer and (encode or config.sample_prompts or config.eval_samples):
+        what = f"encodes the images of {data.train}" if encode else "draws samples (sample_prompts, eval_samples)"
+        raise UserError(
+            f"this training {what}, and config.tokenizer is empty: type --config.tokenizer=WORKDIR, of a trained"
+            f" tokenizer, or --config.tokenizer={UNTRAINED} to try things out on codes that are noise."
+        )
     if featured or not (data.text_tokenizer or data.text_vocab_size):
         text = text_lib.no_words()
     elif data.text_tokenizer:
         text = text_lib.load_tokenizer(data.text_tokenizer)
     else:
         text = text_lib.train_tokenizer(_captions(opened["train"], data.text_tokenizer_examples), data.text_vocab_size)
-    encode = "codes" not in sources.first_record(opened["train"])
     labels = opened["train"].label_names
     if data.use_labels and data.num_classes not in (0, len(labels)):
         raise UserError(
@@ -349,11 +362,12 @@ def check_mesh(setup: Setup, mesh: Mesh) -> None:
 
 def tokenizer_params(setup: Setup, sharding_tree: Any = None) -> train_state.Params:
     """Parameters of the image tokenizer: from its workdir or weights, or those of the untrained one."""
-    if reading.is_weights(setup.config.tokenizer):
-        params = reading.load_for(setup.config.tokenizer, "tokenizer", setup.tokenizer.networks["generator"])
+    source = trained_tokenizer(setup.config)
+    if reading.is_weights(source):
+        params = reading.load_for(source, "tokenizer", setup.tokenizer.networks["generator"])
         return params if sharding_tree is None else sharding.put_whole(params, sharding_tree)
-    if setup.config.tokenizer:
+    if source:
         task = interface.find(setup.tokenizer.config.task)
         abstract = train_state.abstract(task.init_state, setup.tokenizer)
-        return checkpoint.load_params(setup.config.tokenizer, abstract, "generator", sharding=sharding_tree)
+        return checkpoint.load_params(source, abstract, "generator", sharding=sharding_tree)
     return jax.device_put(setup.untrained_tokenizer, sharding_tree)

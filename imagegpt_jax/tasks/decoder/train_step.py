@@ -18,7 +18,7 @@ from imagegpt_jax.losses import chunked_cross_entropy
 from imagegpt_jax.models import flops, gpt, layers, vq
 from imagegpt_jax.parallel import fsdp, manual_collectives
 from imagegpt_jax.tasks.decoder.batches import take_places, target_parts, used_length
-from imagegpt_jax.tasks.decoder.setup import Setup, encoder_params, tokenizer_params
+from imagegpt_jax.tasks.decoder.setup import Setup, encoder_params, tokenizer_params, trained_tokenizer
 from imagegpt_jax.train_state import TrainState
 from imagegpt_jax.training import optimizers, train_metrics, warm_start
 from imagegpt_jax.training.grad_accumulation import accumulate
@@ -74,7 +74,7 @@ def init_state(setup: Setup, key: jax.Array) -> TrainState:
 
 def check_frozen(setup: Setup) -> None:
     """Raises UserError if the run that `config.tokenizer` names has no checkpoint of its network."""
-    source = setup.config.tokenizer
+    source = trained_tokenizer(setup.config)
     if source and not reading.is_weights(source):
         generator = setup.tokenizer.networks["generator"]
         warm_start.check_network(source, "config.tokenizer", "generator", generator)

@@ -27,6 +27,7 @@ PYTHON = flags.DEFINE_string(
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 INSIDE = ("imagegpt_jax/configs/decoder.py", "imagegpt_jax/configs/tokenizer.py", "imagegpt_jax/py.typed")
 NOWHERE = "http://127.0.0.1:9"
+QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # programs run for a moment
 COMMANDS = """
 imagegpt-jax --version
 imagegpt-jax train --config=tokenizer:size=test --workdir=tokenizer
@@ -88,7 +89,7 @@ def main() -> None:
         offline = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"), NOWHERE)
         for line in COMMANDS.replace("\n    ", " ").strip().splitlines():
             _, *arguments = shlex.split(line)
-            run([str(binaries / "imagegpt-jax"), *arguments], empty, PYTHONPATH="", JAX_PLATFORMS="cpu", **offline)
+            run([str(binaries / "imagegpt-jax"), *arguments], empty, PYTHONPATH="", **offline, **QUICK)
         if len(list((empty / "samples").glob("*.png"))) < 2 or not (empty / "metrics.json").is_file():
             raise UserError(f"{empty} holds no samples or no metrics.json after all commands: see their output above.")
     print(f"{wheel.name}: trains, encodes, samples and evaluates from an empty folder, offline.")

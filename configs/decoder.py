@@ -20,6 +20,7 @@ Recipes, published systems with all their numbers (`recipes.py`):
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from imagegpt_jax.config import choose, parse_arg, sibling
 
@@ -94,23 +95,28 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.text_encoder = ""
 
     source = "tfds:imagenet2012,split=" if classes else "tfds:coco_captions,split="
-    # --- Data: images that are encoded within the step, or `tokens:DIR` made by `imagegpt_jax.encode`.
+    # --- Data: images that are encoded within the step, or `tokens:DIR` made by `imagegpt-jax encode`. What is None, a
+    # placeholder, a new run takes from the data and keeps in its config.json.
     config.data = {
         "train": f"emoji:train,res={res}" if small else source + "train",
-        "validation": f"emoji:validation,res={res}" if small else source + "validation",
+        "validation": "" if small else source + "validation",  # "" = the set's own, or a share of `train`
+        "validation_share": 0.05,  # that share, chosen by name, see imagegpt_jax/data/holdout.py
         "train_ops": config.untrained_tokenizer.data.eval_ops,
         "eval_ops": config.untrained_tokenizer.data.eval_ops,
         "grid": (res // downsample, res // downsample),  # rows and columns of the codes of an image
-        "use_labels": classes,  # class-conditional: whether the class is a token before the text
-        "num_classes": 1000 if classes else 0,  # number of classes; 0 = as many as the data have
+        # Class-conditional: whether the class is a token before the text; None = if the data have classes, no captions.
+        "use_labels": placeholder(bool) if small else classes,
+        # Number of classes; None and 0 = as many as the data have.
+        "num_classes": placeholder(int) if small else 1000 if classes else 0,
         "vocab_multiple": 1 if small else 128,  # rows are added to the token table to fill a multiple of this
         "text_tokenizer": "",  # folder of a text tokenizer; "" trains one on the captions of `train`
-        "text_vocab_size": {"emoji": 4096, "20B": 16384}.get(
-            args.size, 1024
-        ),  # of the text tokenizer that is trained; 0 = no text
+        # At most so many ids of the text tokenizer that is trained; 0 = no text.
+        "text_vocab_size": {"test": 1024, "emoji": 4096, "20B": 16384}.get(args.size, 0),
         "text_tokenizer_examples": 100_000,  # captions that the text tokenizer is trained on
-        # Length of the text region, or with a text encoder number of its features; longer captions are cut.
-        "text_length": 1 if classes else 12 if small else 128,
+        # Length of the text region, or with a text encoder number of its features; longer captions are cut. None = as
+        # the longest caption of `train` needs, up to `max_text_length`.
+        "text_length": placeholder(int) if small else 1 if classes else 128,
+        "max_text_length": 12 if args.size == "test" else 128,  # the longest that None becomes
         "text_weight": 0.0 if classes else 0.1,  # loss weight of text tokens
         "image_weight": 1.0,  # loss weight of image tokens
         "guidance_dropout": 0.1,  # share of sequences without their text, for classifier-free guidance
@@ -197,8 +203,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "cfg_schedule": "constant",
         "cfg_power": 1.0,
     }
-    # Prompts of the samples that every evaluation draws for TensorBoard; () = none.
-    config.sample_prompts = ("noto emoji of red heart", "twemoji emoji of dog face") if small else ()
+    # Prompts of the samples that every evaluation draws for TensorBoard; () = none, None = two captions of the
+    # validation split, or classes.
+    config.sample_prompts = placeholder(tuple) if small else ()
 
     # --- Cadence, in steps.
     config.log_every = run["log"]

@@ -157,17 +157,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )  # what mesh and batch were chosen for; read by tools/scale/compile_ahead.py alone
 
     # --- Data: where from, and what is done to a picture, in order.
-    train, evaluation = f"decode|random_resized_crop({res})|flip_lr", f"decode|resize_small({res})|central_crop({res})"
+    cut = f"flip_lr|resize_small({res})|random_crop({res})" if small else f"random_resized_crop({res})|flip_lr"
     config.data = {
         # Training data: emoji:SPLIT, folder:PATH, array_record:PATH, tfds:NAME,split=S, tokens:PATH, or a weighted
         # mixture of several, "0.7*A + 0.3*B".
         "train": f"emoji:train,res={res}" if small else "tfds:imagenet2012,split=train",
-        # Data of the evaluations, written in the same way; never trained on.
-        "validation": f"emoji:validation,res={res}" if small else "tfds:imagenet2012,split=validation",
+        # Data of the evaluations, written in the same way; never trained on. "" = the set's own, or a share of `train`.
+        "validation": "" if small else "tfds:imagenet2012,split=validation",
+        "validation_share": 0.05,  # that share, chosen by name, see imagegpt_jax/data/holdout.py
         # Preprocessing of training images: ops separated by "|", applied from left to right.
-        "train_ops": ("decode|flip_lr" if small else train) + "|value_range(-1,1)",
+        "train_ops": f"decode|{cut}|value_range(-1,1)",
         # Preprocessing of validation images; nothing in it is random.
-        "eval_ops": ("decode" if small else evaluation) + "|value_range(-1,1)",
+        "eval_ops": f"decode|resize_small({res})|central_crop({res})|value_range(-1,1)",
         # Bad records are left out and listed in quarantine.jsonl, see imagegpt_jax/data/quarantine.py.
         "quarantine": {
             "max_share": 0.1,  # the run stops when a larger share of the records is bad

@@ -117,12 +117,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys whose values differ in meaning, one "key: old -> new" each, without the harmless ones."""
+    """The keys whose values differ in meaning, one "key: old -> new" each, without the harmless ones.
+
+    A new value of None is what the run took from its data when it began, so it differs from nothing.
+    """
     a, b = flatten(old), flatten(new)
     return [
         f"{key}: {a.get(key, '(absent)')!r} -> {b.get(key, '(absent)')!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key, ...) != b.get(key, ...) and key.split(".")[0] not in _HARMLESS
+        if a.get(key, ...) != b.get(key, ...) and key.split(".")[0] not in _HARMLESS and b.get(key, ...) is not None
     ]
 
 
@@ -156,6 +159,16 @@ def check_workdir(config: Config, workdir: epath.PathLike, *, allow_changes: boo
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no workdir of a run: choose another --workdir, or an empty folder.")
     return []
+
+
+def take_stored(config: Config, workdir: epath.PathLike) -> Config:
+    """A copy of the config in which what is None has the value of the workdir's run, which took it from its data."""
+    stored, config = flatten(to_dict(load(workdir))), config.copy_and_resolve_references()
+    with config.unlocked():
+        for key, value in flatten(config.to_dict()).items():
+            if value is None and stored.get(key) is not None:
+                config.update_from_flattened_dict({key: _convert(tuple[Any], stored[key])})
+    return config
 
 
 def to_text(config: Config) -> str:

@@ -63,6 +63,7 @@ def _write_run(config, workdir):
 
     task = interface.find(config.task)
     setup = task.setup(config)
+    config = setup.config
     shapes = jax.eval_shape(functools.partial(task.init_state, setup), jax.eval_shape(jax.random.key, 0))
     rng = np.random.default_rng(0)
     config_lib.save(config, workdir)

@@ -9,6 +9,7 @@
 The first that fits is taken; it is in `FolderSource.convention` and in `describe()`.
 """
 
+import collections
 import hashlib
 import json
 import posixpath
@@ -35,7 +36,10 @@ class FolderSource:
       convention: "metadata", "sidecars", "classes" or "images" (nothing but images).
       label_names: classes, sorted; empty unless there are labels.
       fingerprint: hash of paths, sizes, captions and labels (of the sidecars: their sizes).
+      names: paths of the images below the folder.
       uncaptioned: images that have no caption, if the convention gives captions.
+      left_out: how many images no metadata file lists.
+      unread: extension -> how many files are of no format that is read here.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -81,6 +85,12 @@ class FolderSource:
             self.convention = "images"
             self.uncaptioned = self._files
         self.left_out = total - len(self._files)
+        known = {*metadata, *sidecars.values(), *self._files}
+        self.unread = collections.Counter(
+            "." + f.rsplit("/", 1)[-1].rpartition(".")[2].lower()
+            for f in sizes
+            if f not in known and not f.lower().endswith((*EXTENSIONS, ".txt"))
+        )
         self.unlabelled = [f for f in self._files if f not in labels]
         numeric = all(name.isdigit() for name in labels.values())
         self.label_names = tuple(sorted(set(labels.values()), key=int if numeric else None))
@@ -95,6 +105,11 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
+    @property
+    def names(self) -> list[str]:
+        """See above."""
+        return self._files
+
     def describe(self) -> str:
         """One line for a log: how many images, which convention, and what is missing or left out."""
         what = {
@@ -106,7 +121,10 @@ class FolderSource:
         out = f"{self.name}: {len(self)} images, {what}"
         if self.convention in ("metadata", "sidecars") and self.uncaptioned:
             out += f", {len(self.uncaptioned)} without a caption"
-        return out + (f", {self.left_out} left out because no metadata file lists them" if self.left_out else "")
+        out += f", {self.left_out} left out because no metadata file lists them" if self.left_out else ""
+        if not self.unread:
+            return out
+        return f"{out}, other files: {', '.join(f'{count} {kind}' for kind, count in self.unread.most_common(4))}"
 
     def require(self, what: str) -> None:
         """Checks that every image has "captions" or a "label".

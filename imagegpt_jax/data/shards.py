@@ -15,6 +15,7 @@ so that any one of them is read with one seek. `dataset.json` is written last: a
 
 import bisect
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -216,7 +217,7 @@ class ShardSource:
           UserError: if there is no such folder or file, packing was not finished, a shard is missing or not an
             ArrayRecord file, or the data set is of another kind.
         """
-        spec = _SPECS[kind]
+        spec, self._kind = _SPECS[kind], kind
         folder = epath.Path(pattern).expanduser()
         self.info: dict[str, Any] = {}
         if folder.is_dir():
@@ -248,6 +249,15 @@ class ShardSource:
 
     def __len__(self) -> int:
         return self._stops[-1]
+
+    @functools.cached_property
+    def names(self) -> list[str] | None:
+        """Ids of all records of token shards; None for pictures, which would have to be read whole."""
+        if self._kind != "tokens":
+            return None
+        starts = range(0, len(self), 1024)
+        read = (self.__getitems__(range(start, min(start + 1024, len(self)))) for start in starts)
+        return [str(record["id"]) for records in read for record in records]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Reads records by their numbers, shard by shard, and returns them in the order asked for."""

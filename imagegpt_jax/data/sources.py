@@ -10,6 +10,9 @@ The kinds:
     tfds:coco_captions,split=train         a TFDS set prepared as array_record; data_dir=/path
     0.7*emoji:train + 0.3*folder:/path     a mixture; without weights, in proportion to size
     my_package.data:shapes:/path,res=32    a source of your own: `shapes("/path", res=32)` gives an `interface.Source`
+
+Any of them takes `subset=validation,validation_share=0.05`, the share that is kept aside by name, and `subset=train`
+for the rest (see holdout.py).
 """
 
 import inspect
@@ -17,6 +20,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from imagegpt_jax.data import holdout
 from imagegpt_jax.data.interface import Source
 from imagegpt_jax.data.mixture import Mixture
 from imagegpt_jax.errors import UserError, suggest
@@ -99,8 +103,7 @@ def open_source(spec: str, *, require: str | None = None) -> Source:
     given = [w for w in weights if w is not None]
     source = sources[0] if len(sources) == 1 else Mixture(sources, given or None)
     if require:
-        for part in sources:
-            _check(part, require)
+        check(source, require)
     return source
 
 
@@ -151,24 +154,31 @@ def _open_one(spec: str) -> Source:
         raise UserError(f"data {spec!r} lacks what comes after {kind}: write for example {example}.")
     _, *parameters = inspect.signature(opener, eval_str=True).parameters.values()
     types = {parameter.name: parameter.annotation for parameter in parameters}
+    kept_aside = {"subset": str, "validation_share": float}
     values: dict[str, Any] = {}
     for option in options:
         key, _, text = option.partition("=")
-        if key not in types:
+        if key not in types | kept_aside:
             known = suggest(key, types) if types else f" {kind} takes none."
             raise UserError(f"data {spec!r} has an unknown option {key!r}.{known}")
         try:
-            values[key] = text if types[key] is inspect.Parameter.empty else types[key](text)
+            kind_of = (kept_aside | types)[key]
+            values[key] = text if kind_of is inspect.Parameter.empty else kind_of(text)
         except ValueError:
-            raise UserError(f"data {spec!r}: {key}={text!r} is not a whole number.") from None
+            raise UserError(f"data {spec!r}: {key}={text!r} is not a number.") from None
+    side = {key: values.pop(key) for key in kept_aside if key not in types and key in values}
     source = opener(argument, **values)
     if not isinstance(source, Source):
         raise UserError(f"data {spec!r} opens a {type(source).__name__}, which is no data.interface.Source.")
-    return source
+    return holdout.take(source, side.get("subset", ""), side.get("validation_share", 0.0), spec) if side else source
 
 
-def _check(source: Source, what: str) -> None:
+def check(source: Source, what: str) -> None:
     """Raises UserError if records lack `what`; a source that knows better than its first record says so itself."""
+    if isinstance(source, Mixture):
+        for part in source.sources:
+            check(part, what)
+        return
     if hasattr(source, "require"):
         source.require(what)  # type: ignore[attr-defined]
     record = first_record(source)

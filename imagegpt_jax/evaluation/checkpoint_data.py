@@ -11,7 +11,7 @@ import numpy as np
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax import errors
-from imagegpt_jax.data import pipeline, sources
+from imagegpt_jax.data import mixture, pipeline, sources
 from imagegpt_jax.runtime import progress
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ class Data:
 
     spec: str
     source: "Source"
+
+    def numbered(self, label_names: Sequence[str]) -> "Data":
+        """The same with classes numbered as these names are, if there are any."""
+        return Data(self.spec, mixture.renumber(self.source, label_names)) if label_names else self
 
     @property
     def about(self) -> Scores:
@@ -155,4 +159,9 @@ def source_of(spec: str) -> str:
     made_of = getattr(source, "info", {}).get("source", "")
     if not made_of:
         raise errors.UserError(f"{source.name} does not say which pictures it was made of: give --generation_data.")
+    _, subset, side = spec.partition(",subset=")
+    if subset and ",subset=" not in made_of:
+        if not getattr(sources.open_source(made_of), "names", None):
+            raise errors.UserError(f"{made_of} is not split by name, as {spec} is: give --generation_data.")
+        made_of += subset + side
     return made_of

@@ -53,8 +53,11 @@ class DecoderScorer:
         settings = self._settings
         decoder = loading.load_decoder(self._path, settings.step, tokenizer=settings.tokenizer or None)
         tok = decoder.load_tokenizer()
+        data, prompted = (data and data.numbered(decoder.setup.labels) for data in (self._data, self._prompted))
+        assert data is not None
+        self._data = data
         scores = self._likelihoods(decoder, tok, mesh)
-        return scores if self._prompted is None else scores | self._generation(decoder, tok, self._prompted, page)
+        return scores if prompted is None else scores | self._generation(decoder, tok, prompted, page)
 
     # ----------------------------------------------------------------------------------------------------- likelihoods
 

@@ -136,11 +136,14 @@ class Task(Generic[S]):
     Required are the first four; what the others default to is what most tasks want.
 
     Attributes:
-      setup: config -> setup: checks the config, opens the data; raises UserError for what cannot work.
+      setup: config -> setup: checks the config, opens the data; raises UserError for what cannot work. What is None in
+        the config it may take from the data; `setup.config` then has it, and is kept with the run.
       init_state: (setup, key) -> first TrainState; pure.
       train_step: (setup, phase, state, batch) -> (next state, metrics of `training.train_metrics`); pure. One of the
         metrics is "loss", which the guard watches.
       batches: (setup, split, *, batch_size, position, rows, skipped) -> `Batches`, as `tasks.input.batches`.
+      resume: (config, workdir) -> setup of a run that goes on, which keeps what it took from its data when it began; by
+        default `setup`.
       kind: what its workdirs load as: "tokenizer", "decoder", or a word of its own.
       network: the network that its workdirs load and published weights of this kind go into; "" = the first that is
         trained.
@@ -167,12 +170,14 @@ class Task(Generic[S]):
       save_assets: (setup, workdir): writes what inference needs besides config and checkpoints.
       assets: names of the files and folders that `save_assets` writes, which an export takes along.
       facts: setup -> what a run is made of besides its config: the same on every process.
+      notes: setup -> (what, in words) of what is told before the first step.
     """
 
     setup: Callable[[Config], S]
     init_state: Callable[[S, jax.Array], TrainState]
     train_step: Callable[[S, str, TrainState, Any], tuple[TrainState, Any]]
     batches: Callable[..., Batches]
+    resume: Callable[[Config, epath.PathLike], S] = dataclasses.field(default=None)  # type: ignore[assignment]
     kind: str = "model"
     network: str = ""
     setup_for_inference: Callable[[Config, epath.PathLike], S] = dataclasses.field(default=None)  # type: ignore[assignment]
@@ -195,12 +200,15 @@ class Task(Generic[S]):
     save_assets: Callable[[S, epath.PathLike], None] = lambda setup, workdir: None
     assets: tuple[str, ...] = ()
     facts: Callable[[S], dict[str, Any]] = _facts
+    notes: Callable[[S], Iterable[tuple[str, str]]] = lambda setup: ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if str(field.type).startswith("Callable") and value is not None and not callable(value):
                 raise UserError(f"Task({field.name}={value!r}) is not callable: {field.name} is a function.")
+        if self.resume is None:
+            object.__setattr__(self, "resume", lambda config, workdir: self.setup(config))
         if self.setup_abstract is None:
             object.__setattr__(self, "setup_abstract", self.setup)
         if self.setup_for_inference is None:

@@ -23,12 +23,12 @@ from imagegpt_jax import checkpoint, train_state
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.checkpoint import folders
 from imagegpt_jax.config import Config
-from imagegpt_jax.data import quarantine
+from imagegpt_jax.data import holdout, quarantine
 from imagegpt_jax.data.pipeline import position_after
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.parallel import sharding
 from imagegpt_jax.runtime import distributed, event_log, filesystem, hardware, preemption, progress
-from imagegpt_jax.training import config_checks, step_guard, train_metrics
+from imagegpt_jax.training import config_checks, step_guard, summary, train_metrics
 from imagegpt_jax.training.steps import Steps, host_batch
 from imagegpt_jax.training.warm_start import load_params
 
@@ -57,10 +57,11 @@ def run(
       UserError: for a config, data set or workdir that cannot work; before any step, leaving nothing behind.
     """
     # --- Everything a person can get wrong, before devices and files.
-    begins = not folders.ever_saved(workdir)
+    begins, config = not folders.ever_saved(workdir), holdout.resolve(config)
     changes = config_lib.check_workdir(config, workdir, allow_changes=allow_changes or begins)
     config_checks.check_loop(config)
-    setup = task.setup(config)
+    setup = task.setup(config) if begins else task.resume(config_lib.take_stored(config, workdir), workdir)
+    config = setup.config  # with what it took from the data
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     sharding.check_batch_size(config.eval_batch_size, mesh, key="eval_batch_size")
@@ -77,7 +78,9 @@ def run(
                 print(f"note: the run in {workdir} made no checkpoint; this config takes its place.", file=sys.stderr)
             with filesystem.writing(workdir):
                 config_lib.save(config, workdir)
-                task.save_assets(setup, workdir)
+                if begins:
+                    task.save_assets(setup, workdir)
+            print(summary.text(task, setup, workdir, begins), file=sys.stderr)
         distributed.wait_for_file(epath.Path(workdir) / "config.json")
         log = event_log.Log(workdir if distributed.is_main_process() else None)
         facts = {"task": config.task, "devices": mesh.size, "processes": jax.process_count()}

@@ -108,6 +108,7 @@ def runs(tmp_path_factory):
     for name, task in TASKS.items():
         config = make(name, {})
         setup = task.setup(config)
+        config = setup.config
         shapes = jax.eval_shape(functools.partial(task.init_state, setup), jax.random.key(0))
         config_lib.save(config, root / name)
         checkpoints = checkpoint.Checkpoints(root / name, config)

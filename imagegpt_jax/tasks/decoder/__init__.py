@@ -8,7 +8,15 @@ from imagegpt_jax.tasks.decoder.batches import abstract_batch, batches, prepare_
 from imagegpt_jax.tasks.decoder.evaluation import evaluators
 from imagegpt_jax.tasks.decoder.programs import PERF
 from imagegpt_jax.tasks.decoder.setup import Setup as Setup  # a user's own task may be a variant of this one
-from imagegpt_jax.tasks.decoder.setup import check_mesh, facts, save_assets, setup, setup_abstract, setup_for_inference
+from imagegpt_jax.tasks.decoder.setup import (
+    check_mesh,
+    facts,
+    notes,
+    save_assets,
+    setup,
+    setup_abstract,
+    setup_for_inference,
+)
 from imagegpt_jax.tasks.decoder.train_step import check_frozen, init_state, load_frozen, step_flops, train_step
 from imagegpt_jax.training import optimizers
 
@@ -16,6 +24,7 @@ TASK = interface.Task(
     kind="decoder",
     network="decoder",
     setup=setup,
+    resume=setup,
     setup_for_inference=setup_for_inference,
     setup_abstract=setup_abstract,
     init_state=init_state,
@@ -37,4 +46,5 @@ TASK = interface.Task(
     save_assets=save_assets,
     assets=("text_tokenizer", "labels.json"),
     facts=facts,
+    notes=notes,
 )

@@ -83,7 +83,9 @@ class _SampleGrid:
             network = jax.device_put(common.to_host(params["decoder"]), self._device)
             module: Any = setup.networks["decoder"].module(network)
             texts, sampling = setup.text.encode_batch(prompts), sampling_of(config)
-            job = image_job(setup.layout, [(texts, None)], sampling, features=None if features is None else [features])
+            classes = config.data.use_labels and all(prompt in setup.labels for prompt in prompts)
+            drawn = (None, [setup.labels.index(prompt) for prompt in prompts]) if classes else (texts, None)
+            job = image_job(setup.layout, [drawn], sampling, features=None if features is None else [features])
             codes_BN = run(module, job, sampling, config.seed, batch_size=len(prompts)).tokens
             codes_Bhw = codes_BN.reshape(-1, *setup.layout.grid)
             pictures = to_uint8(np.asarray(self._decode(self._tokenizer, codes_Bhw)))

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -17,8 +16,8 @@ from imagegpt_jax import checkpoint, train_state
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.config import Config, to_dataclass
 from imagegpt_jax.convert import reading
+from imagegpt_jax.data import holdout, mixture, packing, sources
 from imagegpt_jax.data import ops as ops_lib
-from imagegpt_jax.data import packing, quarantine, sources
 from imagegpt_jax.data import text as text_lib
 from imagegpt_jax.errors import SHARE, UserError, at_least, check_ranges
 from imagegpt_jax.models import gpt
@@ -28,7 +27,7 @@ from imagegpt_jax.sampling import settings
 from imagegpt_jax.tasks import input as splits
 from imagegpt_jax.tasks import interface
 from imagegpt_jax.tasks import tokenizer as tokenizer_task
-from imagegpt_jax.tasks.decoder import text_encoder
+from imagegpt_jax.tasks.decoder import from_data, text_encoder
 from imagegpt_jax.train_state import Network
 from imagegpt_jax.training import config_checks
 from imagegpt_jax.training import optimizers as optim
@@ -59,6 +58,7 @@ class Setup:
       tokenizer: the image tokenizer's static part.
       encoder: the frozen language model whose states are features of the words; None without one.
       sources: split -> opened source; empty for inference.
+      notes: (what, in words) of the text and classes that a training begins with.
     """
 
     config: Config
@@ -71,6 +71,7 @@ class Setup:
     tokenizer: tokenizer_task.Setup
     encoder: text_encoder.TextEncoder | None
     sources: dict[str, Any]
+    notes: from_data.Notes = ()
 
     @property
     def space(self) -> packing.TokenSpace:
@@ -169,7 +170,7 @@ def _text_encoder(config: Config) -> tuple[text_encoder.TextEncoder | None, dict
     if not words_are_features(config):
         return None, {}
     data, model = config.data, config.model
-    length = model.feature_length or data.text_length - int(data.use_labels)
+    length = model.feature_length or (data.text_length or 0) - int(data.use_labels)
     if length < 1:
         raise UserError("a text encoder needs places for its features: set --config.data.text_length=64, for example.")
     if not config.text_encoder:
@@ -178,11 +179,16 @@ def _text_encoder(config: Config) -> tuple[text_encoder.TextEncoder | None, dict
     return encoder, {"feature_length": length, "feature_width": encoder.model.width}
 
 
-def setup(config: Config) -> Setup:
-    """Reads the config, opens the data, and reads or trains the text tokenizer.
+def setup(config: Config, workdir: epath.PathLike | None = None) -> Setup:
+    """Reads the config, opens the data, and takes from them what the config leaves to them.
+
+    Args:
+      config: of the run; None in it is taken from the data.
+      workdir: of a run that goes on, whose text tokenizer and class names are taken instead.
 
     Raises UserError for a value that cannot work, or data that are not there.
     """
+    config = holdout.resolve(config).copy_and_resolve_references()
     data = config.data
     for name in ("train_ops", "eval_ops"):
         ops_lib.parse(data[name])
@@ -196,8 +202,13 @@ def setup(config: Config) -> Setup:
         )
     if featured and data.image_to_text:
         raise UserError("a decoder over a text encoder writes no captions: set data.image_to_text=0.")
+
+    # --- The data, and what the config leaves to them.
+    opened = {split: sources.open_source(data[split]) for split in ("train", "validation")}
+    from_data.conditions(config, opened["train"])
     needs = "label" if data.use_labels else "captions" if data.text_vocab_size or featured else None
-    opened = {split: sources.open_source(data[split], require=needs) for split in ("train", "validation")}
+    for source in opened.values() if needs else ():
+        sources.check(source, needs)
     encode = "codes" not in sources.first_record(opened["train"])
     if not config.tokenizer and (encode or config.sample_prompts or config.eval_samples):
         what = f"encodes the images of {data.train}" if encode else "draws samples (sample_prompts, eval_samples)"
@@ -205,19 +216,29 @@ def setup(config: Config) -> Setup:
             f"this training {what}, and config.tokenizer is empty: type --config.tokenizer=WORKDIR, of a trained"
             f" tokenizer, or --config.tokenizer={UNTRAINED} to try things out on codes that are noise."
         )
-    if featured or not (data.text_tokenizer or data.text_vocab_size):
-        text = text_lib.no_words()
-    elif data.text_tokenizer:
-        text = text_lib.load_tokenizer(data.text_tokenizer)
-    else:
-        text = text_lib.train_tokenizer(_captions(opened["train"], data.text_tokenizer_examples), data.text_vocab_size)
-    labels = opened["train"].label_names
-    if data.use_labels and data.num_classes not in (0, len(labels)):
-        raise UserError(
-            f"config.data.num_classes={data.num_classes}, and {data.train} has {len(labels)} classes: set"
-            f" --config.data.num_classes={len(labels)}, or 0 to take what the data have."
-        )
-    built = _build(config, text, labels, opened, encode, len(labels))
+    text, labels = (None, opened["train"].label_names) if workdir is None else from_data.stored(workdir)
+    if data.use_labels:  # names decide, whatever a folder's own numbers are
+        opened = {split: mixture.renumber(source, labels) for split, source in opened.items()}
+    found: list[str] = []
+    wordless = featured or not (data.text_tokenizer or data.text_vocab_size)
+    if text is None and not wordless and not (data.use_labels and not from_data.has_captions(opened["train"])):
+        found = from_data.captions(opened["train"], data.text_tokenizer_examples)
+        if data.text_tokenizer:
+            text = text_lib.load_tokenizer(data.text_tokenizer)
+        else:
+            text = text_lib.train_tokenizer(found, data.text_vocab_size)
+    text = text or text_lib.no_words()
+    notes = from_data.lengths(config, text, found)
+    if data.use_labels:
+        notes += (("classes", f"{len(labels)}: {', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}"),)
+        if data.num_classes not in (0, len(labels)):
+            raise UserError(
+                f"config.data.num_classes={data.num_classes}, and {data.train} has {len(labels)} classes: set"
+                f" --config.data.num_classes={len(labels)}, or 0 to take what the data have."
+            )
+    from_data.prompts(config, opened["validation"], labels)
+
+    built = dataclasses.replace(_build(config, text, labels, opened, encode, len(labels)), notes=notes)
     for split, source in opened.items():
         _check_codes(built, split, source)
         if encode:
@@ -229,11 +250,6 @@ def setup(config: Config) -> Setup:
             f" {built.layout.max_position}: set --config.model.max_length={built.layout.max_position + 1} or more."
         )
     sampling_of(config)
-    if not all(isinstance(prompt, str) for prompt in config.sample_prompts):
-        raise UserError(
-            f"config.sample_prompts={tuple(config.sample_prompts)} are not all texts: write"
-            " --config.sample_prompts=\"('a red heart', '3 dogs')\"."
-        )
     if config.eval_samples:
         from imagegpt_jax.metrics import generation  # and with it all networks
 
@@ -251,14 +267,19 @@ def sampling_of(config: Config) -> settings.Sampling:
 
 def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
     """Like `setup` for a finished run: takes text tokenizer and class names from the workdir and opens no data."""
-    folder = epath.Path(workdir)
-    text = text_lib.load_tokenizer(folder / "text_tokenizer")
-    labels = tuple(json.loads((folder / "labels.json").read_text()))
+    text, labels = from_data.stored(workdir)
     return _build(config, text, labels, {}, False, len(labels), train=False)
 
 
 def setup_abstract(config: Config) -> Setup:
-    """Like `setup` from the config alone, for token shards: enough to compile, not to run."""
+    """Like `setup` from the config alone, for token shards: enough to compile, not to run.
+
+    What the config leaves to the data is as for captions of `data.max_text_length` tokens.
+    """
+    config = config.copy_and_resolve_references()
+    left = {"data.use_labels": False, "data.num_classes": 0, "data.text_length": config.data.get("max_text_length")}
+    flat = config_lib.flatten(config.to_dict())
+    config.update_from_flattened_dict({key: value for key, value in left.items() if flat[key] is None})
     return _build(config, None, (), {}, False, config.data.num_classes)
 
 
@@ -275,19 +296,19 @@ def facts(setup: Setup) -> dict[str, Any]:
     return {"data": data, "text_tokenizer": setup.text.fingerprint}
 
 
+def notes(setup: Setup) -> from_data.Notes:
+    """What is told before the first step: text and classes, pictures and codes."""
+    (rows, columns), tokenizer = setup.layout.grid, setup.tokenizer.model
+    height, width = rows * tokenizer.downsample, columns // tokenizer.quantizer.codes_per_vector * tokenizer.downsample
+    codes = f"{height} x {width} pixels, {rows} x {columns} codes of {setup.space.num_codes}"
+    return (*setup.notes, ("pictures", codes))
+
+
 def encoder_params(setup: Setup, sharding_tree: Any = None) -> train_state.Params:
     """Parameters of the text encoder."""
     assert setup.encoder is not None
     params = setup.encoder.params()
     return params if sharding_tree is None else sharding.put_whole(params, sharding_tree)
-
-
-def _captions(source: Any, limit: int) -> list[str]:
-    """All sound captions of at most `limit` records, evenly spread."""
-    indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source)), dtype=np.int64))
-    records = sources.readable_records(source, indices.tolist())
-    captions = [caption for record in records for caption in record.get("captions", [])]
-    return [caption for caption in captions if quarantine.refuse_caption(caption) is None]
 
 
 def _check_codes(setup: Setup, split: str, source: Any) -> None:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from imagegpt_jax import train_state
 from imagegpt_jax.config import Config, to_dataclass
-from imagegpt_jax.data import ops, sources
+from imagegpt_jax.data import holdout, ops, sources
 from imagegpt_jax.errors import UserError, check_ranges
 from imagegpt_jax.metrics.evaluator import Evaluator
 from imagegpt_jax.metrics.reconstruction import ReconstructionEvaluator
@@ -92,6 +92,7 @@ def setup(config: Config) -> Setup:
 
     Raises UserError for a value that cannot work, or data that are not there.
     """
+    config = holdout.resolve(config)
     for split in ("train_ops", "eval_ops"):
         ops.parse(config.data[split])
     loss = config.loss
@@ -336,6 +337,13 @@ def predict_fns(setup: Setup) -> dict[str, Callable[..., Any]]:
     return {"reconstruct": reconstruct, "encode": encode, "decode": decode}
 
 
+def notes(setup: Setup) -> tuple[tuple[str, str], ...]:
+    """Sizes of pictures and codes."""
+    side, grid = setup.config.res, setup.config.res // setup.model.downsample
+    codes = f"{grid} x {grid * setup.model.quantizer.codes_per_vector} codes of {setup.model.quantizer.num_ids}"
+    return (("pictures", f"{side} x {side} pixels, {codes}"),)
+
+
 def evaluators(setup: Setup, mesh: Mesh) -> tuple[Evaluator, ...]:
     """Reconstructions of the validation split, compared as sets too by the network of `config.eval_features`."""
     config, size, network = setup.config, setup.config.eval_batch_size, None
@@ -368,4 +376,5 @@ TASK = interface.Task(
     load_frozen=load_frozen,
     abstract_batch=abstract_batch,
     step_flops=step_flops,
+    notes=notes,
 )

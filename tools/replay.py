@@ -48,7 +48,7 @@ def main() -> None:
 
     config = config_lib.load(WORKDIR.value)
     task = interface.find(config.task)
-    setup = task.setup(config)
+    setup = task.resume(config, WORKDIR.value)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         make = functools.partial(task.init_state, setup)

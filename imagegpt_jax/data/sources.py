@@ -161,11 +161,12 @@ def _open_one(spec: str) -> Source:
         if key not in types | kept_aside:
             known = suggest(key, types) if types else f" {kind} takes none."
             raise UserError(f"data {spec!r} has an unknown option {key!r}.{known}")
+        kind_of = (kept_aside | types)[key]
         try:
-            kind_of = (kept_aside | types)[key]
             values[key] = text if kind_of is inspect.Parameter.empty else kind_of(text)
         except ValueError:
-            raise UserError(f"data {spec!r}: {key}={text!r} is not a number.") from None
+            number = "number" if kind_of is float else "whole number"
+            raise UserError(f"data {spec!r}: {key}={text!r} is not a {number}.") from None
     side = {key: values.pop(key) for key in kept_aside if key not in types and key in values}
     source = opener(argument, **values)
     if not isinstance(source, Source):

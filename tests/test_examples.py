@@ -47,7 +47,7 @@ TRAIN = "python -m imagegpt_jax.train --workdir=w"
         (f"{TRAIN} --config=decoder:size=test --config.steps=many", "steps"),
         (f"{TRAIN} --config=decoder:size=test --config.data.train_ops='decode|resise(8)'", "resise"),
         (f"{TRAIN} --config=decoder:size=test --config.data.train=photos:/data", "no kind of data"),
-        (f"{TRAIN} --config=decoder:size=test --config.data.train=tokens:t", "one split holds images"),
+        (f"{TRAIN} --config=decoder:size=test --config.data.validation=tokens:t", "one split holds images"),
         (f"{TRAIN} --config=decoder:size=test --config.model.remat=some", "some"),
         (f"{TRAIN} --config=decoder:size=test --config.optim.name=adamm", "adamm"),
         (f"{TRAIN} --config=tokenizer:size=test --config.model.quantizer.kind=vqq", "vqq"),

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from imagegpt_jax import config as config_lib
 from imagegpt_jax.convert.formats import FORMATS
-from imagegpt_jax.data import ops, sources
+from imagegpt_jax.data import holdout, ops, sources
 from imagegpt_jax.errors import UserError
 from imagegpt_jax.generation.request import GenerationRequest
 from imagegpt_jax.metrics.score import METRICS, NETWORKS
@@ -237,7 +237,7 @@ def check_config(config, *, runs):
     if config.task == "tokenizer" and config.loss.lpips and not config.loss.lpips_weights:
         raise WrongError("LPIPS has no weights: give --config.loss.lpips_weights")
     if config.task == "decoder":
-        tokens = {split: "tokens:" in data[split] for split in ("train", "validation")}
+        tokens = {split: "tokens:" in holdout.resolve(config).data[split] for split in holdout.SUBSETS}
         if len(set(tokens.values())) > 1:
             raise WrongError(f"one split holds images and the other token shards: {dict(tokens)}")
         if not config.tokenizer and not tokens["train"]:

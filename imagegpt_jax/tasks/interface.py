@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from imagegpt_jax import plugins
 from imagegpt_jax.errors import UserError
@@ -177,7 +177,7 @@ class Task(Generic[S]):
     init_state: Callable[[S, jax.Array], TrainState]
     train_step: Callable[[S, str, TrainState, Any], tuple[TrainState, Any]]
     batches: Callable[..., Batches]
-    resume: Callable[[Config, epath.PathLike], S] = dataclasses.field(default=None)  # type: ignore[assignment]
+    resume: Callable[[Config, epath.PathLike], S] = dataclasses.field(default=cast(Any, None))
     kind: str = "model"
     network: str = ""
     setup_for_inference: Callable[[Config, epath.PathLike], S] = dataclasses.field(default=None)  # type: ignore[assignment]

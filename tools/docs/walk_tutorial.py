@@ -60,7 +60,7 @@ def make_photos(folder: pathlib.Path, count: int = PHOTOS) -> None:
         name = f"img{number:02d}.{form}"
         (folder / "classes" / shape).mkdir(parents=True, exist_ok=True)
         for path in (folder / "photos" / name, folder / "classes" / shape / name):
-            stored.save(path, quality=95, **({"exif": exif} if form == "jpg" else {}))
+            stored.save(path, quality=95, exif=exif if form == "jpg" else Image.Exif())
         rows.append({"file_name": name, "text": caption})
     (folder / "photos" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

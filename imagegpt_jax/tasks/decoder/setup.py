@@ -207,8 +207,9 @@ def setup(config: Config, workdir: epath.PathLike | None = None) -> Setup:
     opened = {split: sources.open_source(data[split]) for split in ("train", "validation")}
     from_data.conditions(config, opened["train"])
     needs = "label" if data.use_labels else "captions" if data.text_vocab_size or featured else None
-    for source in opened.values() if needs else ():
-        sources.check(source, needs)
+    for source in opened.values():
+        if needs:
+            sources.check(source, needs)
     encode = "codes" not in sources.first_record(opened["train"])
     if not config.tokenizer and (encode or config.sample_prompts or config.eval_samples):
         what = f"encodes the images of {data.train}" if encode else "draws samples (sample_prompts, eval_samples)"

@@ -81,7 +81,11 @@ def no_step(monkeypatch):
         ("decoder", {"data.order.random_until": -4}, "random_until=-4"),
         ("decoder", {"data.guidance_dropout": 2.0}, "guidance_dropout=2.0 must be at least 0 and at most 1"),
         ("decoder", {"data.image_to_text": -1.0}, "image_to_text=-1.0 must be at least 0 and at most 1"),
-        ("decoder", {"model.position": "learned", "model.max_length": 17}, "position 17: .*model.max_length=18 or"),
+        (
+            "decoder",
+            {"model.position": "learned", "model.max_length": 17, "data.text_length": 12},
+            "position 17: .*model.max_length=18 or",
+        ),
         ("decoder", {"sample_prompts": (3,)}, "are not all texts"),
         ("decoder", {"ema_decay": 1.0}, "ema_decay=1.0"),
         ("decoder", {"optim.b1": 1.5}, "optim.b1=1.5"),

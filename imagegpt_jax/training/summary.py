@@ -24,4 +24,5 @@ def text(task: "Task", setup: Any, workdir: epath.PathLike, begins: bool) -> str
     if "train" in setup.sources:
         steps += f", {config.steps * config.batch_size / len(setup.sources['train']):.3g} epochs"
     lines.append(("steps", f"{steps}; evaluated every {config.eval_every}, saved every {config.checkpoint.every}"))
-    return "\n".join(f"{name:>12}  {words}" for name, words in lines)
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:>{width}}  {words}" for name, words in lines)

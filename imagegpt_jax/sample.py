@@ -50,7 +50,7 @@ PROMPT_COLUMN = flags.DEFINE_string(
 )
 CLASS = flags.DEFINE_multi_string("class", [], "Class to generate, by name or number; may be given several times.")
 UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Also generate an image without any prompt.")
-NEGATIVE = flags.DEFINE_string("negative", "", "Negative prompt, which guidance leads away from; by default none.")
+NEGATIVE = flags.DEFINE_string("negative", "", "Negative prompt: guidance moves samples away from it. By default none.")
 GRID = flags.DEFINE_list(
     "grid",
     [],

@@ -1,4 +1,4 @@
-"""Named warnings of the classic mistakes that make scores wrong, for people to read and programs to look for."""
+"""Named warnings of what commonly makes scores wrong, for people to read and programs to look for."""
 
 from collections.abc import Collection, Mapping, Sequence
 

@@ -167,7 +167,9 @@ def encoding_reads(setup: Setup) -> dict[str, list[bool]]:
 
 def kept_activations(config: Config) -> int:
     """Numbers that the inputs of all blocks are for one example."""
-    return (math.prod(config.data.grid) + (config.data.text_length or 0)) * config.model.width * config.model.depth
+    data = config.data
+    words = data.max_text_length if data.text_length is None else data.text_length
+    return (math.prod(data.grid) + words) * config.model.width * config.model.depth
 
 
 def summed_activations(setup: Setup, rows: int) -> int:

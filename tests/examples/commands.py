@@ -62,18 +62,18 @@ def sources() -> list[pathlib.Path]:
 
 def examples() -> list[Example]:
     """Every command of the repository."""
-    found = []
+    shown = []
     for path in pages():
-        found += _of_text(path, path.read_text(), page=True)
+        shown += _of_text(path, path.read_text(), page=True)
     for path in scripts():
         text = re.sub(r"^[ \t]*#", " ", path.read_text(), flags=re.MULTILINE)
-        found += _of_text(path, text.replace("$(BIN)/python", "python"))
+        shown += _of_text(path, text.replace("$(BIN)/python", "python"))
     for path in sources():
         for node in nodes(path):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
                 line = 1 if isinstance(node, ast.Module) else node.lineno + 1
-                found += _of_text(path, text, first_line=line)
-    return found
+                shown += _of_text(path, text, first_line=line)
+    return shown
 
 
 @functools.cache

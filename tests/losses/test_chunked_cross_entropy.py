@@ -89,8 +89,8 @@ def test_a_vocabulary_cut_over_devices_is_scored_in_parts():
             expected = grad(hidden, table, vocab)
             with jax.set_mesh(mesh):
                 compiled = grad.lower(hidden, table, chunk).compile()
-                found = compiled(hidden, table)
-            for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+                results = compiled(hidden, table)
+            for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected)):
                 x, y = np.float64(x), np.float64(y)
                 assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), (vocab, chunk, dtype)
             moved = hlo.count(compiled.as_text())

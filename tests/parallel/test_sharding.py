@@ -162,13 +162,13 @@ def test_looked_up_tokens_are_sent_as_columns():
         table = layers.Embedding(64, 32, key=jax.random.key(0), dtype="bfloat16")
         cut = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("tensor", None))), table)
         rows = jax.device_put(ids_BL, sharding.batch_sharding(mesh))
-        expected, found = np.float32(table(ids_BL)), []
+        expected, counts = np.float32(table(ids_BL)), []
         with jax.set_mesh(mesh):
             for read in (layers.Embedding.__call__, layers.Embedding.stream):
                 compiled = jax.jit(read).lower(cut, rows).compile()
                 np.testing.assert_array_equal(np.float32(compiled(cut, rows)), expected)
-                found.append(hlo.count(compiled.as_text()))
-        whole, columns = ({kind: total.bytes for kind, total in moved.items()} for moved in found)
+                counts.append(hlo.count(compiled.as_text()))
+        whole, columns = ({kind: total.bytes for kind, total in moved.items()} for moved in counts)
         assert whole == {"all-reduce": 2 * columns["all-to-all"]} and len(columns) == 1, (whole, columns)
         print("ok")
         """

@@ -156,12 +156,12 @@ def _comments(file: str) -> dict[str, str]:
         if token.type == tokenize.COMMENT:
             whole = not token.line[: token.start[1]].strip()
             (above if whole else beside)[token.start[0]] = token.string.lstrip("# ")
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for name, first, last in _places(_source(file)):
         text = beside.get(last, "") or _block(above, first)
         if text and text != "fmt: skip":
-            found.setdefault(name, text)
-    return found
+            texts.setdefault(name, text)
+    return texts
 
 
 def _source(file: str) -> ast.Module:

@@ -95,8 +95,8 @@ def check_data(folder: pathlib.Path) -> Iterator[str]:
         train, validation = ({r["id"] for r in s.__getitems__(range(len(s)))} for s in opened)
         if train & validation or not validation:
             yield f"{run}: {len(train & validation)} photos are in both splits, of {len(validation)} in validation"
-        if (found := len(train | validation)) != sum(file.suffix != ".jsonl" for file in folder.glob("photos/*")):
-            yield f"{run}: {found} photos were found"
+        if (count := len(train | validation)) != sum(file.suffix != ".jsonl" for file in folder.glob("photos/*")):
+            yield f"{run}: {count} photos were read"
     if (labels := json.loads((folder / "runs" / "classes" / "labels.json").read_text())) != list(SHAPES):
         yield f"classes: labels.json has {labels}"
 

@@ -40,8 +40,8 @@ def captions(source: Any, limit: int) -> list[str]:
     """All sound captions of at most `limit` records, evenly spread."""
     indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source)), dtype=np.int64))
     records = sources.readable_records(source, indices.tolist())
-    found = [caption for record in records for caption in record.get("captions", [])]
-    return [caption for caption in found if quarantine.refuse_caption(caption) is None]
+    texts = [caption for record in records for caption in record.get("captions", [])]
+    return [caption for caption in texts if quarantine.refuse_caption(caption) is None]
 
 
 def stored(workdir: epath.PathLike) -> tuple[text_lib.TextTokenizer, tuple[str, ...]]:
@@ -51,10 +51,10 @@ def stored(workdir: epath.PathLike) -> tuple[text_lib.TextTokenizer, tuple[str, 
     return text, tuple(json.loads((folder / "labels.json").read_text()))
 
 
-def lengths(config: Config, text: text_lib.TextTokenizer, found: Sequence[str]) -> Notes:
+def lengths(config: Config, text: text_lib.TextTokenizer, texts: Sequence[str]) -> Notes:
     """Sets `data.text_length` to what the longest caption needs, in steps of 4, and says what is cut."""
     data = config.data
-    tokens = np.array([len(ids) for ids in text.encode_batch(found)] if text.vocab_size else [], np.int64)
+    tokens = np.array([len(ids) for ids in text.encode_batch(texts)] if text.vocab_size else [], np.int64)
     longest = int(tokens.max(initial=0))
     if data.text_length is None:
         data.text_length = min(data.max_text_length, int(data.use_labels) + -(-longest // 4) * 4)

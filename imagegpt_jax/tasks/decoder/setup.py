@@ -220,16 +220,16 @@ def setup(config: Config, workdir: epath.PathLike | None = None) -> Setup:
     text, labels = (None, opened["train"].label_names) if workdir is None else from_data.stored(workdir)
     if data.use_labels:  # names decide, whatever a folder's own numbers are
         opened = {split: mixture.renumber(source, labels) for split, source in opened.items()}
-    found: list[str] = []
+    texts: list[str] = []
     wordless = featured or not (data.text_tokenizer or data.text_vocab_size)
     if text is None and not wordless and not (data.use_labels and not from_data.has_captions(opened["train"])):
-        found = from_data.captions(opened["train"], data.text_tokenizer_examples)
+        texts = from_data.captions(opened["train"], data.text_tokenizer_examples)
         if data.text_tokenizer:
             text = text_lib.load_tokenizer(data.text_tokenizer)
         else:
-            text = text_lib.train_tokenizer(found, data.text_vocab_size)
+            text = text_lib.train_tokenizer(texts, data.text_vocab_size)
     text = text or text_lib.no_words()
-    notes = from_data.lengths(config, text, found)
+    notes = from_data.lengths(config, text, texts)
     if data.use_labels:
         notes += (("classes", f"{len(labels)}: {', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}"),)
         if data.num_classes not in (0, len(labels)):

@@ -134,7 +134,7 @@ def explain(scores: Mapping[str, float]) -> list[str]:
             " the decoder does not follow captions yet. It needs more steps, or a tokenizer whose reconstructions show"
             " what they should (reconstructions.png)."
         )
-    return [textwrap.fill(f"Worse than its control: {note}", 100, subsequent_indent="  ") for note in notes]
+    return [textwrap.fill(f"No better than its control: {note}", 100, subsequent_indent="  ") for note in notes]
 
 
 def report(out: pathlib.Path, seconds: float) -> None:

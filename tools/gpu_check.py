@@ -86,14 +86,14 @@ def train(stage: str, workdir: pathlib.Path) -> tuple[float, float]:
     """Trains a stage; (examples per second of the later steps, tokens of an example)."""
     import jax
 
+    from imagegpt_jax import config as config_lib
     from imagegpt_jax.tasks import interface
     from imagegpt_jax.training import loop
 
     task = interface.find(stage)
-    config = make_config(stage, workdir, jax.device_count())
-    loop.run(task, config, workdir / stage)
+    loop.run(task, make_config(stage, workdir, jax.device_count()), workdir / stage)
     *_, last = (json.loads(line) for line in (workdir / stage / "timing.jsonl").read_text().splitlines())
-    setup = task.setup_for_inference(config, workdir / stage)
+    setup = task.setup_for_inference(config_lib.load(workdir / stage), workdir / stage)
     if stage == "decoder":
         return last["timing/examples_per_second"], setup.layout.length
     return last["timing/examples_per_second"], (SIZES[SIZE.value][2] // setup.model.downsample) ** 2

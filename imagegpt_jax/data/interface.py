@@ -12,9 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 class Source(Protocol):
     """Random access to records. Implementations are safe to call from several threads.
 
-    It may have more: `quarantine`, a `quarantine.Quarantine`, has bad records replaced by `pipeline.Batches`; and
+    It may have more: `quarantine`, a `quarantine.Quarantine`, has bad records replaced by `pipeline.Batches`;
     `require(what)` raises UserError if records lack "captions", "label", "image" or "codes", where the source knows
-    better than its first record.
+    better than its first record; `names` are the ids of all records, and `describe()` is what `describe` gives.
     """
 
     @property
@@ -39,3 +39,8 @@ class Source(Protocol):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Records by their numbers, in the order asked for."""
         ...
+
+
+def describe(source: Source) -> str:
+    """One line for a log: what a source says of itself, or its name and size."""
+    return source.describe() if hasattr(source, "describe") else f"{source.name}: {len(source)} records"

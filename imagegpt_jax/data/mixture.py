@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from imagegpt_jax.data.interface import Source
+from imagegpt_jax.data.interface import Source, describe
 from imagegpt_jax.data.order import quotas
 from imagegpt_jax.errors import UserError
 
@@ -61,8 +61,7 @@ class Mixture:
 
     def describe(self) -> str:
         """One line for a log: what every part says of itself."""
-        parts = (getattr(s, "describe", lambda s=s: f"{s.name}: {len(s)} records")() for s in self.sources)
-        return " + ".join(parts)
+        return " + ".join(map(describe, self.sources))
 
     def require(self, what: str) -> None:
         """Checks every part that can be checked; see `FolderSource.require`."""

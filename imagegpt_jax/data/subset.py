@@ -2,16 +2,15 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from imagegpt_jax.data.interface import Source
+from imagegpt_jax.data.interface import Source, describe
 
 
 class Subset:
     """Some records of a source, in a given order; with a `name` it is a data set of its own."""
 
-    def __init__(self, source: "Source", indices: Sequence[int], name: str = ""):
+    def __init__(self, source: Source, indices: Sequence[int], name: str = ""):
         self._source, self._indices = source, list(indices)
         self.name, self.label_names = name or source.name, source.label_names
         self.fingerprint = source.fingerprint
@@ -25,8 +24,7 @@ class Subset:
 
     def describe(self) -> str:
         """One line for a log: how many records of what."""
-        whole = getattr(self._source, "describe", lambda: f"{self._source.name}: {len(self._source)} records")()
-        return f"{len(self)} of {whole}"
+        return f"{len(self)} of {describe(self._source)}"
 
     def require(self, what: str) -> None:
         """As the source's own, of all its records."""

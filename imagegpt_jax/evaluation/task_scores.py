@@ -1,6 +1,7 @@
 """Scores of a run by the evaluators of its own task, those that scored it while it trained."""
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from imagegpt_jax import checkpoint, train_state
@@ -24,7 +25,7 @@ class TaskScorer:
             if value:
                 config.data[key] = value
         self._config, self._task = config, interface.find(config.task)
-        self._setup = self._task.setup(config)
+        self._setup = self._task.resume(config, epath.Path(path))
 
     def score(self, mesh: Mesh, page: Page) -> Scores:
         """The evaluators' scores, after the kind of the task."""

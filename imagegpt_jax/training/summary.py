@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from imagegpt_jax import train_state
+from imagegpt_jax.data.interface import describe
 
 if TYPE_CHECKING:
     from imagegpt_jax.tasks.interface import Task
@@ -18,7 +19,7 @@ def text(task: "Task", setup: Any, workdir: epath.PathLike, begins: bool) -> str
         count = train_state.count_params(setup.networks[name].abstract)
         lines.append((name, f"{count / 1e6:,.1f} M parameters"))
     for split, source in setup.sources.items():
-        lines.append((split, getattr(source, "describe", lambda s=source: f"{s.name}: {len(s)} records")()))
+        lines.append((split, describe(source)))
     lines += task.notes(setup)
     steps = f"{config.steps} of {config.batch_size}"
     if "train" in setup.sources:

@@ -88,6 +88,16 @@ def test_features_of_a_batch_are_the_states_of_the_language_model(run, encoder):
     assert plain["prompt_mask"][0].tolist() == [False] * 3 + [True] * 2
 
 
+def test_without_a_length_there_are_as_many_features_as_may_be(encoder, tmp_path):
+    given = get_config(encoder, **{"data.text_length": None, "data.max_text_length": 7})
+    setup = decoder.setup(given)
+    assert (setup.config.data.text_length, setup.model.feature_length, setup.layout.text_length) == (7, 7, 0)
+    decoder.TASK.save_assets(setup, tmp_path)
+    config_lib.save(setup.config, tmp_path)
+    assert decoder.TASK.resume(config_lib.take_stored(given, tmp_path), tmp_path).model.feature_length == 7
+    assert decoder.setup_abstract(given).model.feature_length == 7
+
+
 def test_training_trains_what_reads_the_features_and_nothing_of_the_encoder(run, encoder):
     scores = {}
     for line in (run.workdir / "metrics.jsonl").read_text().splitlines():

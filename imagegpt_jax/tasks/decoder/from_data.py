@@ -30,6 +30,19 @@ def conditions(config: Config, train: Any) -> Config:
     return config
 
 
+def assumed(config: Config) -> Config:
+    """A copy of the config for use without data: what is left to them is as for the longest captions, no classes."""
+    config = config.copy_and_resolve_references()
+    data = config.data
+    if data.use_labels is None:
+        data.use_labels = False
+    if data.num_classes is None:
+        data.num_classes = 0
+    if data.text_length is None:
+        data.text_length = data.max_text_length
+    return config
+
+
 def has_captions(source: Any) -> bool:
     """Whether any of a source's first records has a caption."""
     records = sources.readable_records(source, range(min(len(source), _LOOKED_AT)))

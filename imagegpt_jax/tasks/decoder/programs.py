@@ -24,6 +24,7 @@ from imagegpt_jax.models import gpt
 from imagegpt_jax.parallel import manual_collectives, sharding
 from imagegpt_jax.sampling.decode_weights import prepare, score
 from imagegpt_jax.sampling.engine import prefill, step
+from imagegpt_jax.tasks.decoder import from_data
 from imagegpt_jax.tasks.decoder.batches import abstract_batch
 from imagegpt_jax.tasks.decoder.setup import Setup, setup_abstract
 from imagegpt_jax.tasks.decoder.train_step import forward_flops
@@ -167,9 +168,8 @@ def encoding_reads(setup: Setup) -> dict[str, list[bool]]:
 
 def kept_activations(config: Config) -> int:
     """Numbers that the inputs of all blocks are for one example."""
-    data = config.data
-    words = data.max_text_length if data.text_length is None else data.text_length
-    return (math.prod(data.grid) + words) * config.model.width * config.model.depth
+    data, model = from_data.assumed(config).data, config.model
+    return (math.prod(data.grid) + data.text_length) * model.width * model.depth
 
 
 def summed_activations(setup: Setup, rows: int) -> int:

@@ -170,7 +170,7 @@ def _text_encoder(config: Config) -> tuple[text_encoder.TextEncoder | None, dict
     if not words_are_features(config):
         return None, {}
     data, model = config.data, config.model
-    length = model.feature_length or (data.text_length or 0) - int(data.use_labels)
+    length = model.feature_length or data.text_length - int(data.use_labels)
     if length < 1:
         raise UserError("a text encoder needs places for its features: set --config.data.text_length=64, for example.")
     if not config.text_encoder:
@@ -206,6 +206,8 @@ def setup(config: Config, workdir: epath.PathLike | None = None) -> Setup:
     # --- The data, and what the config leaves to them.
     opened = {split: sources.open_source(data[split]) for split in ("train", "validation")}
     from_data.conditions(config, opened["train"])
+    if featured and data.text_length is None:
+        data.text_length = data.max_text_length
     needs = "label" if data.use_labels else "captions" if data.text_vocab_size or featured else None
     for source in opened.values():
         if needs:
@@ -273,14 +275,8 @@ def setup_for_inference(config: Config, workdir: epath.PathLike) -> Setup:
 
 
 def setup_abstract(config: Config) -> Setup:
-    """Like `setup` from the config alone, for token shards: enough to compile, not to run.
-
-    What the config leaves to the data is as for captions of `data.max_text_length` tokens.
-    """
-    config = config.copy_and_resolve_references()
-    left = {"data.use_labels": False, "data.num_classes": 0, "data.text_length": config.data.get("max_text_length")}
-    flat = config_lib.flatten(config.to_dict())
-    config.update_from_flattened_dict({key: value for key, value in left.items() if flat[key] is None})
+    """Like `setup` from the config alone (see `from_data.assumed`), for token shards: to compile, not to run."""
+    config = from_data.assumed(config)
     return _build(config, None, (), {}, False, config.data.num_classes)
 
 

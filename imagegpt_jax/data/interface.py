@@ -43,4 +43,5 @@ class Source(Protocol):
 
 def describe(source: Source) -> str:
     """One line for a log: what a source says of itself, or its name and size."""
-    return source.describe() if hasattr(source, "describe") else f"{source.name}: {len(source)} records"
+    own = getattr(source, "describe", None)
+    return own() if own else f"{source.name}: {len(source)} records"

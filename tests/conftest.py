@@ -14,8 +14,12 @@ from absl import flags
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile many programs and run each for a moment: without LLVM's optimizations that takes a third of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# The same programs come again in other tests and in the processes that they start: each worker compiles them once.
-COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="imagegpt_jax-tests-")
+# The same programs come again in other tests and in the processes that they start: they are compiled once. Workers of
+# pytest-xdist begin with the environment of the process that starts them, and share its folder.
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="imagegpt_jax-tests-")
+COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -24,7 +28,8 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
 
 def pytest_configure(config):
-    config.add_cleanup(lambda: shutil.rmtree(COMPILED, ignore_errors=True))
+    if not IS_WORKER:
+        config.add_cleanup(lambda: shutil.rmtree(COMPILED, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +43,7 @@ def workdirs(tmp_path_factory):
     _write_run(_config("tokenizer"), runs.tokenizer)
     config = _config("decoder")
     config.tokenizer = str(runs.tokenizer)
+    config.data.image_to_text = 0.2  # it may be asked for captions
     _write_run(config, runs.decoder)
     config = _config("decoder")
     config.data.use_labels, config.data.text_length = True, 1

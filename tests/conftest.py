@@ -43,7 +43,6 @@ def workdirs(tmp_path_factory):
     _write_run(_config("tokenizer"), runs.tokenizer)
     config = _config("decoder")
     config.tokenizer = str(runs.tokenizer)
-    config.data.image_to_text = 0.2  # it may be asked for captions
     _write_run(config, runs.decoder)
     config = _config("decoder")
     config.data.use_labels, config.data.text_length = True, 1

@@ -24,7 +24,7 @@ def resolve(config: Config) -> Config:
     Raises:
       UserError: for a `config.data.validation_share` that is none.
     """
-    if "validation" not in config.data or config.data.validation:  # a user's task may have none
+    if "validation" not in config.data or config.data.validation != "":  # a user's task may have none
         return config
     check_ranges(config, {"data.validation_share": above(0, at_most=0.5)}, "--config.")
     config = config.copy_and_resolve_references()
